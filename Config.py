@@ -1,0 +1,198 @@
+"""Every setting of a run: its type, default, unit and meaning on one line. Edit the defaults here, or pass flags."""
+
+import math
+import sys
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+# Layers, hidden size and a peak learning rate that suits training from random weights at a batch of 32 chunks.
+# Sizes: Turc et al., Well-Read Students Learn Better (arXiv 1908.08962).
+SCRATCH_SIZES = {
+    "tiny": (2, 128, 2e-3),
+    "mini": (4, 256, 1e-3),
+    "small": (4, 512, 7e-4),
+    "medium": (8, 512, 5e-4),
+    "base": (12, 768, 1e-4),
+}
+
+
+class UserError(Exception):
+    """Something the user can put right. Its text is all they see: what is wrong, where, and what to do."""
+
+
+@dataclass
+class Config:
+    """Continue a BERT's masked-language-model pre-training on your own text."""
+
+    # --- model
+    initial_pretrain_model: str = "bert-base-uncased"  # Hub name, local folder, or scratch:tiny|mini|small|medium|base
+    initial_pretrain_tokenizer: str = "bert-base-uncased"  # Hub name, local folder, or corpus: learn one from the text
+    vocab_size: int = 8192  # entries of the WordPiece vocabulary that "corpus" learns
+    attention_dropout: float = 0.0  # dropout inside attention while training; 0 keeps the fast attention kernels
+    hidden_dropout: float | None = None  # dropout elsewhere while training; unset: the checkpoint's own
+
+    # --- text
+    path_datasets: str = "data"  # folder with train*.txt and test*.txt (also .txt.gz), UTF-8, one example a line
+    test_fraction: float = 0.05  # share of the distinct lines held out for testing where there is no test*.txt
+    sen_max_length: int = 128  # tokens a chunk may have, [CLS] and [SEP] included; longer lines are cut into chunks
+
+    # --- masking
+    mlm_probability: float = 0.15  # probability that a token (or word) is chosen for prediction
+    mask_replace_prob: float = 0.8  # share of the chosen that become [MASK]
+    random_replace_prob: float = 0.1  # share of the chosen that become a random token; the rest stay as they are
+    whole_words_mask: bool = False  # choose whole words, as BERT's pre-tokenizer cuts them (a Chinese character is one)
+
+    # --- optimisation
+    num_epochs: int = 3  # times every line is seen
+    max_steps: int | None = None  # optimizer steps, whatever num_epochs says; unset: num_epochs decides
+    batch_size: int = 32  # chunks per optimizer step, over all devices
+    learning_rate: float | None = None  # peak; unset: 3e-5, or what suits the size when training from scratch
+    num_warmup_steps: float = 0.1  # linear warm-up: below 1 a share of all steps, else a count; then linear decay
+    weight_decay: float = 0.01  # AdamW's, not on biases and LayerNorm
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    seed: int = 42  # decides order, masks, dropout, held-out lines and new weights
+
+    # --- machine
+    cuda_visible_devices: str = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"  # auto: the launcher's choice, else bf16 if native
+    micro_batch_tokens: int | None = None  # tokens in one forward pass on one device; unset: chosen for the device
+
+    # --- output
+    path_model_save: str = "output"  # folder that receives one folder a run, and the cache of tokenized text
+    run_name: str | None = None  # name of this run's folder; unset: date, time and model
+    log_every: int = 50  # steps between lines in the log and in metrics.csv
+    eval_every: int | None = None  # steps between evaluations; unset: once an epoch
+    save_every: int | None = None  # steps between copies of the weights in last/; unset: once an epoch
+    tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
+
+    # --- mode
+    demo: bool = False  # train a small BERT on the documentation of your own Python; downloads nothing
+    check_only: bool = False  # check settings and text, prepare the text, then stop
+
+    def __post_init__(self):
+        """Raises UserError that names every field whose value, or combination of values, cannot work."""
+        problems = list(_wrong_types(self)) or list(_wrong_values(self))
+        if problems:
+            raise UserError("\n".join(problems))
+
+    @property
+    def scratch_size(self) -> str | None:
+        """The name behind `scratch:`, or None where a checkpoint is continued."""
+        prefix, _, size = self.initial_pretrain_model.partition(":")
+        return size if prefix == "scratch" else None
+
+
+def _wrong_types(config):
+    hints = typing.get_type_hints(Config)
+    for field in fields(Config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            if value not in choices:
+                yield f"{field.name}: must be one of {', '.join(choices)}, not {value!r}"
+            continue
+        allowed = typing.get_args(hint) or (hint,)
+        if float in allowed and type(value) is int:  # 1 serves as 1.0, but True is no number
+            continue
+        if type(value) not in allowed:
+            names = " or ".join("unset (None)" if kind is type(None) else kind.__name__ for kind in allowed)
+            yield f"{field.name}: must be {names}, not {type(value).__name__} {value!r}"
+
+
+def _wrong_values(config):
+    def require(allowed, rule, *names):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not allowed(value):  # written so that NaN is refused
+                yield f"{name}: must be {rule}, not {value}"
+
+    whole = ("num_epochs", "max_steps", "batch_size", "micro_batch_tokens", "log_every", "eval_every", "save_every")
+    yield from require(lambda value: value >= 1, "1 or more", *whole)
+    yield from require(lambda value: 0 <= value < math.inf, "0 or more", "num_warmup_steps", "weight_decay")
+    yield from require(lambda value: 0 < value < math.inf, "above 0", "learning_rate", "max_grad_norm")
+    yield from require(lambda value: 0 < value <= 1, "above 0 and at most 1", "mlm_probability")
+    yield from require(lambda value: 0 < value < 1, "above 0 and below 1", "test_fraction")
+    yield from require(lambda value: 0 <= value < 1, "0 or more and below 1", "attention_dropout", "hidden_dropout")
+    yield from require(lambda value: 0 <= value < 2**63, "0 or more and below 2**63", "seed")
+    yield from require(lambda value: value >= 3, "3 or more ([CLS], a token, [SEP])", "sen_max_length")
+    yield from require(lambda value: value >= 6, "6 or more (five special tokens and a character)", "vocab_size")
+    replaced = (config.mask_replace_prob, config.random_replace_prob)
+    if not (min(replaced) >= 0 and sum(replaced) <= 1 + 1e-9):
+        yield (
+            "mask_replace_prob, random_replace_prob: must each be 0 or more and together at most 1, "
+            f"not {replaced[0]} and {replaced[1]}"
+        )
+    if config.num_warmup_steps >= 1 and config.num_warmup_steps != int(config.num_warmup_steps):
+        yield f"num_warmup_steps: must be a share below 1 or a whole number of steps, not {config.num_warmup_steps}"
+    if config.max_steps is not None and config.num_warmup_steps > config.max_steps:
+        yield f"num_warmup_steps: {config.num_warmup_steps:g} is more than max_steps, {config.max_steps}"
+    for name in ("initial_pretrain_model", "initial_pretrain_tokenizer", "path_datasets", "path_model_save"):
+        if not getattr(config, name).strip() or "\0" in getattr(config, name):
+            yield f"{name}: must not be empty or hold a null character"
+    size = config.scratch_size
+    if size is not None and size not in SCRATCH_SIZES:
+        yield f"initial_pretrain_model: no size {size!r}; choose scratch:{'|'.join(SCRATCH_SIZES)}"
+    if config.initial_pretrain_tokenizer == "corpus" and size is None:
+        yield (
+            "initial_pretrain_tokenizer: a vocabulary learned from the text (corpus) means nothing to the pre-trained "
+            f"weights of initial_pretrain_model, {config.initial_pretrain_model}; give the model's own tokenizer, "
+            "or train from scratch (scratch:small)"
+        )
+    if config.initial_pretrain_tokenizer.startswith("scratch:"):
+        yield "initial_pretrain_tokenizer: scratch: names a model; for a vocabulary learned from the text say corpus"
+    devices = config.cuda_visible_devices
+    if devices and not all(device.strip() for device in devices.split(",")):
+        yield f"cuda_visible_devices: must be GPUs separated by commas, such as 0,1, not {devices!r}"
+    name = config.run_name
+    if name is not None and (name.strip() in ("", ".", "..") or any(c in name for c in "/\\\0")):
+        yield f"run_name: must be a plain folder name without / or \\, not {name!r}"
+    if not config.tracker.strip():
+        yield "tracker: must be tensorboard, none, or the name of another tracker"
+
+
+def demo_config() -> Config:
+    """The defaults of `--demo`: a small BERT from scratch that learns in under three minutes on two CPU cores."""
+    return replace(
+        Config(),
+        demo=True,
+        initial_pretrain_model="scratch:mini",
+        initial_pretrain_tokenizer="corpus",
+        learning_rate=1e-3,
+        num_epochs=3,
+    )
+
+
+def parse_flags(arguments: list[str] | None = None) -> Config:
+    """The configuration from Config.py's defaults and the command line's flags (None: sys.argv).
+
+    `--help` and unknown or ill-typed flags are answered by tyro, with exit status 0 and 2. Raises UserError.
+    """
+    import tyro  # here, so that whoever builds a Config in code does without it
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    default = demo_config() if "--demo" in arguments else Config()
+    return tyro.cli(Config, args=arguments, default=default, config=(tyro.conf.AvoidSubcommands,), use_underscores=True)
+
+
+def describe(config: Config) -> str:
+    """The resolved settings, one a line, those that differ from Config.py's defaults starred."""
+    width = max(len(field.name) for field in fields(Config))
+    lines = []
+    for field in fields(Config):
+        value = getattr(config, field.name)
+        star = " " if value == field.default else "*"
+        lines.append(f" {star} {field.name:<{width}}  {'unset' if value is None or value == '' else value}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns a UserError into its text on the terminal and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

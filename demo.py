@@ -1,0 +1,51 @@
+"""The demo's corpus: the documentation inside the reader's own Python. Modules are parsed, never imported."""
+
+import ast
+import re
+import sysconfig
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+
+TEST_SHARE = 20  # one paragraph in so many is held out
+ENOUGH_PARAGRAPHS = 5000  # fewer mean that this Python ships without its documentation
+
+
+def write_corpus(folder: Path) -> None:
+    """Writes train.txt and test.txt: the distinct paragraphs of the documentation, one a line, every 20th for testing."""
+    library = Path(sysconfig.get_path("stdlib"))
+    source = "the topics and docstrings of your Python's standard library"
+    paragraphs = _distinct_paragraphs(chain(_topics(library / "pydoc_data" / "topics.py"), _docstrings(library)))
+    if len(paragraphs) < ENOUGH_PARAGRAPHS:
+        source = "pandas' docstrings, as this Python ships without its own documentation"
+        paragraphs = _distinct_paragraphs(_docstrings(Path(find_spec("pandas").origin).parent))
+    folder.mkdir(parents=True)
+    for name, kept in (("test", lambda i: i % TEST_SHARE == 0), ("train", lambda i: i % TEST_SHARE != 0)):
+        lines = [f"{paragraph}\n" for i, paragraph in enumerate(paragraphs) if kept(i)]
+        (folder / f"{name}.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
+    print(f"demo corpus: {len(paragraphs):,} distinct paragraphs of {source}, in {folder}")
+
+
+def _distinct_paragraphs(texts: Iterator[str]) -> list[str]:
+    found = dict.fromkeys(" ".join(part.split()) for text in texts for part in re.split(r"\n\s*\n", text))
+    return [paragraph for paragraph in found if len(paragraph.split()) >= 8]  # shorter ones are headings and signatures
+
+
+def _topics(path):
+    if path.is_file():
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Dict):
+                yield from ast.literal_eval(node).values()
+
+
+def _docstrings(folder):
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(folder.rglob("*.py")):
+        if {"test", "tests", "site-packages"} & set(path.relative_to(folder).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # the library keeps a few files that are wrong on purpose
+            continue
+        yield from filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)))

@@ -1,0 +1,111 @@
+"""Checkpoint -> BertForMaskedLM; logits at the masked positions alone; packed chunks kept apart in attention."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerBase
+from transformers.models.bert.modeling_bert import BertSelfAttention
+
+from Config import SCRATCH_SIZES, Config, UserError
+from hub import locate
+from storage import whole_folder
+
+
+class PackedMaskedLM(nn.Module):
+    """A BertForMaskedLM whose forward takes packed rows. A module, as DistributedDataParallel hooks `forward` alone."""
+
+    def __init__(self, bert: BertForMaskedLM):
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, sequence_ids: Tensor, masked: Tensor) -> Tensor:
+        """Logits (masked, vocabulary) at the positions `masked`, (masked,) indices into the flattened (rows, width).
+
+        The other arguments are (rows, width). A token attends to those of its own row with its own sequence id, so
+        padding (id 0) attends to padding and no softmax is empty. The vocabulary projection, the largest product of a
+        small BERT, runs where a token is predicted and nowhere else.
+        """
+        together = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]  # (rows, 1, width, width)
+        hidden = self.bert.bert(
+            input_ids, attention_mask=together, position_ids=position_ids, token_type_ids=torch.zeros_like(input_ids)
+        ).last_hidden_state  # (rows, width, hidden)
+        return self.bert.cls(hidden.flatten(0, 1)[masked])
+
+
+def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertForMaskedLM, list[str]]:
+    """The model that `initial_pretrain_model` names, in float32, and warnings about it.
+
+    The checkpoint's pooler comes along untrained, so that a fine-tuned task starts from it. The dropouts of Config.py
+    are set on the modules; the model's config, which is saved, keeps the checkpoint's own for whoever fine-tunes it.
+    Raises UserError where the checkpoint is missing or not BERT, or does not fit the tokenizer or `sen_max_length`.
+    """
+    name, warnings = config.initial_pretrain_model, []
+    if config.scratch_size:
+        layers, hidden, _ = SCRATCH_SIZES[config.scratch_size]
+        shape = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64}
+        bert_config = BertConfig(vocab_size=vocabulary_size, intermediate_size=4 * hidden, pad_token_id=pad_id, **shape)
+    else:
+        bert_config = _load(BertConfig, name)
+        # PreTrainedConfig.get_config_dict tells the model's own type; BertConfig would read any.
+        kind = BertConfig.get_config_dict(name, local_files_only=locate(name, "initial_pretrain_model"))[0]["model_type"]
+        if kind != "bert" or bert_config.is_decoder:
+            raise UserError(f"initial_pretrain_model: {name} is a {kind} model, not a BERT encoder, and only BERT is trained")
+    _check_fit(config, bert_config, vocabulary_size)
+
+    if config.scratch_size:
+        torch.manual_seed(config.seed)
+        model = BertForMaskedLM(bert_config)
+    else:
+        model, loading = _load(BertForMaskedLM, name, output_loading_info=True)
+        if any(key.startswith("cls.predictions") for key in loading["missing_keys"]):
+            warnings.append(
+                f"warning: {name} has no masked-language-model head; a random one takes its place, so the first loss is "
+                "near ln(vocabulary size) and training must first learn the head. Many sentence-embedding and fine-tuned "
+                "checkpoints are such; the one they were made from usually has a head"
+            )
+        encoder, loading = _load(BertModel, name, output_loading_info=True)
+        if not any(key.startswith("pooler") for key in loading["missing_keys"]):
+            model.bert.pooler = encoder.pooler.requires_grad_(False)
+
+    attention_dropouts = {m.dropout for m in model.modules() if isinstance(m, BertSelfAttention)}
+    for module in model.modules():
+        if module in attention_dropouts:
+            module.p = config.attention_dropout
+        elif isinstance(module, nn.Dropout) and config.hidden_dropout is not None:
+            module.p = config.hidden_dropout
+    return model, warnings
+
+
+def _load(kind, name, **options):
+    if kind is not BertConfig:
+        options |= {"dtype": torch.float32, "attn_implementation": "sdpa"}  # not the dtype the checkpoint was saved in
+    try:
+        return kind.from_pretrained(name, local_files_only=locate(name, "initial_pretrain_model"), **options)
+    except Exception as error:  # transformers raises whatever the file at fault made it raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"initial_pretrain_model: {name} holds no BERT that loads: {reason}") from None
+
+
+def _check_fit(config, bert_config, vocabulary_size):
+    spare = bert_config.vocab_size - vocabulary_size
+    if not 0 <= spare < 128:  # some models round their vocabulary up to a multiple of 64 or 128
+        raise UserError(
+            f"initial_pretrain_tokenizer, initial_pretrain_model: the tokenizer {config.initial_pretrain_tokenizer} has "
+            f"{vocabulary_size:,} tokens, the model {config.initial_pretrain_model} {bert_config.vocab_size:,}; they do "
+            "not belong together. Set both to the same name"
+        )
+    if config.sen_max_length > bert_config.max_position_embeddings:
+        raise UserError(
+            f"sen_max_length, initial_pretrain_model: chunks of {config.sen_max_length} tokens do not fit the "
+            f"{bert_config.max_position_embeddings} positions of {config.initial_pretrain_model}"
+        )
+
+
+def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes a plain Hugging Face folder: config, safetensors, tokenizer, and vocab.txt for older tools."""
+    with whole_folder(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+        (beside / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8", newline="\n")

@@ -1,0 +1,285 @@
+"""Continue a BERT's masked-language-model pre-training on your own text: prepare, baseline, train, evaluate, save."""
+
+from Config import SCRATCH_SIZES, Config, UserError, describe, parse_flags, plain_errors
+from machine import choose_devices, choose_precision, default_micro_batch_tokens, hints
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and wrong settings are answered at once
+    with plain_errors():
+        settings = parse_flags()
+        choose_devices(settings)
+
+import math
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+import data_process as data
+from demo import write_corpus
+from model import PackedMaskedLM, load_model, save_model
+from report import Evaluation, choose_sentences, closing_words, guess, perplexity, write_json, write_metrics
+
+ROW_TOKENS = 256  # chunks are packed into rows of this length, or of the longest chunk
+EVALUATION_CHUNKS = 256  # chunks packed together in an evaluation
+DROPOUT = 3  # a stream of random numbers; data_process has the others
+HOPELESS_STEPS = 5  # steps in a row without a finite loss and gradient that end a run
+FP16_HALVINGS = 16  # so many more where a scaler may first have to halve its 65,536 down to 1
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
+
+
+def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
+    """The whole job, under `folder`: prepare, evaluate the start, train, evaluate, save, finish.
+
+    Raises UserError for whatever the user can put right.
+    """
+    # ------------------------------------------------------------------------------------------------- prepare
+    say, main, device = accelerator.print, accelerator.is_main_process, accelerator.device
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    if config.demo:
+        config = replace(config, path_datasets=str(folder / "data"))
+    with accelerator.main_process_first():  # the others find the text tokenized
+        if config.demo and main:
+            write_corpus(Path(config.path_datasets))
+        text = data.find_text(config)
+        tokenizer = data.load_tokenizer(config, text)
+        vocabulary = data.read_vocabulary(tokenizer)
+        chunks, test_chunks, found = data.prepare(config, text, tokenizer, vocabulary)
+    bert, warnings = load_model(config, vocabulary.size, vocabulary.pad_id)
+    steps_per_epoch = math.ceil(chunks.number / config.batch_size)
+    config = resolve(config, steps_per_epoch, accelerator.mixed_precision)
+    derived = {
+        "devices": f"{ranks} x {device.type}",
+        "parameters": sum(parameter.numel() for parameter in bert.parameters()),
+        "chunks": chunks.number,
+        "steps_per_epoch": steps_per_epoch,
+        "tokens_per_step": round(len(chunks.tokens) / steps_per_epoch),
+    }
+    say(f"settings (* differs from Config.py's default)\n{describe(config)}\n")
+    say(f"text\n{data.describe_text(found, config.initial_pretrain_tokenizer)}\n")
+    say("derived\n" + "".join(f"   {name:<26}  {value}\n" for name, value in derived.items()))
+    for line in warnings + hints(ranks, derived["tokens_per_step"]):
+        say(line)
+    if config.check_only:
+        return say("Settings and text are in order.")
+
+    model = PackedMaskedLM(bert)
+    decayed = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=config.learning_rate, fused=True))
+    rule = data.MaskRule(
+        config.mlm_probability, config.mask_replace_prob, config.random_replace_prob, config.whole_words_mask
+    )
+
+    # ------------------------------------------------------------------------------------------------ baseline
+    sentences = choose_sentences([test_chunks[i] for i in range(min(2000, test_chunks.number))], tokenizer)
+    guesses_before = guess(accelerator.unwrap_model(model), sentences, tokenizer)
+    before = evaluate(accelerator, model, test_chunks, vocabulary, config)
+    say(f"before training: {before}")
+    rows = [{"step": 0, "epoch": 0, **before.columns()}]
+    if main:
+        record = {"settings": asdict(config), "derived": derived, "versions": {name: version(name) for name in PACKAGES}}
+        write_json(folder / "settings.json", record)
+        write_metrics(folder / "metrics.csv", rows)
+    if accelerator.log_with:
+        accelerator.init_trackers("tensorboard")
+        accelerator.log(before.columns(), step=0)
+
+    # --------------------------------------------------------------------------------------------------- train
+    best_loss, skipped_in_a_row = math.inf, 0
+    patience = HOPELESS_STEPS + (FP16_HALVINGS if accelerator.scaler is not None else 0)
+    seen, since = np.zeros(3), time.perf_counter()  # summed loss, masked tokens and tokens since the last line in the log
+    bar = tqdm(total=config.max_steps, unit="step", disable=not (main and sys.stderr.isatty()))
+    for step in range(config.max_steps):
+        epoch, place = divmod(step, steps_per_epoch)
+        if place == 0:
+            order = data.epoch_order(config.seed, epoch, chunks.number)  # (chunks,)
+        indices = order[place * config.batch_size : (place + 1) * config.batch_size]  # (n,), n <= batch_size
+        batch, masked_tokens = data.masked_batch(
+            chunks, indices, vocabulary, ROW_TOKENS, rule, draw=(config.seed, epoch), part=slice(rank, None, ranks)
+        )
+
+        model.train()  # an evaluation leaves it without dropout
+        learning_rate = learning_rate_at(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss_sum = torch.zeros((), device=device)
+        micro_batches = list(split(batch, config.micro_batch_tokens, device))
+        for number, (inputs, targets) in enumerate(micro_batches):
+            torch.manual_seed(int(data.noise(config.seed, DROPOUT, step, number, rank)[0]))
+            last = number == len(micro_batches) - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                micro_loss = F.cross_entropy(model(**inputs).float(), targets, reduction="sum")
+                accelerator.backward(micro_loss * ranks / masked_tokens)  # DistributedDataParallel divides by ranks
+            loss_sum += micro_loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        loss_sum, grad_norm = torch.stack([accelerator.reduce(loss_sum), grad_norm]).tolist()  # the one synchronisation
+
+        finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
+        if finite or accelerator.scaler is not None:  # fp16's scaler skips such a step itself, and lowers its scale
+            optimizer.step()
+        optimizer.zero_grad()
+        done, skipped_in_a_row = step + 1, 0 if finite else skipped_in_a_row + 1
+        if finite:
+            seen += loss_sum, masked_tokens, chunks.lengths(indices).sum()
+        else:
+            say(f"step {done}: skipped, as its loss or gradient is not finite")
+        if skipped_in_a_row == patience:
+            if main:
+                save_model(folder / "last", bert, tokenizer)
+            raise UserError(
+                f"{patience} steps in a row, the last of them step {done}, had no finite loss and gradient; the weights "
+                f"before them are in {folder / 'last'}. Most often learning_rate, {config.learning_rate:g}, is too high"
+            )
+
+        # ----------------------------------------------------------------------------- log, evaluate, save
+        row, finished, now = {}, done == config.max_steps, time.perf_counter()
+        bar.update()
+        if (done % config.log_every == 0 or finished) and seen[1]:
+            row = {"train_loss": seen[0] / seen[1], "lr": learning_rate, "tokens_per_s": seen[2] / (now - since)}
+            left = (now - since) / min(done, config.log_every) * (config.max_steps - done)
+            line = "loss {train_loss:.3f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s".format(**row)
+            line += f"  perplexity {perplexity(row['train_loss']):,.1f}"
+            say(f"step {done}/{config.max_steps}  epoch {done / steps_per_epoch:.2f}  {line}  {tqdm.format_interval(left)} left")
+            bar.set_postfix_str(line)
+            seen, since = np.zeros(3), now
+        if done % config.eval_every == 0 or finished:
+            evaluation = evaluate(accelerator, model, test_chunks, vocabulary, config)
+            row |= evaluation.columns()
+            say(f"step {done}/{config.max_steps}  test: {evaluation}")
+            if main and evaluation.loss < best_loss:
+                save_model(folder / "best", bert, tokenizer)
+            best_loss = min(best_loss, evaluation.loss)
+        if main and done % config.save_every == 0 and not finished:
+            save_model(folder / "last", bert, tokenizer)
+        if row:
+            rows.append({"step": done, "epoch": done / steps_per_epoch, **row})
+            accelerator.log(row, step=done)
+            if main:
+                write_metrics(folder / "metrics.csv", rows)
+        since += time.perf_counter() - now  # evaluating and saving is no training time
+    bar.close()
+
+    # -------------------------------------------------------------------------------------------------- finish
+    guesses = guesses_before, guess(accelerator.unwrap_model(model), sentences, tokenizer)
+    if main:
+        save_model(folder / "final", bert, tokenizer)
+        shutil.rmtree(folder / "last", ignore_errors=True)  # final/ is newer
+    accelerator.end_training()
+    say(closing_words(before, evaluation, found, sentences, guesses, tokenizer, folder / "final"))
+
+
+def split(batch: data.Batch, micro_batch_tokens: int, device: torch.device) -> Iterator[tuple[dict, torch.Tensor]]:
+    """Cuts packed rows into micro-batches of at most so many tokens, or one row: the model's inputs and its targets.
+
+    The targets (masked,) are the tokens to predict, at the inputs' `masked` positions of the flattened rows.
+    """
+    rows, width = batch.labels.shape
+    rows_each = max(1, micro_batch_tokens // width)
+    for start in range(0, rows, rows_each):
+        input_ids, position_ids, sequence_ids, labels = (array[start : start + rows_each] for array in batch)
+        masked = np.flatnonzero(labels != data.IGNORED)
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "sequence_ids": sequence_ids, "masked": masked}
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+        yield tensors, torch.from_numpy(labels.reshape(-1)[masked]).to(device)
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    chunks: data.Chunks,
+    vocabulary: data.Vocabulary,
+    config: Config,
+) -> Evaluation:
+    """Loss and accuracy on every chunk once, over all devices, always with BERT's own masking and fixed masks."""
+    model = accelerator.unwrap_model(model).eval()
+    totals = np.zeros(3)  # summed loss, right guesses, masked tokens
+    mine = np.arange(accelerator.process_index, chunks.number, accelerator.num_processes)
+    for start in range(0, len(mine), EVALUATION_CHUNKS):
+        batch, _ = data.masked_batch(chunks, mine[start : start + EVALUATION_CHUNKS], vocabulary, ROW_TOKENS)
+        for inputs, targets in split(batch, config.micro_batch_tokens, accelerator.device):
+            logits = model(**inputs).float()  # (masked, vocabulary)
+            right = (logits.argmax(-1) == targets).sum()
+            totals += F.cross_entropy(logits, targets, reduction="sum").item(), right.item(), len(targets)
+    loss_sum, right, masked = accelerator.reduce(torch.tensor(totals, device=accelerator.device)).tolist()
+    return Evaluation(loss_sum / masked, right / masked, int(masked))
+
+
+def learning_rate_at(step: int, config: Config) -> float:
+    """Linear warm-up to `learning_rate`, then linear decay; the first step trains already, the last one still does."""
+    warmup, total = int(config.num_warmup_steps), config.max_steps
+    share = (step + 1) / warmup if step < warmup else (total - step) / max(1, total - warmup)
+    return config.learning_rate * share
+
+
+def resolve(config: Config, steps_per_epoch: int, precision: str) -> Config:
+    """Replaces every setting that stands for another value by that value; raises UserError where they do not fit."""
+    total_steps = config.max_steps or config.num_epochs * steps_per_epoch
+    share = config.num_warmup_steps
+    warmup_steps = round(share * total_steps) if share < 1 else share
+    if warmup_steps > total_steps:
+        raise UserError(f"num_warmup_steps: {warmup_steps:g} is more than the {total_steps} steps of num_epochs")
+    usual = SCRATCH_SIZES[config.scratch_size][2] if config.scratch_size else 3e-5
+    return replace(
+        config,
+        max_steps=total_steps,
+        num_warmup_steps=warmup_steps,
+        learning_rate=config.learning_rate or usual,
+        eval_every=config.eval_every or steps_per_epoch,
+        save_every=config.save_every or steps_per_epoch,
+        micro_batch_tokens=config.micro_batch_tokens or default_micro_batch_tokens(),
+        mixed_precision=precision,
+    )
+
+
+@contextmanager
+def run_folder(config: Config, main_process: bool) -> Iterator[Path]:
+    """Makes the run's own folder, and removes it again if the run ends before it has measured anything.
+
+    Raises UserError where `run_name` is taken or the folder cannot be made.
+    """
+    model = "demo" if config.demo else re.sub(r"[^\w.-]+", "-", config.initial_pretrain_model.rstrip("/").split("/")[-1])
+    folder = Path(config.path_model_save) / (config.run_name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}"))
+    if main_process:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise UserError(f"run_name: {folder} exists already; choose another name, or remove it") from None
+        except OSError as error:
+            raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from None
+    folder = broadcast_object_list([folder])[0]
+    try:
+        yield folder
+    finally:
+        if main_process and not (folder / "metrics.csv").exists():
+            shutil.rmtree(folder)
+
+
+def main(config: Config) -> None:
+    """Sets up the devices and runs the job. Raises UserError."""
+    transformers.logging.set_verbosity_error()  # what it would warn of is said by load_model
+    trackers = [] if config.tracker == "none" else [config.tracker]
+    if unknown := set(trackers) - {str(tracker) for tracker in get_available_trackers()}:
+        raise UserError(f"tracker: {unknown.pop()} is not installed, or not one that accelerate knows")
+    with run_folder(config, main_process=PartialState().is_main_process) as folder:
+        train(config, Accelerator(mixed_precision=choose_precision(config), log_with=trackers, project_dir=folder), folder)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(settings)

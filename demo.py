@@ -13,7 +13,7 @@ ENOUGH_PARAGRAPHS = 5000  # fewer mean that this Python ships without its docume
 
 
 def write_corpus(folder: Path) -> None:
-    """Writes train.txt and test.txt: the distinct paragraphs of the documentation, one a line, every 20th for testing."""
+    """Writes train.txt and test.txt: the documentation's distinct paragraphs, one a line, every 20th for testing."""
     library = Path(sysconfig.get_path("stdlib"))
     source = "the topics and docstrings of your Python's standard library"
     paragraphs = _distinct_paragraphs(chain(_topics(library / "pydoc_data" / "topics.py"), _docstrings(library)))

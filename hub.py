@@ -1,4 +1,4 @@
-"""Checkpoints and data sets by name: a local folder, the local cache or the Hugging Face Hub, or a plain word why not."""
+"""Checkpoints and data sets by name: a local folder, the local cache or the Hub, or a plain word why not."""
 
 import threading
 from functools import cache
@@ -14,44 +14,40 @@ PROBE_SECONDS = 5  # a Hub that has not answered by then is out of reach
 
 @cache
 def locate(name: str, setting: str, file: str = "config.json", repo_type: str = "model") -> bool:
-    """Whether `name` must be loaded without the network (`local_files_only`): a folder, or cached with no Hub in reach.
+    """Whether to load `name` with `local_files_only`: it is a folder, or cached while the Hub is out of reach.
 
     The libraries retry for half a minute a file when the Hub cannot be reached; this asks once, for `file`.
     Raises UserError, which names `setting`, where `name` is no folder and neither the Hub nor the cache has it.
     """
     if Path(name).is_dir():
         return True
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{setting}: there is no folder {name}")
     try:
         cached = isinstance(try_to_load_from_cache(name, file, repo_type=repo_type), str)
     except HFValidationError:
-        raise UserError(f"{setting}: {name!r} is neither a folder nor a name the Hugging Face Hub could have") from None
-    answer = _ask_hub(hf_hub_url(name, file, repo_type=repo_type))
-    if answer is None:
-        return False
+        raise UserError(f"{setting}: {name!r} is no folder, and no name the Hugging Face Hub could have") from None
+    hub = constants.ENDPOINT
+    answer = _ask(hf_hub_url(name, file, repo_type=repo_type))
+    if answer is None or cached:
+        return answer is not None
     if isinstance(answer, GatedRepoError):
-        raise UserError(f"{setting}: {name} is gated; accept its terms at {constants.ENDPOINT}/{name}, then `hf auth login`")
-    if isinstance(answer, RepositoryNotFoundError):
+        raise UserError(f"{setting}: {name} is gated: accept its terms at {hub}/{name}, then run `hf auth login`")
+    if isinstance(answer, RepositoryNotFoundError | EntryNotFoundError):
         raise UserError(
-            f"{setting}: {constants.ENDPOINT} has no {repo_type} {name!r}, and there is no such folder here; "
-            "check the spelling, or run `hf auth login` if it is private"
+            f"{setting}: there is no folder {name}, and {hub} has no {repo_type} of that name with a {file}; check the "
+            "spelling, or run `hf auth login` if it is private"
         )
-    if isinstance(answer, EntryNotFoundError):
-        raise UserError(f"{setting}: {name} on {constants.ENDPOINT} has no {file}, so transformers cannot load it")
-    if cached:
-        return True
     raise UserError(
-        f"{setting}: the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached, and {name} is not in the local cache.\n"
-        "Ways out:\n"
+        f"{setting}: {name} is no folder and not in the local cache, and the Hub ({hub}) cannot be reached. Ways out:\n"
         "  a mirror         HF_ENDPOINT=https://your.mirror python train.py\n"
         f"  a local folder   python train.py --{setting} path/to/folder\n"
         "  no download      python train.py --demo"
     )
 
 
-def _ask_hub(url: str) -> Exception | None:
-    """None where the Hub has the file, else what went wrong. In a thread, as finding a host's address knows no limit."""
+def _ask(url: str) -> Exception | None:
+    """None where the Hub has the file, else what went wrong. In a thread: looking up a host knows no time limit."""
     answer: list[Exception | None] = [TimeoutError()]
 
     def ask():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerBase
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from Config import SCRATCH_SIZES, Config, UserError
@@ -46,11 +46,9 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
         shape = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64}
         bert_config = BertConfig(vocab_size=vocabulary_size, intermediate_size=4 * hidden, pad_token_id=pad_id, **shape)
     else:
-        bert_config = _load(BertConfig, name)
-        # PreTrainedConfig.get_config_dict tells the model's own type; BertConfig would read any.
-        kind = BertConfig.get_config_dict(name, local_files_only=locate(name, "initial_pretrain_model"))[0]["model_type"]
-        if kind != "bert" or bert_config.is_decoder:
-            raise UserError(f"initial_pretrain_model: {name} is a {kind} model, not a BERT encoder, and only BERT is trained")
+        bert_config = _load(AutoConfig, name)
+        if bert_config.model_type != "bert" or bert_config.is_decoder:
+            raise UserError(f"initial_pretrain_model: {name} is no BERT encoder but {bert_config.model_type}")
     _check_fit(config, bert_config, vocabulary_size)
 
     if config.scratch_size:
@@ -60,9 +58,9 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
         model, loading = _load(BertForMaskedLM, name, output_loading_info=True)
         if any(key.startswith("cls.predictions") for key in loading["missing_keys"]):
             warnings.append(
-                f"warning: {name} has no masked-language-model head; a random one takes its place, so the first loss is "
-                "near ln(vocabulary size) and training must first learn the head. Many sentence-embedding and fine-tuned "
-                "checkpoints are such; the one they were made from usually has a head"
+                f"warning: {name} has no masked-language-model head. A random one takes its place: the first loss is near "
+                "ln(vocabulary size), and training must learn the head before it helps the rest. Most sentence-embedding "
+                "and fine-tuned models are so; the checkpoint they were made from usually has the head"
             )
         encoder, loading = _load(BertModel, name, output_loading_info=True)
         if not any(key.startswith("pooler") for key in loading["missing_keys"]):
@@ -78,12 +76,14 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
 
 
 def _load(kind, name, **options):
-    if kind is not BertConfig:
+    if kind is not AutoConfig:
         options |= {"dtype": torch.float32, "attn_implementation": "sdpa"}  # not the dtype the checkpoint was saved in
     try:
         return kind.from_pretrained(name, local_files_only=locate(name, "initial_pretrain_model"), **options)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises whatever the file at fault made it raise
-        reason = str(error).strip().splitlines()[0]
+        reason = f"{error}".partition("\n")[0]
         raise UserError(f"initial_pretrain_model: {name} holds no BERT that loads: {reason}") from None
 
 
@@ -91,9 +91,9 @@ def _check_fit(config, bert_config, vocabulary_size):
     spare = bert_config.vocab_size - vocabulary_size
     if not 0 <= spare < 128:  # some models round their vocabulary up to a multiple of 64 or 128
         raise UserError(
-            f"initial_pretrain_tokenizer, initial_pretrain_model: the tokenizer {config.initial_pretrain_tokenizer} has "
-            f"{vocabulary_size:,} tokens, the model {config.initial_pretrain_model} {bert_config.vocab_size:,}; they do "
-            "not belong together. Set both to the same name"
+            f"initial_pretrain_tokenizer, initial_pretrain_model: {config.initial_pretrain_tokenizer} has a vocabulary "
+            f"of {vocabulary_size:,}, {config.initial_pretrain_model} of {bert_config.vocab_size:,}: they do not belong "
+            "together; set both to the same name"
         )
     if config.sen_max_length > bert_config.max_position_embeddings:
         raise UserError(

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +31,7 @@ class Evaluation(NamedTuple):
         return {"eval_loss": self.loss, "perplexity": self.perplexity, "masked_accuracy": self.accuracy}
 
     def __str__(self) -> str:
-        return f"perplexity {self.perplexity:,.2f}, masked accuracy {self.accuracy:.1%} on {self.masked_tokens:,} tokens"
+        return f"perplexity {self.perplexity:,.2f}, masked accuracy {self.accuracy:.1%}, {self.masked_tokens:,} tokens"
 
 
 def perplexity(loss: float) -> float:
@@ -56,20 +58,21 @@ class Sentence(NamedTuple):
     place: int
 
 
-def choose_sentences(chunks: list[list[int]], tokenizer: PreTrainedTokenizerBase, number: int = 5) -> list[Sentence]:
-    """Up to `number` of the chunks, spread evenly, each with a whole word in its middle to mask."""
+def choose_sentences(
+    chunks: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase, number: int = 5
+) -> list[Sentence]:
+    """Up to `number` short ones of the chunks, spread evenly, each with a whole word near its middle to mask."""
     sentences = []
     for ids in chunks:
-        tokens = tokenizer.convert_ids_to_tokens(ids) + [""]
+        tokens = [*tokenizer.convert_ids_to_tokens(ids), ""]
         words = [
             place
-            for place, (token, after) in enumerate(zip(tokens, tokens[1:], strict=False))
+            for place, (token, after) in enumerate(pairwise(tokens))
             if token.isalpha() and (len(token) > 3 or not token.isascii()) and not after.startswith("##")
         ]
         if 8 <= len(ids) <= 24 and words and tokenizer.unk_token not in tokens:
             sentences.append(Sentence(ids, words[len(words) // 2]))
-    step = max(1, len(sentences) // number)
-    return sentences[::step][:number]
+    return sentences[:: max(1, len(sentences) // number)][:number]
 
 
 @torch.no_grad()
@@ -78,9 +81,10 @@ def guess(model: torch.nn.Module, sentences: list[Sentence], tokenizer: PreTrain
     device, guesses = next(model.parameters()).device, []
     model.eval()
     for ids, place in sentences:
-        hidden = ids[:place] + [tokenizer.mask_token_id] + ids[place + 1 :]
-        input_ids = torch.tensor([[tokenizer.cls_token_id, *hidden, tokenizer.sep_token_id]], device=device)  # (1, width)
-        positions = torch.arange(input_ids.shape[1], device=device)[None]
+        ids = [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+        ids[place + 1] = tokenizer.mask_token_id
+        input_ids = torch.tensor([ids], device=device)  # (1, width)
+        positions = torch.arange(len(ids), device=device)[None]
         logits = model(input_ids, positions, torch.ones_like(input_ids), torch.tensor([place + 1], device=device))
         shares, best = logits[0].float().softmax(-1).topk(3)
         words = tokenizer.convert_ids_to_tokens(best.tolist())
@@ -88,31 +92,38 @@ def guess(model: torch.nn.Module, sentences: list[Sentence], tokenizer: PreTrain
     return guesses
 
 
-def closing_words(
-    before: Evaluation,
-    after: Evaluation,
-    found: dict,
-    sentences: list[Sentence],
-    guesses: tuple[list[str], list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-) -> str:
-    """The end of the log: figures and guesses before and after, and where the model is."""
+def closing_words(before: Evaluation, after: Evaluation, found: dict, predictions: list[str], model: Path) -> str:
+    """The end of the log: the figures before and after, the guesses before and after, and where the model is."""
     tokens_per_character = found["test"]["tokens"] / found["test"]["characters"]
-    lines = [f"{'':<22}{'before':>12}{'after':>12}"]
-    lines.append(f"{'perplexity':<22}{before.perplexity:>12,.2f}{after.perplexity:>12,.2f}")
-    lines.append(f"{'masked accuracy':<22}{before.accuracy:>12.1%}{after.accuracy:>12.1%}")
-    nats = [evaluation.loss * tokens_per_character for evaluation in (before, after)]
-    lines.append(f"{'nats per character':<22}{nats[0]:>12.3f}{nats[1]:>12.3f}")
-    unigram = found["unigram_perplexity"]
-    lines.append(f"unigram perplexity of the same test text: {unigram:,.2f} (after / unigram = {after.perplexity / unigram:.2f})")
-    lines.append("Perplexities compare only between runs with the same tokenizer and sen_max_length; else compare nats.")
-    for sentence, old, new in zip(sentences, *guesses, strict=True):
-        tokens = tokenizer.convert_ids_to_tokens(sentence.ids)
-        answer, tokens[sentence.place] = tokens[sentence.place], tokenizer.mask_token
-        lines.append(f"\n  {tokenizer.convert_tokens_to_string(tokens)}   ({answer})")
-        lines.append(f"    before  {old}\n    after   {new}")
+    both, unigram = (before, after), found["unigram_perplexity"]
+    lines = [
+        f"{'':<22}{'before':>12}{'after':>12}",
+        f"{'perplexity':<22}" + "".join(f"{evaluation.perplexity:>12,.2f}" for evaluation in both),
+        f"{'masked accuracy':<22}" + "".join(f"{evaluation.accuracy:>12.1%}" for evaluation in both),
+        f"{'nats per character':<22}"
+        + "".join(f"{evaluation.loss * tokens_per_character:>12.3f}" for evaluation in both),
+        f"{'unigram perplexity':<22}{unigram:>12,.2f}{f'after / unigram = {after.perplexity / unigram:.2f}':>28}",
+        "(Perplexities compare between runs with the same tokenizer and sen_max_length; otherwise compare nats.)",
+        *predictions,
+    ]
     if after.loss >= before.loss:
-        lines.append("\nwarning: training did not lower the test loss; the starting model serves this text as well")
-    lines.append(f'\nThe model: {folder}\n  from transformers import pipeline; pipeline("fill-mask", model="{folder}")')
+        lines.append("\nwarning: the test loss did not fall; the starting model serves this text as well")
+    lines.append(
+        f"\nThe model is in {model}. To try it:\n  python -c 'from transformers import pipeline; "
+        f'print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))\''
+    )
     return "\n".join(lines)
+
+
+def compare_guesses(
+    sentences: list[Sentence], before: list[str], after: list[str], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Each sentence with its masked word, and the guesses before and after training."""
+    lines = []
+    for (ids, place), old, new in zip(sentences, before, after, strict=True):
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        answer, tokens[place] = tokens[place], tokenizer.mask_token
+        lines.append(
+            f"\n  {tokenizer.convert_tokens_to_string(tokens)}   ({answer})\n    before  {old}\n    after   {new}"
+        )
+    return lines

@@ -1,7 +1,7 @@
 """Continue a BERT's masked-language-model pre-training on your own text: prepare, baseline, train, evaluate, save."""
 
 from Config import SCRATCH_SIZES, Config, UserError, describe, parse_flags, plain_errors
-from machine import choose_devices, choose_precision, default_micro_batch_tokens, hints
+from machine import choose_devices, choose_precision, hints, micro_batch_tokens
 
 if __name__ == "__main__":  # before the imports that take seconds: --help and wrong settings are answered at once
     with plain_errors():
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
@@ -31,7 +31,18 @@ from tqdm import tqdm
 import data_process as data
 from demo import write_corpus
 from model import PackedMaskedLM, load_model, save_model
-from report import Evaluation, choose_sentences, closing_words, guess, perplexity, write_json, write_metrics
+from report import (
+    Evaluation,
+    choose_sentences,
+    closing_words,
+    compare_guesses,
+    guess,
+    perplexity,
+    write_json,
+    write_metrics,
+)
+from text import find_text
+from vocabulary import Vocabulary, load_tokenizer, read_vocabulary
 
 ROW_TOKENS = 256  # chunks are packed into rows of this length, or of the longest chunk
 EVALUATION_CHUNKS = 256  # chunks packed together in an evaluation
@@ -54,9 +65,9 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     with accelerator.main_process_first():  # the others find the text tokenized
         if config.demo and main:
             write_corpus(Path(config.path_datasets))
-        text = data.find_text(config)
-        tokenizer = data.load_tokenizer(config, text)
-        vocabulary = data.read_vocabulary(tokenizer)
+        text = find_text(config)
+        tokenizer = load_tokenizer(config, text.train, text.digest)
+        vocabulary = read_vocabulary(tokenizer)
         chunks, test_chunks, found = data.prepare(config, text, tokenizer, vocabulary)
     bert, warnings = load_model(config, vocabulary.size, vocabulary.pad_id)
     steps_per_epoch = math.ceil(chunks.number / config.batch_size)
@@ -92,17 +103,17 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     say(f"before training: {before}")
     rows = [{"step": 0, "epoch": 0, **before.columns()}]
     if main:
-        record = {"settings": asdict(config), "derived": derived, "versions": {name: version(name) for name in PACKAGES}}
-        write_json(folder / "settings.json", record)
+        versions = {name: version(name) for name in PACKAGES}
+        write_json(folder / "settings.json", {"settings": asdict(config), "derived": derived, "versions": versions})
         write_metrics(folder / "metrics.csv", rows)
     if accelerator.log_with:
         accelerator.init_trackers("tensorboard")
         accelerator.log(before.columns(), step=0)
 
     # --------------------------------------------------------------------------------------------------- train
-    best_loss, skipped_in_a_row = math.inf, 0
+    best_loss, skipped_in_a_row, logged = math.inf, 0, 0
     patience = HOPELESS_STEPS + (FP16_HALVINGS if accelerator.scaler is not None else 0)
-    seen, since = np.zeros(3), time.perf_counter()  # summed loss, masked tokens and tokens since the last line in the log
+    seen, since = np.zeros(3), time.perf_counter()  # loss sum, masked tokens and tokens since the last log line
     bar = tqdm(total=config.max_steps, unit="step", disable=not (main and sys.stderr.isatty()))
     for step in range(config.max_steps):
         epoch, place = divmod(step, steps_per_epoch)
@@ -142,8 +153,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
             if main:
                 save_model(folder / "last", bert, tokenizer)
             raise UserError(
-                f"{patience} steps in a row, the last of them step {done}, had no finite loss and gradient; the weights "
-                f"before them are in {folder / 'last'}. Most often learning_rate, {config.learning_rate:g}, is too high"
+                f"learning_rate: {patience} steps in a row, up to step {done}, had no finite loss and gradient, most often "
+                f"since {config.learning_rate:g} is too high. The weights before them are in {folder / 'last'}"
             )
 
         # ----------------------------------------------------------------------------- log, evaluate, save
@@ -151,16 +162,16 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         bar.update()
         if (done % config.log_every == 0 or finished) and seen[1]:
             row = {"train_loss": seen[0] / seen[1], "lr": learning_rate, "tokens_per_s": seen[2] / (now - since)}
-            left = (now - since) / min(done, config.log_every) * (config.max_steps - done)
-            line = "loss {train_loss:.3f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s".format(**row)
-            line += f"  perplexity {perplexity(row['train_loss']):,.1f}"
-            say(f"step {done}/{config.max_steps}  epoch {done / steps_per_epoch:.2f}  {line}  {tqdm.format_interval(left)} left")
+            left = tqdm.format_interval((now - since) / (done - logged) * (config.max_steps - done))
+            line = "loss {train_loss:.3f}, perplexity {0:,.1f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s"
+            line = line.format(perplexity(row["train_loss"]), **row)
+            say(f"step {done}/{config.max_steps}, epoch {done / steps_per_epoch:.2f}: {line}, {left} left")
             bar.set_postfix_str(line)
-            seen, since = np.zeros(3), now
+            seen, since, logged = np.zeros(3), now, done
         if done % config.eval_every == 0 or finished:
             evaluation = evaluate(accelerator, model, test_chunks, vocabulary, config)
             row |= evaluation.columns()
-            say(f"step {done}/{config.max_steps}  test: {evaluation}")
+            say(f"step {done}/{config.max_steps}, test: {evaluation}")
             if main and evaluation.loss < best_loss:
                 save_model(folder / "best", bert, tokenizer)
             best_loss = min(best_loss, evaluation.loss)
@@ -175,12 +186,13 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     bar.close()
 
     # -------------------------------------------------------------------------------------------------- finish
-    guesses = guesses_before, guess(accelerator.unwrap_model(model), sentences, tokenizer)
+    guesses_after = guess(accelerator.unwrap_model(model), sentences, tokenizer)
     if main:
         save_model(folder / "final", bert, tokenizer)
         shutil.rmtree(folder / "last", ignore_errors=True)  # final/ is newer
     accelerator.end_training()
-    say(closing_words(before, evaluation, found, sentences, guesses, tokenizer, folder / "final"))
+    predictions = compare_guesses(sentences, guesses_before, guesses_after, tokenizer)
+    say(closing_words(before, evaluation, found, predictions, folder / "final"))
 
 
 def split(batch: data.Batch, micro_batch_tokens: int, device: torch.device) -> Iterator[tuple[dict, torch.Tensor]]:
@@ -203,7 +215,7 @@ def evaluate(
     accelerator: Accelerator,
     model: torch.nn.Module,
     chunks: data.Chunks,
-    vocabulary: data.Vocabulary,
+    vocabulary: Vocabulary,
     config: Config,
 ) -> Evaluation:
     """Loss and accuracy on every chunk once, over all devices, always with BERT's own masking and fixed masks."""
@@ -242,20 +254,25 @@ def resolve(config: Config, steps_per_epoch: int, precision: str) -> Config:
         learning_rate=config.learning_rate or usual,
         eval_every=config.eval_every or steps_per_epoch,
         save_every=config.save_every or steps_per_epoch,
-        micro_batch_tokens=config.micro_batch_tokens or default_micro_batch_tokens(),
+        micro_batch_tokens=config.micro_batch_tokens or micro_batch_tokens(),
         mixed_precision=precision,
     )
 
 
 @contextmanager
-def run_folder(config: Config, main_process: bool) -> Iterator[Path]:
+def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
     """Makes the run's own folder, and removes it again if the run ends before it has measured anything.
 
     Raises UserError where `run_name` is taken or the folder cannot be made.
     """
-    model = "demo" if config.demo else re.sub(r"[^\w.-]+", "-", config.initial_pretrain_model.rstrip("/").split("/")[-1])
-    folder = Path(config.path_model_save) / (config.run_name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}"))
-    if main_process:
+    model = "demo" if config.demo else re.sub(r"[^\w.-]+", "-", Path(config.initial_pretrain_model).name)
+    name = config.run_name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}")
+    folder = Path(config.path_model_save) / name
+    if accelerator.is_main_process:
+        taken = 1
+        while folder.exists() and not config.run_name:  # two runs in one second
+            taken += 1
+            folder = folder.with_name(f"{name}-{taken}")
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -266,18 +283,22 @@ def run_folder(config: Config, main_process: bool) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if main_process and not (folder / "metrics.csv").exists():
+        if accelerator.is_main_process and not (folder / "metrics.csv").exists():
             shutil.rmtree(folder)
 
 
 def main(config: Config) -> None:
-    """Sets up the devices and runs the job. Raises UserError."""
+    """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError."""
     transformers.logging.set_verbosity_error()  # what it would warn of is said by load_model
-    trackers = [] if config.tracker == "none" else [config.tracker]
-    if unknown := set(trackers) - {str(tracker) for tracker in get_available_trackers()}:
-        raise UserError(f"tracker: {unknown.pop()} is not installed, or not one that accelerate knows")
-    with run_folder(config, main_process=PartialState().is_main_process) as folder:
-        train(config, Accelerator(mixed_precision=choose_precision(config), log_with=trackers, project_dir=folder), folder)
+    transformers.logging.disable_progress_bar()
+    tracker = None if config.tracker == "none" else config.tracker
+    if tracker and tracker not in map(str, get_available_trackers()):
+        raise UserError(f"tracker: {tracker} is not installed, or not one that accelerate knows")
+    precision = choose_precision(config)
+    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=config.path_model_save)
+    with run_folder(config, accelerator) as folder:
+        accelerator.project_configuration.logging_dir = str(folder)
+        train(config, accelerator, folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Law 8: a wrong setting is said plainly, with its name, before anything heavy is imported."""
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from Config import Config, UserError, parse_flags
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 0}, ["batch_size"]),
+        ({"batch_size": "32"}, ["batch_size"]),
+        ({"batch_size": 1.5}, ["batch_size"]),
+        ({"num_epochs": True}, ["num_epochs"]),
+        ({"num_epochs": None}, ["num_epochs"]),
+        ({"max_steps": 0}, ["max_steps"]),
+        ({"learning_rate": 0.0}, ["learning_rate"]),
+        ({"learning_rate": float("nan")}, ["learning_rate"]),
+        ({"learning_rate": float("inf")}, ["learning_rate"]),
+        ({"num_warmup_steps": -1}, ["num_warmup_steps"]),
+        ({"num_warmup_steps": 2.5}, ["num_warmup_steps"]),
+        ({"num_warmup_steps": 20, "max_steps": 10}, ["num_warmup_steps", "max_steps"]),
+        ({"weight_decay": float("nan")}, ["weight_decay"]),
+        ({"max_grad_norm": 0}, ["max_grad_norm"]),
+        ({"hidden_dropout": 1.0}, ["hidden_dropout"]),
+        ({"attention_dropout": None}, ["attention_dropout"]),
+        ({"mlm_probability": 0}, ["mlm_probability"]),
+        ({"mlm_probability": 1.1}, ["mlm_probability"]),
+        ({"mask_replace_prob": 0.9, "random_replace_prob": 0.2}, ["mask_replace_prob", "random_replace_prob"]),
+        ({"mask_replace_prob": float("nan")}, ["mask_replace_prob"]),
+        ({"test_fraction": 0.0}, ["test_fraction"]),
+        ({"test_fraction": 1.0}, ["test_fraction"]),
+        ({"sen_max_length": 2}, ["sen_max_length"]),
+        ({"vocab_size": 5}, ["vocab_size"]),
+        ({"seed": -1}, ["seed"]),
+        ({"seed": 2**63}, ["seed"]),
+        ({"log_every": 0, "eval_every": 0}, ["log_every", "eval_every"]),  # all that is wrong, at once
+        ({"mixed_precision": "fp8"}, ["mixed_precision"]),
+        ({"initial_pretrain_model": "scratch:huge"}, ["initial_pretrain_model"]),
+        ({"initial_pretrain_model": " "}, ["initial_pretrain_model"]),
+        ({"initial_pretrain_tokenizer": "corpus"}, ["initial_pretrain_tokenizer", "initial_pretrain_model"]),
+        ({"initial_pretrain_tokenizer": "scratch:mini"}, ["initial_pretrain_tokenizer"]),
+        ({"path_datasets": ""}, ["path_datasets"]),
+        ({"path_model_save": "a\0b"}, ["path_model_save"]),
+        ({"cuda_visible_devices": "0,,1"}, ["cuda_visible_devices"]),
+        ({"run_name": "a/b"}, ["run_name"]),
+        ({"run_name": ".."}, ["run_name"]),
+        ({"run_name": ""}, ["run_name"]),
+        ({"tracker": ""}, ["tracker"]),
+    ],
+)
+def test_wrong_settings_are_named(changes, named):
+    with pytest.raises(UserError) as error:
+        Config(**changes)
+    for name in named:
+        assert re.search(rf"\b{name}\b", str(error.value))
+    accused = {name for line in str(error.value).splitlines() for name in line.partition(":")[0].split(", ")}
+    assert accused <= set(named)
+
+
+def test_every_field_is_a_flag_with_its_comment_as_help():
+    help_text = run("--help").stdout
+    for field in fields(Config):
+        assert f"--{field.name}" in help_text
+    for comment in comments().values():
+        assert comment.split(";")[0].split("(")[0].split()[0] in help_text
+
+
+def test_flags_change_settings_and_leave_the_rest():
+    config = parse_flags(["--num_epochs", "5", "--run_name", "mine", "--whole_words_mask"])
+    assert config == Config(num_epochs=5, run_name="mine", whole_words_mask=True)
+
+
+def test_a_flag_beside_demo_wins():
+    assert parse_flags(["--demo", "--num_epochs", "1"]).num_epochs == 1
+    assert parse_flags(["--demo"]).initial_pretrain_tokenizer == "corpus"
+
+
+def run(*flags):
+    return subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--batch_size", "0"], "error: batch_size: must be 1 or more, not 0"),
+        (["--batch_size", "many"], "--batch_size"),
+        (["--batchsize", "3"], "--batchsize"),
+        (["--mixed_precision", "int8"], "--mixed_precision"),
+    ],
+)
+def test_wrong_flags_end_with_status_2_and_no_traceback(flags, said):
+    result = run(*flags)
+    assert result.returncode == 2
+    assert said in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_flags_are_answered_before_torch_is_imported():
+    source = "import sys; sys.argv += ['--help']\ntry: import runpy; runpy.run_path('train.py', run_name='__main__')\n"
+    source += "except SystemExit: pass\nassert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()"
+    assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def comments() -> dict[str, str]:
+    """Each field's comment, read from the source."""
+    lines = (ROOT / "Config.py").read_text(encoding="utf-8").splitlines()
+    [config] = [node for node in ast.parse("\n".join(lines)).body if getattr(node, "name", "") == "Config"]
+    named = [node for node in config.body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: lines[node.lineno - 1].split("  # ")[1] for node in named}
+
+
+def settings_table() -> str:
+    """The README's table of settings. After a change of Config.py: python tests/test_config.py"""
+    rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for field in fields(Config):
+        default = "unset" if field.default is None else f"`{field.default!r}`".replace("'", '"')
+        meaning = comments()[field.name].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+        rows.append(f"| `{field.name}` | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
+def test_readme_has_the_table_of_settings():
+    assert settings_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.compile(r"\| setting \|.*?(?=\n\n)", re.DOTALL)
+    (ROOT / "README.md").write_text(table.sub(lambda _: settings_table(), readme), encoding="utf-8")

@@ -1,0 +1,139 @@
+"""Law 1: the masking is BERT's. Law 6: evaluation masks depend on a chunk's own tokens alone."""
+
+from math import sqrt
+
+import numpy as np
+import pytest
+
+from data_process import BERT_RULE, IGNORED, MaskRule, content_keys, epoch_order, mask, noise
+
+SIGMAS = 5  # a counted share lies so many standard deviations around the true one with probability 1 - 6e-7
+
+
+def assert_share(hits: int, trials: int, share: float) -> None:
+    assert abs(hits / trials - share) <= SIGMAS * sqrt(share * (1 - share) / trials), (hits / trials, share)
+
+
+def chunks_of(length: int, number: int, vocabulary, seed: int = 0):
+    """Random ordinary tokens: `number` chunks of `length`."""
+    tokens = np.random.default_rng(seed).choice(vocabulary.ordinary_ids, length * number)
+    return tokens, np.full(number, length)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 30, 126])
+def test_chosen_share_of_a_chunk_of_n_tokens(vocabulary, length):
+    p, number = 0.15, 200_000 // length
+    tokens, lengths = chunks_of(length, number, vocabulary)
+    _, labels = mask(tokens, lengths, noise(1, np.arange(number)), vocabulary, BERT_RULE)
+    chosen = (labels != IGNORED).reshape(number, length)
+    assert chosen.any(axis=1).all()  # every chunk teaches
+    assert np.array_equal(labels[labels != IGNORED], tokens[labels != IGNORED])
+    assert_share(int(chosen.sum()), chosen.size, p + (1 - p) ** length / length)
+    for column in range(0, length, max(1, length // 5)):  # no position is preferred
+        assert_share(int(chosen[:, column].sum()), number, p + (1 - p) ** length / length)
+
+
+def test_tokens_are_chosen_independently(vocabulary):
+    tokens, lengths = chunks_of(100, 5000, vocabulary)
+    _, labels = mask(tokens, lengths, noise(2, np.arange(5000)), vocabulary, BERT_RULE)
+    chosen = (labels != IGNORED).reshape(5000, 100)
+    for distance in (1, 2, 7, 50):
+        both = chosen[:, :-distance] & chosen[:, distance:]
+        assert_share(int(both.sum()), both.size, 0.15**2)
+
+
+def test_eighty_ten_ten_and_what_random_tokens_are(vocabulary):
+    tokens, lengths = chunks_of(100, 20_000, vocabulary)
+    input_ids, labels = mask(tokens, lengths, noise(3, np.arange(20_000)), vocabulary, BERT_RULE)
+    chosen = labels != IGNORED
+    assert np.array_equal(input_ids[~chosen], tokens[~chosen])
+    masked = chosen & (input_ids == vocabulary.mask_id)
+    replaced = chosen & ~masked & (input_ids != tokens)
+    ordinary = len(vocabulary.ordinary_ids)
+    assert_share(int(masked.sum()), int(chosen.sum()), 0.8)
+    assert_share(int(replaced.sum()), int(chosen.sum()), 0.1 * (1 - 1 / ordinary))  # one draw hits the token itself
+    counts = np.bincount(input_ids[replaced], minlength=vocabulary.size)
+    assert set(np.flatnonzero(counts)) <= set(vocabulary.ordinary_ids.tolist())
+    for token in vocabulary.ordinary_ids:  # all drawn alike
+        assert_share(int(counts[token]), int(replaced.sum()), 1 / ordinary)
+
+
+def test_special_and_unused_tokens_are_never_drawn_and_unknown_may_be_chosen(tokenizer, vocabulary):
+    never = {tokenizer.convert_tokens_to_ids(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    assert not never & set(vocabulary.ordinary_ids.tolist())
+    assert len(vocabulary.ordinary_ids) == vocabulary.size - len(never)
+    tokens, lengths = np.full(10_000, vocabulary.unk_id), np.array([10_000])
+    _, labels = mask(tokens, lengths, noise(4, np.arange(1)), vocabulary, BERT_RULE)
+    assert_share(int((labels == vocabulary.unk_id).sum()), 10_000, 0.15)
+
+
+def test_shares_follow_the_rule(vocabulary):
+    tokens, lengths = chunks_of(100, 2000, vocabulary)
+    rule = MaskRule(probability=0.4, mask_share=0.5, random_share=0.5)
+    input_ids, labels = mask(tokens, lengths, noise(5, np.arange(2000)), vocabulary, rule)
+    chosen = labels != IGNORED
+    assert_share(int(chosen.sum()), tokens.size, 0.4)
+    assert_share(int((input_ids[chosen] == vocabulary.mask_id).sum()), int(chosen.sum()), 0.5)
+    everything = MaskRule(probability=1.0, mask_share=1.0, random_share=0.0)
+    assert (mask(tokens, lengths, noise(5, np.arange(2000)), vocabulary, everything)[0] == vocabulary.mask_id).all()
+
+
+def test_whole_words_share_their_fate(tokenizer, vocabulary):
+    pieces = np.flatnonzero(vocabulary.continues_word)
+    starts = np.setdiff1d(vocabulary.ordinary_ids, pieces)
+    draw = np.random.default_rng(0)
+    word_lengths = draw.integers(1, 5, 60_000)
+    words = [[draw.choice(starts), *draw.choice(pieces, length - 1)] for length in word_lengths]
+    tokens = np.concatenate(words)
+    lengths = np.add.reduceat(word_lengths, np.arange(0, len(words), 20))  # twenty words a chunk
+    rule = MaskRule(whole_words=True)
+    input_ids, labels = mask(tokens, lengths, noise(6, np.arange(len(lengths))), vocabulary, rule)
+    first = np.cumsum(word_lengths) - word_lengths
+    chosen = np.add.reduceat((labels != IGNORED).astype(int), first)
+    assert set(np.unique(chosen / word_lengths)) == {0.0, 1.0}  # no word is partly chosen
+    masked = np.add.reduceat((input_ids == vocabulary.mask_id).astype(int), first)
+    assert set(np.unique(masked / word_lengths)) == {0.0, 1.0}  # 80/10/10 falls on words
+    assert_share(int((chosen > 0).sum()), len(words), 0.15 + 0.85**20 / 20)
+    assert_share(int((masked > 0).sum()), int((chosen > 0).sum()), 0.8)
+    several = np.repeat((word_lengths > 1) & (chosen > 0) & (masked == 0), word_lengths)
+    changed = several & (input_ids != tokens)
+    assert len(np.unique(input_ids[changed])) > 0.9 * len(vocabulary.ordinary_ids)  # pieces are replaced one by one
+
+
+def test_masks_are_the_same_in_any_batch_and_new_in_every_epoch(vocabulary):
+    tokens, lengths = chunks_of(50, 40, vocabulary)
+    keys = noise(42, 2, 0, np.arange(40))
+    together = mask(tokens, lengths, keys, vocabulary, BERT_RULE)
+    for chunk in (0, 7, 39):
+        inside = slice(chunk * 50, chunk * 50 + 50)
+        alone = mask(tokens[inside], lengths[chunk : chunk + 1], keys[chunk : chunk + 1], vocabulary, BERT_RULE)
+        assert np.array_equal(together[0][inside], alone[0]) and np.array_equal(together[1][inside], alone[1])
+    next_epoch = mask(tokens, lengths, noise(42, 2, 1, np.arange(40)), vocabulary, BERT_RULE)
+    both = (together[1] != IGNORED) & (next_epoch[1] != IGNORED)
+    assert_share(int(both.sum()), both.size, 0.15**2)
+
+
+def test_evaluation_masks_depend_on_the_chunk_alone(vocabulary):
+    tokens, lengths = chunks_of(20, 30, vocabulary)
+    keys = content_keys(tokens, lengths)
+    assert len(np.unique(keys)) == 30
+    backwards = np.concatenate(tokens.reshape(30, 20)[::-1])
+    assert np.array_equal(content_keys(backwards, lengths), keys[::-1])
+    changed = tokens.copy()
+    changed[0], changed[1] = changed[1], changed[0]  # the order of tokens counts
+    assert (content_keys(changed, lengths) != keys).sum() == (tokens[0] != tokens[1])
+
+
+def test_noise_is_splitmix64(vocabulary):
+    # First outputs of the published generator for state 0: counter 0 here is its first step.
+    assert int(noise(0)[0]) == 0xE220A8397B1DCDAF
+    assert int(noise(0x9E3779B97F4A7C15)[0]) == 0x6E789E6AA1B965F4
+
+
+def test_epoch_order_is_a_new_permutation_every_epoch_and_seed():
+    orders = [epoch_order(seed, epoch, 1000) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    for order in orders:
+        assert np.array_equal(np.sort(order), np.arange(1000))
+    assert np.array_equal(orders[0], epoch_order(1, 0, 1000))
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (orders[a] == orders[b]).sum() < 10

@@ -1,0 +1,220 @@
+"""Law 3: lines never see each other. Law 7: what comes out is plain BERT. Law 8: what does not fit is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    pipeline,
+)
+
+from Config import UserError
+from data_process import BERT_RULE, IGNORED, mask, noise, pack
+from model import PackedMaskedLM, load_model, save_model
+from train import split
+
+
+def bert_config(vocabulary, **changes):
+    values = {
+        "vocab_size": vocabulary.size,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return BertConfig(**values | changes)
+
+
+def checkpoint(folder, tokenizer, model):
+    """A checkpoint folder as a user would have it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 100, 100_000])
+def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, micro_batch_tokens):
+    torch.manual_seed(0)
+    stock = BertForMaskedLM(bert_config(vocabulary))
+    ours = BertForMaskedLM(bert_config(vocabulary))
+    ours.load_state_dict(stock.state_dict())
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(1, 60, 40)
+    tokens = draw.choice(vocabulary.ordinary_ids, lengths.sum())
+    input_ids, labels = mask(tokens, lengths, noise(0, np.arange(40)), vocabulary, BERT_RULE)
+
+    # The stock model: one chunk a row, padded, the loss a mean over the masked tokens.
+    starts, width = np.cumsum(lengths) - lengths, lengths.max() + 2
+    padded = torch.full((40, int(width)), vocabulary.pad_id)
+    targets, attention = torch.full_like(padded, IGNORED), torch.zeros_like(padded)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        inside = slice(start, start + length)
+        ids = [vocabulary.cls_id, *input_ids[inside].tolist(), vocabulary.sep_id]
+        padded[row, : length + 2] = torch.tensor(ids)
+        targets[row, 1 : length + 1] = torch.from_numpy(labels[inside])
+        attention[row, : length + 2] = 1
+    expected = stock(input_ids=padded, attention_mask=attention, labels=targets).loss
+    expected.backward()
+
+    batch = pack(input_ids, labels, lengths, 128, vocabulary)
+    assert len(batch.labels) < 20  # packed indeed
+    masked_tokens, loss = int((labels != IGNORED).sum()), 0.0
+    for inputs, wanted in split(batch, micro_batch_tokens, torch.device("cpu")):
+        part = F.cross_entropy(PackedMaskedLM(ours)(**inputs), wanted, reduction="sum") / masked_tokens
+        part.backward()
+        loss += part.item()
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    for (name, parameter), (_, reference) in zip(ours.named_parameters(), stock.named_parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_chunk_cannot_see_its_neighbour(vocabulary):
+    model = PackedMaskedLM(BertForMaskedLM(bert_config(vocabulary)).eval())
+    draw = np.random.default_rng(1)
+    lengths = np.array([10, 8])
+    tokens = draw.choice(vocabulary.ordinary_ids, 18)
+    labels = np.where(np.arange(18) < 10, tokens, IGNORED)  # predict the first chunk
+
+    def logits(tokens):
+        (inputs, _), *rest = split(pack(tokens, labels, lengths, 64, vocabulary), 1000, torch.device("cpu"))
+        assert not rest and inputs["input_ids"].shape == (1, 22)
+        return model(**inputs)
+
+    changed = np.concatenate([tokens[:10], draw.choice(vocabulary.ordinary_ids, 8)])
+    torch.testing.assert_close(logits(tokens), logits(changed), atol=1e-6, rtol=0)
+
+
+def test_pack_places_every_chunk_once_between_its_own_cls_and_sep(vocabulary):
+    draw = np.random.default_rng(2)
+    lengths = draw.integers(1, 120, 300)
+    tokens = draw.choice(vocabulary.ordinary_ids, lengths.sum())
+    batch = pack(tokens, tokens, lengths, 256, vocabulary)
+    found = []
+    for row in range(len(batch.labels)):
+        for sequence in range(1, batch.sequence_ids[row].max() + 1):
+            inside = np.flatnonzero(batch.sequence_ids[row] == sequence)
+            assert np.array_equal(inside, np.arange(inside[0], inside[-1] + 1))
+            assert np.array_equal(batch.position_ids[row, inside], np.arange(len(inside)))
+            ids = batch.input_ids[row, inside].tolist()
+            assert ids[0] == vocabulary.cls_id and ids[-1] == vocabulary.sep_id
+            assert batch.labels[row, inside].tolist() == [IGNORED, *ids[1:-1], IGNORED]
+            found.append(tuple(ids[1:-1]))
+    ends = np.cumsum(lengths)
+    assert sorted(found) == sorted(tuple(tokens[end - n : end].tolist()) for end, n in zip(ends, lengths, strict=True))
+    padding = batch.sequence_ids == 0
+    assert (batch.input_ids[padding] == vocabulary.pad_id).all() and (batch.labels[padding] == IGNORED).all()
+    assert batch.labels.shape[1] <= 256 and padding.mean() < 0.05
+
+
+def test_pack_of_nothing_gives_a_zero_loss(vocabulary):
+    nothing = np.zeros(0, dtype=np.int64)
+    [(inputs, targets)] = split(pack(nothing, nothing, nothing, 256, vocabulary), 1000, torch.device("cpu"))
+    model = BertForMaskedLM(bert_config(vocabulary))
+    loss = F.cross_entropy(PackedMaskedLM(model)(**inputs), targets, reduction="sum")
+    loss.backward()
+    assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_the_folder_that_comes_out_is_plain_bert(tmp_path, settings, tokenizer, vocabulary):
+    config = bert_config(vocabulary, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3, layer_norm_eps=1e-7)
+    start = BertForPreTraining(config)
+    folder = checkpoint(tmp_path / "start", tokenizer, start)
+    model, warnings = load_model(
+        settings(initial_pretrain_model=folder, initial_pretrain_tokenizer=folder, hidden_dropout=0.05),
+        vocabulary.size,
+        vocabulary.pad_id,
+    )
+    assert not warnings
+    dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert {p for name, p in dropouts.items() if "attention.self" in name} == {0.0}
+    assert {p for name, p in dropouts.items() if "attention.self" not in name} == {0.05}
+
+    save_model(tmp_path / "out", model, tokenizer)
+    assert not list((tmp_path / "out").glob("*.bin")) and (tmp_path / "out" / "model.safetensors").is_file()
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    original = json.loads((tmp_path / "start" / "config.json").read_text())
+    assert saved.pop("architectures") == ["BertForMaskedLM"] and original.pop("architectures")
+    assert saved == original
+    vocab = (tmp_path / "out" / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    assert vocab == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+    for kind in (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification):
+        loaded, loading = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not [key for key in loading["missing_keys"] if not key.startswith("classifier")]
+    encoder = BertModel.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(encoder.pooler.dense.weight, start.bert.pooler.dense.weight)
+    guesses = pipeline("fill-mask", model=str(tmp_path / "out"))("the patient was given [MASK]")
+    assert len(guesses) == 5
+
+
+def test_missing_head_is_said_loudly_and_a_missing_pooler_stays_missing(tmp_path, settings, tokenizer, vocabulary):
+    folder = checkpoint(tmp_path / "encoder", tokenizer, BertModel(bert_config(vocabulary), add_pooling_layer=False))
+    config = settings(initial_pretrain_model=folder, initial_pretrain_tokenizer=folder)
+    model, [warning] = load_model(config, vocabulary.size, vocabulary.pad_id)
+    assert "has no masked-language-model head" in warning
+    assert model.bert.pooler is None
+
+
+def test_weights_are_trained_in_float32_whatever_they_were_saved_in(tmp_path, settings, tokenizer, vocabulary):
+    folder = checkpoint(tmp_path / "half", tokenizer, BertForMaskedLM(bert_config(vocabulary)).to(torch.bfloat16))
+    config = settings(initial_pretrain_model=folder, initial_pretrain_tokenizer=folder)
+    model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("extra", [-1, 128])
+def test_a_vocabulary_that_does_not_fit_names_both_settings(tmp_path, settings, tokenizer, vocabulary, extra):
+    model = BertForMaskedLM(bert_config(vocabulary, vocab_size=vocabulary.size + extra))
+    folder = checkpoint(tmp_path / "other", tokenizer, model)
+    with pytest.raises(
+        UserError, match="initial_pretrain_tokenizer, initial_pretrain_model: .* do not belong together"
+    ):
+        config = settings(initial_pretrain_model=folder, initial_pretrain_tokenizer=folder)
+        load_model(config, vocabulary.size, vocabulary.pad_id)
+
+
+def test_chunks_longer_than_the_positions_are_refused(settings, vocabulary):
+    with pytest.raises(UserError, match="sen_max_length, initial_pretrain_model: .* 600 .* 512 positions"):
+        load_model(settings(sen_max_length=600), vocabulary.size, vocabulary.pad_id)
+
+
+@pytest.mark.parametrize("wrong", ["roberta", "no weights", "no config", "broken config", "broken weights"])
+def test_what_is_not_bert_or_not_whole_is_refused(tmp_path, settings, tokenizer, vocabulary, wrong):
+    folder = tmp_path / "wrong"
+    if wrong == "roberta":
+        checkpoint(folder, tokenizer, RobertaForMaskedLM(RobertaConfig(**bert_config(vocabulary).to_diff_dict())))
+    else:
+        checkpoint(folder, tokenizer, BertForMaskedLM(bert_config(vocabulary)))
+    if wrong == "no weights":
+        (folder / "model.safetensors").unlink()
+    if wrong == "no config":
+        (folder / "config.json").unlink()
+    if wrong == "broken config":
+        (folder / "config.json").write_text("{")
+    if wrong == "broken weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match="^initial_pretrain_model: .*wrong"):
+        config = settings(initial_pretrain_model=str(folder), initial_pretrain_tokenizer=str(folder))
+        load_model(config, vocabulary.size, vocabulary.pad_id)
+
+
+def test_sizes_from_scratch_are_the_published_ones(settings, vocabulary):
+    # Millions of parameters with BERT's vocabulary of 30,522, MLM head and pooler (arXiv 1908.08962, table 1).
+    for size, millions in (("tiny", 4.4), ("mini", 11.3), ("small", 29.1), ("medium", 41.7), ("base", 110.1)):
+        model, _ = load_model(settings(initial_pretrain_model=f"scratch:{size}"), 30_522, 0)
+        hidden = model.config.hidden_size
+        parameters = sum(parameter.numel() for parameter in model.parameters()) + hidden * (hidden + 1)
+        assert parameters / 1e6 == pytest.approx(millions, abs=0.06)

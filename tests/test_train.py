@@ -1,0 +1,253 @@
+"""The whole job on a tiny corpus: what a run leaves, how it evaluates, and what stops it."""
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+import train
+from Config import UserError
+from data_process import BERT_RULE, IGNORED, content_keys, mask, prepare, take
+from model import PackedMaskedLM, load_model
+from text import find_text
+from vocabulary import load_tokenizer, read_vocabulary
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(config) -> Path:
+    """Trains in this process and returns the run's folder."""
+    train.main(config)
+    return newest_run(config)
+
+
+def newest_run(config):
+    folders = [path for path in Path(config.path_model_save).iterdir() if not path.name.startswith(".")]
+    return max(folders, key=lambda path: path.stat().st_mtime)
+
+
+def metrics(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_a_run_leaves(settings, capsys):
+    config = settings(num_epochs=2, log_every=5, tracker="tensorboard", run_name="mine", learning_rate=1e-3)
+    folder = run(config)
+    assert {path.name for path in folder.iterdir()} == {"best", "final", "metrics.csv", "settings.json", "tensorboard"}
+
+    rows = metrics(folder)
+    columns = "step epoch train_loss eval_loss perplexity masked_accuracy lr tokens_per_s"
+    assert list(rows[0]) == columns.split()
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(set(steps)) and steps[0] == 0  # the start is evaluated first, no step twice
+    evaluated = [row for row in rows if row["eval_loss"]]
+    assert len(evaluated) == 3  # the start and two epochs
+    for row in evaluated:
+        assert float(row["perplexity"]) == pytest.approx(math.exp(float(row["eval_loss"])))
+    assert float(evaluated[-1]["eval_loss"]) < float(evaluated[0]["eval_loss"]) - 0.5  # it learns
+
+    saved = json.loads((folder / "settings.json").read_text())["settings"]
+    assert saved["max_steps"] == steps[-1] and saved["mixed_precision"] == "no"
+    assert asdict(config).items() - saved.items() <= asdict(config).items()
+    AutoModelForMaskedLM.from_pretrained(folder / "final")
+    assert (
+        len(AutoTokenizer.from_pretrained(folder / "final"))
+        == AutoModelForMaskedLM.from_pretrained(folder / "best").config.vocab_size
+    )
+
+    output = capsys.readouterr().out
+    for word in ("before training: perplexity", "unigram perplexity", "masked accuracy", f"The model is in {folder}"):
+        assert word in output
+    assert output.count("    before  ") == output.count("    after   ") >= 1
+    assert output.count("initial_pretrain_model ") == 1  # the settings are printed once
+
+
+def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings):
+    config = settings(micro_batch_tokens=100, mlm_probability=0.5, random_replace_prob=0.2)
+    text = find_text(config)
+    tokenizer = load_tokenizer(config, text.train, text.digest)
+    vocabulary = read_vocabulary(tokenizer)
+    _, test, _ = prepare(config, text, tokenizer, vocabulary)
+    model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
+    ours = train.evaluate(Accelerator(), PackedMaskedLM(model).train(), test, vocabulary, config)
+
+    nll, right, masked = 0.0, 0, 0
+    for chunk in range(test.number):  # one chunk at a time, every position, the stock forward
+        tokens, lengths = take(test, np.array([chunk]))
+        input_ids, labels = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
+        ids = torch.tensor([[vocabulary.cls_id, *input_ids.tolist(), vocabulary.sep_id]])
+        targets = torch.tensor([[IGNORED, *labels.tolist(), IGNORED]])
+        with torch.no_grad():
+            logits = model.eval()(input_ids=ids).logits
+        nll += F.cross_entropy(logits[0], targets[0], reduction="sum").item()
+        right += int((logits[0].argmax(-1) == targets[0]).sum())
+        masked += int((targets != IGNORED).sum())
+    assert ours.masked_tokens == masked
+    assert ours.loss == pytest.approx(nll / masked, abs=1e-5)
+    assert ours.accuracy == pytest.approx(right / masked)
+
+
+def test_evaluation_is_the_same_whatever_the_run(settings, tmp_path):
+    """Seed, batch size, micro-batch and training masks do not change what the same weights score."""
+    first = run(settings(run_name="a", max_steps=2))
+    changes = {"seed": 7, "batch_size": 5, "micro_batch_tokens": 64, "mlm_probability": 0.3, "whole_words_mask": True}
+    start = str(first / "final")
+    same = {"initial_pretrain_model": start, "initial_pretrain_tokenizer": start, "max_steps": 1}
+    scores = []
+    for name, more in (("b", {}), ("c", changes)):
+        scores.append(float(metrics(run(settings(run_name=name, **same, **more)))[0]["eval_loss"]))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[0] == pytest.approx(float(metrics(first)[-1]["eval_loss"]), abs=1e-5)
+
+
+def test_micro_batches_do_not_change_the_weights(settings):
+    folders = [
+        run(settings(run_name=f"m{tokens}", max_steps=20, micro_batch_tokens=tokens, hidden_dropout=0.0))
+        for tokens in (1, 300, 100_000)
+    ]
+    first, *others = (load_file(folder / "final" / "model.safetensors") for folder in folders)
+    for other in others:
+        for name, weights in first.items():
+            torch.testing.assert_close(other[name], weights, atol=1e-5, rtol=0)
+
+
+def test_the_same_run_twice_gives_the_same_bits(settings):
+    files = [run(settings(run_name=name, max_steps=5)) / "final" / "model.safetensors" for name in ("a", "b")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_schedule_warms_up_decays_and_never_trains_at_zero(settings):
+    config = settings(max_steps=10, num_warmup_steps=4, learning_rate=1.0)
+    rates = [train.learning_rate_at(step, config) for step in range(10)]
+    assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    resolved = train.resolve(settings(num_epochs=3, num_warmup_steps=0.1), steps_per_epoch=40, precision="no")
+    assert (resolved.max_steps, resolved.num_warmup_steps, resolved.learning_rate) == (120, 12, 2e-3)
+    assert resolved.eval_every == resolved.save_every == 40
+    assert train.resolve(resolved, 40, "no") == resolved
+    with pytest.raises(UserError, match="num_warmup_steps"):
+        train.resolve(settings(num_epochs=1, num_warmup_steps=50), steps_per_epoch=40, precision="no")
+
+
+def test_bias_and_layer_norm_are_not_decayed(settings, monkeypatch):
+    groups = []
+    original = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda g, **kw: groups.extend(g) or original(g, **kw))
+    run(settings(max_steps=1))
+    decayed, others = groups
+    assert decayed["weight_decay"] == 0.01 and others["weight_decay"] == 0.0
+    assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in others["params"])
+
+
+def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(settings, monkeypatch, capsys):
+    cross_entropy, calls, poisoned = F.cross_entropy, [], {3, *range(5, 100)}
+
+    def poison(logits, targets, reduction):
+        if torch.is_grad_enabled():
+            calls.append(None)
+            if len(calls) in poisoned:
+                return cross_entropy(logits, targets, reduction=reduction) * math.nan
+        return cross_entropy(logits, targets, reduction=reduction)
+
+    monkeypatch.setattr(F, "cross_entropy", poison)
+    config = settings(max_steps=20, eval_every=4, run_name="poisoned", micro_batch_tokens=10**6)
+    with pytest.raises(UserError, match=r"5 steps in a row, up to step 9"):
+        train.main(config)
+    output = capsys.readouterr().out
+    assert re.findall(r"step (\d+): skipped", output) == ["3", "5", "6", "7", "8", "9"]
+    for name in ("last", "best"):
+        weights = load_file(newest_run(config) / name / "model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_taken_name_is_refused_and_nothing_saved_is_touched(settings):
+    folder = run(settings(run_name="mine", max_steps=1))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="run_name: .*mine exists already"):
+        train.main(settings(run_name="mine", max_steps=2))
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_runs_in_one_second_do_not_collide(settings, monkeypatch):
+    monkeypatch.setattr(train.time, "strftime", lambda layout: "now")
+    config = settings(max_steps=1)
+    run(config)
+    run(config)
+    assert len([path for path in Path(config.path_model_save).iterdir() if not path.name.startswith(".")]) == 2
+
+
+def test_a_run_that_measured_nothing_leaves_no_folder(settings, text_folder):
+    (text_folder / "train.txt").write_bytes(b"\xff\xff\xff")
+    config = settings()
+    with pytest.raises(UserError, match="not UTF-8"):
+        train.main(config)
+    assert not [path for path in Path(config.path_model_save).iterdir() if not path.name.startswith(".")]
+
+
+def test_check_only_prepares_and_leaves_no_run(settings, capsys):
+    config = settings(check_only=True)
+    train.main(config)
+    assert "in order" in capsys.readouterr().out
+    assert [path.name for path in Path(config.path_model_save).iterdir()] == [".cache"]
+
+
+def test_unknown_script_warns_of_the_tokenizer(settings, text_folder, capsys):
+    train.main(settings(check_only=True))
+    (text_folder / "test.txt").write_text("ギリシャ語ではない\n" * 20, encoding="utf-8")
+    train.main(settings(check_only=True))
+    assert "test tokens are [UNK]" in capsys.readouterr().out
+
+
+def test_fp16_on_a_cpu_and_an_unknown_tracker_are_refused(settings):
+    with pytest.raises(UserError, match="mixed_precision: fp16 needs a GPU"):
+        train.main(settings(mixed_precision="fp16"))
+    with pytest.raises(UserError, match="tracker: nothing"):
+        train.main(settings(tracker="nothing"))
+
+
+def test_bf16_agrees_with_float32(settings):
+    losses = {}
+    for precision in ("no", "bf16"):
+        rows = metrics(run(settings(run_name=precision, mixed_precision=precision, max_steps=20, hidden_dropout=0.0)))
+        losses[precision] = float(rows[-1]["train_loss"])
+        AcceleratorState._reset_state()  # it keeps its first precision
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.01)
+
+
+def test_two_processes_train_as_one(settings, tmp_path):
+    """Two ranks on the CPU, an odd last batch and fewer chunks in it than ranks: the weights are one process's."""
+    flags = settings(max_steps=12, batch_size=11, hidden_dropout=0.0, micro_batch_tokens=64)
+    arguments = [f"--{name}={value}" for name, value in asdict(flags).items() if value not in (None, False, "")]
+    folders = []
+    for ranks, launcher in (
+        (1, [sys.executable]),
+        (2, [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]),
+    ):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(
+            [*launcher, "train.py", *arguments, f"--run_name=ranks{ranks}"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        folders.append(Path(flags.path_model_save) / f"ranks{ranks}")
+        derived = json.loads((folders[-1] / "settings.json").read_text())["derived"]
+        assert derived["devices"] == f"{ranks} x cpu"
+    one, two = (load_file(folder / "final" / "model.safetensors") for folder in folders)
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, atol=1e-5, rtol=0)
+    for row, other in zip(metrics(folders[0]), metrics(folders[1]), strict=True):
+        assert float(row["eval_loss"] or 0) == pytest.approx(float(other["eval_loss"] or 0), abs=1e-4)

@@ -1,0 +1,127 @@
+"""Text files -> lines, one line an example: found, fetched or held out, and decoded with plain errors."""
+
+import codecs
+import gzip
+import hashlib
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from datasets import DownloadConfig, load_dataset
+
+from Config import Config, UserError
+from hub import locate
+from storage import digest, whole_file
+
+WIKITEXT = "Salesforce/wikitext"
+
+
+class Text(NamedTuple):
+    """The lines of both splits, each call reading them anew, and a digest of all that decides them."""
+
+    train: Callable[[], Iterator[str]]
+    test: Callable[[], Iterator[str]]
+    digest: str
+
+
+def find_text(config: Config) -> Text:
+    """The lines under `path_datasets`: train*.txt, and test*.txt or a seeded random share of the distinct lines.
+
+    A held-out line is held out wherever it is repeated. The default folder, if it has no text, first receives
+    WikiText-2 from the Hub. Raises UserError where there is no text, or too little to hold some out.
+    """
+    folder = Path(config.path_datasets)
+    if config.path_datasets == Config.path_datasets and not any(folder.glob("*.txt*")):
+        _fetch_wikitext(folder)
+    train, test = _files(folder, "train"), _files(folder, "test")
+    if not train:
+        raise UserError(f"path_datasets: no train*.txt in {folder}; put your text there, one example a line")
+    digests = [[_file_digest(path) for path in paths] for paths in (train, test)]
+    if test:
+        return Text(partial(read_lines, train), partial(read_lines, test), digest(digests))
+
+    salt = config.seed.to_bytes(8, "little")
+    hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(train) if line)))
+    if len(hashes) < 2:
+        raise UserError(f"path_datasets: {folder} has no test*.txt and too few different lines to hold one out")
+    held_out = min(max(1, round(len(hashes) * config.test_fraction)), len(hashes) - 1)
+    limit = int(hashes[held_out])
+
+    def lines(of_test):
+        return (line for line in read_lines(train) if (line_hash(line, salt) < limit) == of_test)
+
+    return Text(partial(lines, False), partial(lines, True), digest(digests, config.seed, limit))
+
+
+def _files(folder, split):
+    return sorted(path for ending in ("txt", "txt.gz") for path in folder.glob(f"{split}*.{ending}"))
+
+
+def _file_digest(path):
+    with _plain_errors(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+
+
+def line_hash(line: str, salt: bytes = b"") -> int:
+    """64 bits that stand for a line, the same in every run."""
+    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8, salt=salt).digest(), "little")
+
+
+def read_lines(files: list[Path]) -> Iterator[str]:
+    r"""The lines of UTF-8 files (.gz too), stripped of surrounding white space. Only \n and \r\n end a line.
+
+    Raises UserError, naming file and line, for bytes that are not UTF-8, and for a file that cannot be read.
+    """
+    for path in files:
+        with _plain_errors(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    line = None
+                if line is None or _like_utf16(raw):
+                    encoding = _likely_encoding(raw + file.read(1 << 16))
+                    raise UserError(
+                        f"path_datasets: {path}, line {number} is not UTF-8; it looks like {encoding}. To convert it:\n"
+                        f"  iconv -f {encoding} -t UTF-8 {path.name} > converted.txt"
+                    )
+                yield line.strip()
+
+
+def _like_utf16(raw: bytes) -> bool:  # Latin letters in UTF-16 are valid UTF-8 too: every other byte is null
+    return len(raw) >= 8 and abs(raw[::2].count(0) - raw[1::2].count(0)) > len(raw) / 4
+
+
+def _likely_encoding(sample: bytes) -> str:
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _like_utf16(sample):
+        return "UTF-16"
+    try:
+        foreign = [c for c in codecs.getincrementaldecoder("gb18030")().decode(sample) if c > "\x7f"]
+    except UnicodeDecodeError:
+        return "WINDOWS-1252"
+    chinese = sum("\u3000" <= c <= "\u9fff" or "\uff00" <= c <= "\uffef" for c in foreign)
+    return "GBK" if chinese * 2 > len(foreign) else "WINDOWS-1252"
+
+
+@contextmanager
+def _plain_errors(path):
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"path_datasets: cannot read {path}: {error}") from None
+
+
+def _fetch_wikitext(folder):
+    offline = locate(WIKITEXT, "path_datasets", file="README.md", repo_type="dataset")
+    print(f"{folder} holds no text: fetching WikiText-2 (raw) into it from the Hub", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        options = DownloadConfig(local_files_only=offline)
+        rows = load_dataset(WIKITEXT, "wikitext-2-raw-v1", split=split, download_config=options)
+        with whole_file(folder / f"{split}.txt") as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(line.rstrip("\n") + "\n" for line in rows["text"])

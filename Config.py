@@ -127,8 +127,8 @@ def _wrong_values(config):
         )
     if config.num_warmup_steps >= 1 and config.num_warmup_steps != int(config.num_warmup_steps):
         yield f"num_warmup_steps: must be a share below 1 or a whole number of steps, not {config.num_warmup_steps}"
-    if config.max_steps is not None and config.num_warmup_steps > config.max_steps:
-        yield f"num_warmup_steps: {config.num_warmup_steps:g} is more than max_steps, {config.max_steps}"
+    if config.max_steps is not None and 0 < config.max_steps < config.num_warmup_steps:
+        yield f"num_warmup_steps, max_steps: a warm-up of {config.num_warmup_steps:g} steps is longer than training"
     for name in ("initial_pretrain_model", "initial_pretrain_tokenizer", "path_datasets", "path_model_save"):
         if not getattr(config, name).strip() or "\0" in getattr(config, name):
             yield f"{name}: must not be empty or hold a null character"

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-from Config import UserError
+from Config import Config, UserError
 
 PROBE_SECONDS = 5  # a Hub that has not answered by then is out of reach
 
@@ -44,6 +44,14 @@ def locate(name: str, setting: str, file: str = "config.json", repo_type: str = 
         f"  a local folder   python train.py --{setting} path/to/folder\n"
         "  no download      python train.py --demo"
     )
+
+
+def locate_checkpoints(config: Config) -> None:
+    """Locates the model and the tokenizer that are to be loaded, so that a missing one is said before any work."""
+    for setting in ("initial_pretrain_model", "initial_pretrain_tokenizer"):
+        name = getattr(config, setting)
+        if name != "corpus" and not name.startswith("scratch:"):
+            locate(name, setting)
 
 
 def _ask(url: str) -> Exception | None:

@@ -66,6 +66,11 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
         if not any(key.startswith("pooler") for key in loading["missing_keys"]):
             model.bert.pooler = encoder.pooler.requires_grad_(False)
 
+    for module in model.modules():
+        if isinstance(module, BertSelfAttention):
+            # A softmax does not see a constant added to all its inputs, so this bias has no gradient but rounding
+            # noise, which Adam would blow up into a random walk that differs between layouts.
+            module.key.bias.requires_grad_(False)
     attention_dropouts = {m.dropout for m in model.modules() if isinstance(m, BertSelfAttention)}
     for module in model.modules():
         if module in attention_dropouts:

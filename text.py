@@ -120,8 +120,12 @@ def _fetch_wikitext(folder):
     offline = locate(WIKITEXT, "path_datasets", file="README.md", repo_type="dataset")
     print(f"{folder} holds no text: fetching WikiText-2 (raw) into it from the Hub", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    options = DownloadConfig(local_files_only=offline)
     for split in ("train", "test"):
-        options = DownloadConfig(local_files_only=offline)
-        rows = load_dataset(WIKITEXT, "wikitext-2-raw-v1", split=split, download_config=options)
+        try:
+            rows = load_dataset(WIKITEXT, "wikitext-2-raw-v1", split=split, download_config=options)
+        except Exception as error:  # whatever a broken connection or a changed data set make `datasets` raise
+            reason = f"{error}".partition("\n")[0]
+            raise UserError(f"path_datasets: WikiText-2 could not be fetched ({reason}); put text into {folder}") from None
         with whole_file(folder / f"{split}.txt") as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(line.rstrip("\n") + "\n" for line in rows["text"])

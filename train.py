@@ -1,12 +1,14 @@
 """Continue a BERT's masked-language-model pre-training on your own text: prepare, baseline, train, evaluate, save."""
 
 from Config import SCRATCH_SIZES, Config, UserError, describe, parse_flags, plain_errors
+from hub import locate_checkpoints
 from machine import choose_devices, choose_precision, hints, micro_batch_tokens
 
-if __name__ == "__main__":  # before the imports that take seconds: --help and wrong settings are answered at once
+if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
     with plain_errors():
         settings = parse_flags()
         choose_devices(settings)
+        locate_checkpoints(settings)
 
 import math
 import re

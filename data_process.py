@@ -167,7 +167,7 @@ def describe_text(found: dict, tokenizer_name: str) -> str:
         if unknown > 0.05:
             warnings.append(
                 f"warning: {unknown:.0%} of the {split} tokens are [UNK]. Most likely {tokenizer_name} is for another "
-                "language: for Chinese, set both initial_pretrain_model and initial_pretrain_tokenizer to bert-base-chinese"
+                "language; for Chinese set initial_pretrain_model and initial_pretrain_tokenizer to bert-base-chinese"
             )
     overlap = found["test_lines_in_train"]
     lines.append(f"   test lines that are also training lines: {overlap:,}")

@@ -58,9 +58,9 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
         model, loading = _load(BertForMaskedLM, name, output_loading_info=True)
         if any(key.startswith("cls.predictions") for key in loading["missing_keys"]):
             warnings.append(
-                f"warning: {name} has no masked-language-model head. A random one takes its place: the first loss is near "
-                "ln(vocabulary size), and training must learn the head before it helps the rest. Most sentence-embedding "
-                "and fine-tuned models are so; the checkpoint they were made from usually has the head"
+                f"warning: {name} has no masked-language-model head. A random one takes its place: the first loss is "
+                "near ln(vocabulary size), and the head must be learned before it can teach the rest. So are most "
+                "sentence-embedding and fine-tuned models; the checkpoint they were made from usually has the head"
             )
         encoder, loading = _load(BertModel, name, output_loading_info=True)
         if not any(key.startswith("pooler") for key in loading["missing_keys"]):
@@ -96,9 +96,9 @@ def _check_fit(config, bert_config, vocabulary_size):
     spare = bert_config.vocab_size - vocabulary_size
     if not 0 <= spare < 128:  # some models round their vocabulary up to a multiple of 64 or 128
         raise UserError(
-            f"initial_pretrain_tokenizer, initial_pretrain_model: {config.initial_pretrain_tokenizer} has a vocabulary "
-            f"of {vocabulary_size:,}, {config.initial_pretrain_model} of {bert_config.vocab_size:,}: they do not belong "
-            "together; set both to the same name"
+            f"initial_pretrain_tokenizer, initial_pretrain_model: {config.initial_pretrain_tokenizer} has "
+            f"{vocabulary_size:,} tokens, {config.initial_pretrain_model} {bert_config.vocab_size:,}; they do not "
+            "belong together. Set both to the same name"
         )
     if config.sen_max_length > bert_config.max_position_embeddings:
         raise UserError(

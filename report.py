@@ -61,7 +61,7 @@ class Sentence(NamedTuple):
 def choose_sentences(
     chunks: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase, number: int = 5
 ) -> list[Sentence]:
-    """Up to `number` short ones of the chunks, spread evenly, each with a whole word near its middle to mask."""
+    """Up to five short ones of the chunks, spread evenly, each with a whole word near its middle to mask."""
     sentences = []
     for ids in chunks:
         tokens = [*tokenizer.convert_ids_to_tokens(ids), ""]
@@ -72,7 +72,7 @@ def choose_sentences(
         ]
         if 8 <= len(ids) <= 24 and words and tokenizer.unk_token not in tokens:
             sentences.append(Sentence(ids, words[len(words) // 2]))
-    return sentences[:: max(1, len(sentences) // number)][:number]
+    return sentences[:: max(1, len(sentences) // 5)][:5]
 
 
 @torch.no_grad()
@@ -92,38 +92,32 @@ def guess(model: torch.nn.Module, sentences: list[Sentence], tokenizer: PreTrain
     return guesses
 
 
-def closing_words(before: Evaluation, after: Evaluation, found: dict, predictions: list[str], model: Path) -> str:
-    """The end of the log: the figures before and after, the guesses before and after, and where the model is."""
-    tokens_per_character = found["test"]["tokens"] / found["test"]["characters"]
-    both, unigram = (before, after), found["unigram_perplexity"]
-    lines = [
-        f"{'':<22}{'before':>12}{'after':>12}",
-        f"{'perplexity':<22}" + "".join(f"{evaluation.perplexity:>12,.2f}" for evaluation in both),
-        f"{'masked accuracy':<22}" + "".join(f"{evaluation.accuracy:>12.1%}" for evaluation in both),
-        f"{'nats per character':<22}"
-        + "".join(f"{evaluation.loss * tokens_per_character:>12.3f}" for evaluation in both),
-        f"{'unigram perplexity':<22}{unigram:>12,.2f}{f'after / unigram = {after.perplexity / unigram:.2f}':>28}",
-        "(Perplexities compare between runs with the same tokenizer and sen_max_length; otherwise compare nats.)",
-        *predictions,
-    ]
-    if after.loss >= before.loss:
-        lines.append("\nwarning: the test loss did not fall; the starting model serves this text as well")
-    lines.append(
-        f"\nThe model is in {model}. To try it:\n  python -c 'from transformers import pipeline; "
-        f'print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))\''
-    )
-    return "\n".join(lines)
-
-
-def compare_guesses(
-    sentences: list[Sentence], before: list[str], after: list[str], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
+def compare_guesses(sentences: list[Sentence], before: list[str], after: list[str], tokenizer) -> list[str]:
     """Each sentence with its masked word, and the guesses before and after training."""
     lines = []
     for (ids, place), old, new in zip(sentences, before, after, strict=True):
         tokens = tokenizer.convert_ids_to_tokens(ids)
         answer, tokens[place] = tokens[place], tokenizer.mask_token
-        lines.append(
-            f"\n  {tokenizer.convert_tokens_to_string(tokens)}   ({answer})\n    before  {old}\n    after   {new}"
-        )
+        lines += ["", f"  {tokenizer.convert_tokens_to_string(tokens)}   ({answer})"]
+        lines += [f"    before  {old}", f"    after   {new}"]
     return lines
+
+
+def closing_words(before: Evaluation, after: Evaluation, found: dict, guesses: list[str], model: Path) -> str:
+    """The end of the log: figures and guesses before and after, and where the model is."""
+    tokens_per_character = found["test"]["tokens"] / found["test"]["characters"]
+    unigram = found["unigram_perplexity"]
+    rows = [
+        ("", "before", "after"),
+        ("perplexity", f"{before.perplexity:,.2f}", f"{after.perplexity:,.2f}"),
+        ("masked accuracy", f"{before.accuracy:.1%}", f"{after.accuracy:.1%}"),
+        ("nats per character", *(f"{each.loss * tokens_per_character:.3f}" for each in (before, after))),
+        ("unigram perplexity", "", f"{unigram:,.2f}", f"perplexity / unigram = {after.perplexity / unigram:.2f}"),
+    ]
+    lines = [f"{name:<20}{old:>12}{new:>12}    {''.join(note)}".rstrip() for name, old, new, *note in rows]
+    lines.append("(Perplexities compare between runs with the same tokenizer and sen_max_length; else compare nats.)")
+    lines += guesses
+    if after.loss >= before.loss:
+        lines += ["", "warning: the test loss did not fall; the starting model serves this text as well"]
+    call = f"""print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))"""
+    return "\n".join([*lines, "", f"The model: {model}", f"  python -c 'from transformers import pipeline; {call}'"])

@@ -83,22 +83,16 @@ def read_lines(files: list[Path]) -> Iterator[str]:
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
-                    line = None
-                if line is None or _like_utf16(raw):
                     encoding = _likely_encoding(raw + file.read(1 << 16))
                     raise UserError(
                         f"path_datasets: {path}, line {number} is not UTF-8; it looks like {encoding}. To convert it:\n"
                         f"  iconv -f {encoding} -t UTF-8 {path.name} > converted.txt"
-                    )
+                    ) from None
                 yield line.strip()
 
 
-def _like_utf16(raw: bytes) -> bool:  # Latin letters in UTF-16 are valid UTF-8 too: every other byte is null
-    return len(raw) >= 8 and abs(raw[::2].count(0) - raw[1::2].count(0)) > len(raw) / 4
-
-
 def _likely_encoding(sample: bytes) -> str:
-    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _like_utf16(sample):
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
     try:
         foreign = [c for c in codecs.getincrementaldecoder("gb18030")().decode(sample) if c > "\x7f"]
@@ -126,6 +120,8 @@ def _fetch_wikitext(folder):
             rows = load_dataset(WIKITEXT, "wikitext-2-raw-v1", split=split, download_config=options)
         except Exception as error:  # whatever a broken connection or a changed data set make `datasets` raise
             reason = f"{error}".partition("\n")[0]
-            raise UserError(f"path_datasets: WikiText-2 could not be fetched ({reason}); put text into {folder}") from None
+            raise UserError(
+                f"path_datasets: WikiText-2 could not be fetched ({reason}); put text into {folder}"
+            ) from None
         with whole_file(folder / f"{split}.txt") as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(line.rstrip("\n") + "\n" for line in rows["text"])

@@ -60,7 +60,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     Raises UserError for whatever the user can put right.
     """
     # ------------------------------------------------------------------------------------------------- prepare
-    say, main, device = accelerator.print, accelerator.is_main_process, accelerator.device
+    main, device = accelerator.is_main_process, accelerator.device
+    say = tqdm.write if main else lambda text: None  # a print would tear the progress bar
     rank, ranks = accelerator.process_index, accelerator.num_processes
     if config.demo:
         config = replace(config, path_datasets=str(folder / "data"))
@@ -155,8 +156,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
             if main:
                 save_model(folder / "last", bert, tokenizer)
             raise UserError(
-                f"learning_rate: {patience} steps in a row, up to step {done}, had no finite loss and gradient, most often "
-                f"since {config.learning_rate:g} is too high. The weights before them are in {folder / 'last'}"
+                f"learning_rate: {patience} steps in a row, up to step {done}, had no finite loss and gradient; most "
+                f"often {config.learning_rate:g} is too high. The weights before them are in {folder / 'last'}"
             )
 
         # ----------------------------------------------------------------------------- log, evaluate, save
@@ -193,8 +194,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         save_model(folder / "final", bert, tokenizer)
         shutil.rmtree(folder / "last", ignore_errors=True)  # final/ is newer
     accelerator.end_training()
-    predictions = compare_guesses(sentences, guesses_before, guesses_after, tokenizer)
-    say(closing_words(before, evaluation, found, predictions, folder / "final"))
+    guesses = compare_guesses(sentences, guesses_before, guesses_after, tokenizer)
+    say(closing_words(before, evaluation, found, guesses, folder / "final"))
 
 
 def split(batch: data.Batch, micro_batch_tokens: int, device: torch.device) -> Iterator[tuple[dict, torch.Tensor]]:
@@ -291,6 +292,7 @@ def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
 
 def main(config: Config) -> None:
     """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     transformers.logging.set_verbosity_error()  # what it would warn of is said by load_model
     transformers.logging.disable_progress_bar()
     tracker = None if config.tracker == "none" else config.tracker

@@ -2,12 +2,10 @@
 
 import os
 import random
-import sys
 from functools import partial
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "ACCELERATE_USE_CPU": "true"}
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import torch
@@ -36,6 +34,9 @@ ENGLISH = [
     "doctors",
     "followed",
     "up",
+    "every",
+    "three",
+    "months",
 ]
 CHINESE = "患者服用二甲双胍治疗糖尿病和高血压医生随访三个月后血糖下降明显"
 

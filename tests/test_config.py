@@ -120,7 +120,7 @@ def comments() -> dict[str, str]:
 
 
 def settings_table() -> str:
-    """The README's table of settings. After a change of Config.py: python tests/test_config.py"""
+    """The README's table of settings. After a change of Config.py: PYTHONPATH=. python tests/test_config.py"""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for field in fields(Config):
         default = "unset" if field.default is None else f"`{field.default!r}`".replace("'", '"')

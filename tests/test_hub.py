@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from transformers import BertConfig, BertForMaskedLM
-
 from conftest import make_lines
+from transformers import BertConfig, BertForMaskedLM
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0" * 40
@@ -43,7 +42,9 @@ class StubHub(BaseHTTPRequestHandler):
                 return self.answer(404, {"X-Error-Code": "EntryNotFound" if repository.is_dir() else "RepoNotFound"})
             content = file.read_bytes()
             return self.answer(200, {"X-Repo-Commit": COMMIT, "ETag": f'"{hash(content):x}"'}, content)
-        api = rf"/api/(?P<kind>models|datasets)/{name}(?:/(?P<what>revision|tree|paths-info)/[\w.-]+(?:/(?P<under>.+))?)?"
+        api = (
+            rf"/api/(?P<kind>models|datasets)/{name}(?:/(?P<what>revision|tree|paths-info)/[\w.-]+(?:/(?P<under>.+))?)?"
+        )
         match = re.fullmatch(api, path)
         if not match or not self.repository(match).is_dir():
             return self.answer(404, {"X-Error-Code": "RepoNotFound"})
@@ -151,7 +152,7 @@ def test_an_unreachable_hub_is_said_with_the_ways_out(train, silent_hub, hub_is)
         (train.folder / "sitecustomize.py").write_text("import os; os.environ['HF_HUB_OFFLINE'] = '1'")
         result, _ = train(endpoint, PYTHONPATH=str(train.folder))
     else:
-        result, seconds = train(endpoint)
+        result, _ = train(endpoint)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     for way_out in (endpoint, "HF_ENDPOINT", "path/to/folder", "--demo"):

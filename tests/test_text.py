@@ -36,9 +36,8 @@ def test_gzip_and_many_files_in_name_order(tmp_path, settings):
 @pytest.mark.parametrize(
     ("content", "line", "encoding"),
     [
-        ("good\n糖尿病患者的治疗方案\n".encode("gbk").replace(b"good", b"good"), 2, "GBK"),
+        ("good\n糖尿病患者的治疗方案\n".encode("gbk"), 2, "GBK"),
         ("plain text\nmore".encode("utf-16"), 1, "UTF-16"),
-        ("plain text\nmore".encode("utf-16-le"), 1, "UTF-16"),
         ("caf\xe9 au lait\n".encode("latin-1"), 1, "WINDOWS-1252"),
     ],
 )

@@ -177,7 +177,7 @@ def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(settings, mo
 def test_a_taken_name_is_refused_and_nothing_saved_is_touched(settings):
     folder = run(settings(run_name="mine", max_steps=1))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="run_name: .*mine exists already"):
+    with pytest.raises(UserError, match=r"run_name: .*mine exists already"):
         train.main(settings(run_name="mine", max_steps=2))
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -231,7 +231,9 @@ def test_bf16_agrees_with_float32(settings):
 def test_two_processes_train_as_one(settings, tmp_path):
     """Two ranks on the CPU, an odd last batch and fewer chunks in it than ranks: the weights are one process's."""
     flags = settings(max_steps=12, batch_size=11, hidden_dropout=0.0, micro_batch_tokens=64)
-    arguments = [f"--{name}={value}" for name, value in asdict(flags).items() if type(value) in (int, float, str) and value != ""]
+    arguments = [
+        f"--{name}={value}" for name, value in asdict(flags).items() if type(value) in (int, float, str) and value != ""
+    ]
     folders = []
     for ranks, launcher in (
         (1, [sys.executable]),
@@ -248,6 +250,6 @@ def test_two_processes_train_as_one(settings, tmp_path):
         assert derived["devices"] == f"{ranks} x cpu"
     one, two = (load_file(folder / "final" / "model.safetensors") for folder in folders)
     for name, weights in one.items():
-        torch.testing.assert_close(two[name], weights, atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(two[name], weights, atol=1e-5, rtol=0, msg=name)
     for row, other in zip(metrics(folders[0]), metrics(folders[1]), strict=True):
         assert float(row["eval_loss"] or 0) == pytest.approx(float(other["eval_loss"] or 0), abs=1e-4)

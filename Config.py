@@ -190,9 +190,12 @@ def describe(config: Config) -> str:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turns a UserError into its text on the terminal and exit status 2."""
+    """Turns a UserError into its text on the terminal and exit status 2, and Ctrl-C into status 130."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what was saved in the run's folder is whole", file=sys.stderr)
+        sys.exit(130)

@@ -44,9 +44,6 @@ class Chunks(NamedTuple):
     def number(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> list[int]:
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]].tolist()
-
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """The tokens in each of the chunks at `indices` (n,): (n,)."""
         return self.offsets[indices + 1] - self.offsets[indices]

@@ -3,13 +3,12 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import BertForMaskedLM, PreTrainedTokenizerBase, pipeline
 
 from storage import whole_file
 
@@ -51,60 +50,28 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-class Sentence(NamedTuple):
-    """A test sentence and the place in it that is masked to show what the model guesses."""
-
-    ids: list[int]  # between [CLS] and [SEP]
-    place: int
-
-
-def choose_sentences(
-    chunks: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase, number: int = 5
-) -> list[Sentence]:
-    """Up to five short ones of the chunks, spread evenly, each with a whole word near its middle to mask."""
-    sentences = []
-    for ids in chunks:
-        tokens = [*tokenizer.convert_ids_to_tokens(ids), ""]
-        words = [
-            place
-            for place, (token, after) in enumerate(pairwise(tokens))
-            if token.isalpha() and (len(token) > 3 or not token.isascii()) and not after.startswith("##")
-        ]
-        if 8 <= len(ids) <= 24 and words and tokenizer.unk_token not in tokens:
-            sentences.append(Sentence(ids, words[len(words) // 2]))
-    return sentences[:: max(1, len(sentences) // 5)][:5]
+def hide_words(lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """Up to five short lines, spread evenly, each with a one-token word near its middle masked: (line, word)."""
+    hidden = []
+    for line in lines:
+        words = [w for w in re.finditer(r"[^\W\d_]{4,}|[\u4e00-\u9fff]", line) if len(tokenizer.tokenize(w[0])) == 1]
+        if 20 <= len(line) <= 90 and words and tokenizer.unk_token not in tokenizer.tokenize(line):
+            start, end = words[len(words) // 2].span()
+            hidden.append((line[:start] + tokenizer.mask_token + line[end:], line[start:end]))
+    return hidden[:: max(1, len(hidden) // 5)][:5]
 
 
-@torch.no_grad()
-def guess(model: torch.nn.Module, sentences: list[Sentence], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The model's three likeliest tokens for each sentence's masked place, with their probabilities."""
-    device, guesses = next(model.parameters()).device, []
-    model.eval()
-    for ids, place in sentences:
-        ids = [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
-        ids[place + 1] = tokenizer.mask_token_id
-        input_ids = torch.tensor([ids], device=device)  # (1, width)
-        positions = torch.arange(len(ids), device=device)[None]
-        logits = model(input_ids, positions, torch.ones_like(input_ids), torch.tensor([place + 1], device=device))
-        shares, best = logits[0].float().softmax(-1).topk(3)
-        words = tokenizer.convert_ids_to_tokens(best.tolist())
-        guesses.append(", ".join(f"{word} {share:.0%}" for word, share in zip(words, shares.tolist(), strict=True)))
-    return guesses
+def guess(model: BertForMaskedLM, hidden: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The model's three likeliest words for the masked place of each line, with their probabilities."""
+    fill_mask = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)
+    guesses = [fill_mask(line) for line, _ in hidden]
+    return ["   ".join(f"{each['token_str']} {each['score']:.0%}" for each in three) for three in guesses]
 
 
-def compare_guesses(sentences: list[Sentence], before: list[str], after: list[str], tokenizer) -> list[str]:
-    """Each sentence with its masked word, and the guesses before and after training."""
-    lines = []
-    for (ids, place), old, new in zip(sentences, before, after, strict=True):
-        tokens = tokenizer.convert_ids_to_tokens(ids)
-        answer, tokens[place] = tokens[place], tokenizer.mask_token
-        lines += ["", f"  {tokenizer.convert_tokens_to_string(tokens)}   ({answer})"]
-        lines += [f"    before  {old}", f"    after   {new}"]
-    return lines
-
-
-def closing_words(before: Evaluation, after: Evaluation, found: dict, guesses: list[str], model: Path) -> str:
-    """The end of the log: figures and guesses before and after, and where the model is."""
+def closing_words(
+    before: Evaluation, after: Evaluation, found: dict, guesses: Iterable[tuple[tuple[str, str], str, str]], model: Path
+) -> str:
+    """The end of the log: figures before and after, each hidden word with its guesses, and where the model is."""
     tokens_per_character = found["test"]["tokens"] / found["test"]["characters"]
     unigram = found["unigram_perplexity"]
     rows = [
@@ -116,7 +83,8 @@ def closing_words(before: Evaluation, after: Evaluation, found: dict, guesses: l
     ]
     lines = [f"{name:<20}{old:>12}{new:>12}    {''.join(note)}".rstrip() for name, old, new, *note in rows]
     lines.append("(Perplexities compare between runs with the same tokenizer and sen_max_length; else compare nats.)")
-    lines += guesses
+    for (line, word), old, new in guesses:
+        lines += ["", f"  {line}   ({word})", f"    before  {old}", f"    after   {new}"]
     if after.loss >= before.loss:
         lines += ["", "warning: the test loss did not fall; the starting model serves this text as well"]
     call = f"""print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))"""

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +34,7 @@ from tqdm import tqdm
 import data_process as data
 from demo import write_corpus
 from model import PackedMaskedLM, load_model, save_model
-from report import (
-    Evaluation,
-    choose_sentences,
-    closing_words,
-    compare_guesses,
-    guess,
-    perplexity,
-    write_json,
-    write_metrics,
-)
+from report import Evaluation, closing_words, guess, hide_words, perplexity, write_json, write_metrics
 from text import find_text
 from vocabulary import Vocabulary, load_tokenizer, read_vocabulary
 
@@ -100,8 +92,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     )
 
     # ------------------------------------------------------------------------------------------------ baseline
-    sentences = choose_sentences([test_chunks[i] for i in range(min(2000, test_chunks.number))], tokenizer)
-    guesses_before = guess(accelerator.unwrap_model(model), sentences, tokenizer)
+    hidden_words = hide_words(islice(text.test(), 2000), tokenizer)
+    guesses_before = guess(bert, hidden_words, tokenizer)
     before = evaluate(accelerator, model, test_chunks, vocabulary, config)
     say(f"before training: {before}")
     rows = [{"step": 0, "epoch": 0, **before.columns()}]
@@ -189,12 +181,12 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     bar.close()
 
     # -------------------------------------------------------------------------------------------------- finish
-    guesses_after = guess(accelerator.unwrap_model(model), sentences, tokenizer)
+    guesses_after = guess(bert, hidden_words, tokenizer)
     if main:
         save_model(folder / "final", bert, tokenizer)
         shutil.rmtree(folder / "last", ignore_errors=True)  # final/ is newer
     accelerator.end_training()
-    guesses = compare_guesses(sentences, guesses_before, guesses_after, tokenizer)
+    guesses = zip(hidden_words, guesses_before, guesses_after, strict=True)
     say(closing_words(before, evaluation, found, guesses, folder / "final"))
 
 

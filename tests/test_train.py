@@ -71,7 +71,7 @@ def test_what_a_run_leaves(settings, capsys):
     )
 
     output = capsys.readouterr().out
-    for word in ("before training: perplexity", "unigram perplexity", "masked accuracy", f"The model is in {folder}"):
+    for word in ("before training: perplexity", "unigram perplexity", "masked accuracy", f"The model: {folder}"):
         assert word in output
     assert output.count("\n    before  ") == output.count("\n    after   ") >= 1
     assert output.count("initial_pretrain_model ") == 1  # the settings are printed once

@@ -185,6 +185,10 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     if main:
         save_model(folder / "final", bert, tokenizer)
         shutil.rmtree(folder / "last", ignore_errors=True)  # final/ is newer
+    # The process group must not die inside DistributedDataParallel's reducer, which would wait for a thread of the group
+    # that waits for this one: a rank would hang now and then.
+    del model, optimizer
+    accelerator.free_memory()
     accelerator.end_training()
     guesses = zip(hidden_words, guesses_before, guesses_after, strict=True)
     say(closing_words(before, evaluation, found, guesses, folder / "final"))

@@ -5,7 +5,7 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from data_process import BERT_RULE, IGNORED, MaskRule, content_keys, epoch_order, mask, noise
+from data_process import BERT_RULE, IGNORED, Chunks, MaskRule, content_keys, epoch_order, mask, masked_batch, noise
 
 SIGMAS = 5  # a counted share lies so many standard deviations around the true one with probability 1 - 6e-7
 
@@ -111,6 +111,33 @@ def test_masks_are_the_same_in_any_batch_and_new_in_every_epoch(vocabulary):
     next_epoch = mask(tokens, lengths, noise(42, 2, 1, np.arange(40)), vocabulary, BERT_RULE)
     both = (together[1] != IGNORED) & (next_epoch[1] != IGNORED)
     assert_share(int(both.sum()), both.size, 0.15**2)
+
+
+def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
+    tokens, lengths = chunks_of(50, 40, vocabulary)
+    chunks = Chunks(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
+    all_chunks = np.arange(40)
+
+    def masked(draw, indices=all_chunks, part=slice(None)):
+        """The hidden tokens as (chunk, position in it, label), whatever row they were packed into."""
+        batch, count = masked_batch(chunks, indices, vocabulary, 128, BERT_RULE, draw, part)
+        found = set()
+        for row, column in zip(*np.nonzero(batch.labels != IGNORED), strict=True):
+            position = batch.position_ids[row, column]
+            inside = slice(column - position + 1, column - position + 51)
+            original = np.where(batch.labels[row] != IGNORED, batch.labels[row], batch.input_ids[row])[inside]
+            [chunk] = np.flatnonzero((tokens.reshape(40, 50) == original).all(axis=1))
+            found.add((int(chunk), int(position), int(batch.labels[row, column])))
+        return found, count
+
+    first, count = masked((42, 0))
+    assert len(first) == count
+    assert first == masked((42, 0), indices=all_chunks[::-1])[0]  # the order of a batch changes no mask
+    for other in ((42, 1), (43, 0), None):
+        assert len(first & masked(other)[0]) < 0.4 * count  # a mask drawn afresh shares 15%
+    halves = [masked((42, 0), part=slice(rank, None, 2)) for rank in (0, 1)]
+    assert halves[0][0] | halves[1][0] == first and not halves[0][0] & halves[1][0]
+    assert halves[0][1] == halves[1][1] == count  # both devices know the count of all
 
 
 def test_evaluation_masks_depend_on_the_chunk_alone(vocabulary):

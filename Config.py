@@ -147,8 +147,10 @@ def _wrong_values(config):
     if devices and not all(device.strip() for device in devices.split(",")):
         yield f"cuda_visible_devices: must be GPUs separated by commas, such as 0,1, not {devices!r}"
     name = config.run_name
-    if name is not None and (name.strip() in ("", ".", "..") or any(c in name for c in "/\\\0")):
-        yield f"run_name: must be a plain folder name without / or \\, not {name!r}"
+    if name is not None and (
+        not name.strip() or name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in name)
+    ):
+        yield f"run_name: must be a plain folder name, without / or \\ or a leading dot, not {name!r}"
     if not config.tracker.strip():
         yield "tracker: must be tensorboard, none, or the name of another tracker"
 
@@ -173,7 +175,7 @@ def parse_flags(arguments: list[str] | None = None) -> Config:
     import tyro  # here, so that whoever builds a Config in code does without it
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    default = demo_config() if "--demo" in arguments else Config()
+    default = demo_config() if "--demo" in arguments or Config.demo else Config()
     return tyro.cli(Config, args=arguments, default=default, config=(tyro.conf.AvoidSubcommands,), use_underscores=True)
 
 
@@ -190,12 +192,9 @@ def describe(config: Config) -> str:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turns a UserError into its text on the terminal and exit status 2, and Ctrl-C into status 130."""
+    """Turns an error that the user can put right into its text on the terminal and exit status 2."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; what was saved in the run's folder is whole", file=sys.stderr)
-        sys.exit(130)

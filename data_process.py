@@ -8,6 +8,7 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +62,7 @@ def prepare(
     encoder.no_truncation()  # both are on in the tokenizers of sentence-embedding checkpoints
     encoder.no_padding()
     encoder.encode_special_tokens = True  # text that spells [MASK] is text
-    key = digest(CACHE_FORMAT, text.digest, config.sen_max_length, encoder.to_str())
+    key = digest(CACHE_FORMAT, version("tokenizers"), text.digest, config.sen_max_length, encoder.to_str())
     folder = Path(config.path_model_save) / ".cache" / f"text-{key}"
     if not folder.exists():
         with whole_folder(folder) as beside:
@@ -286,20 +287,16 @@ def pack(
     """
     needs = lengths + 2  # [CLS] and [SEP]
     row_length = max(row_length, needs.max(initial=1))
-    row_of, offset_of, sequence_of = (np.zeros(len(needs), dtype=np.int64) for _ in range(3))
-    used, held = [], []  # tokens and chunks in each row so far
+    row_of, offset_of, sequence_of = np.zeros((3, len(needs)), dtype=np.int64)
+    used, held = np.zeros((2, len(needs) + 1), dtype=np.int64)  # tokens and chunks in each row so far
     for chunk in np.argsort(-needs, kind="stable"):
-        need = needs[chunk]
-        row = next((row for row, tokens in enumerate(used) if tokens + need <= row_length), len(used))
-        if row == len(used):
-            used.append(0)
-            held.append(0)
+        row = np.argmax(used + needs[chunk] <= row_length)  # the first that has room
         row_of[chunk], offset_of[chunk] = row, used[row]
-        used[row] += need
+        used[row] += needs[chunk]
         held[row] += 1
         sequence_of[chunk] = held[row]
 
-    shape = (max(len(used), 1), max(used, default=1))
+    shape = (max(np.count_nonzero(held), 1), max(used.max(), 1))
     batch = Batch(
         input_ids=np.full(shape, vocabulary.pad_id),
         position_ids=np.zeros(shape, dtype=np.int64),

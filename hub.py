@@ -9,6 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidat
 
 from Config import Config, UserError
 
+WIKITEXT = {"name": "Salesforce/wikitext", "setting": "path_datasets", "file": "README.md", "repo_type": "dataset"}
 PROBE_SECONDS = 5  # a Hub that has not answered by then is out of reach
 
 
@@ -20,6 +21,8 @@ def locate(name: str, setting: str, file: str = "config.json", repo_type: str = 
     Raises UserError, which names `setting`, where `name` is no folder and neither the Hub nor the cache has it.
     """
     if Path(name).is_dir():
+        if not Path(name, file).exists() and Path(name, "final", file).exists():
+            raise UserError(f"{setting}: {name} is the folder of a run; its model is {name.rstrip('/')}/final")
         return True
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{setting}: there is no folder {name}")
@@ -41,17 +44,30 @@ def locate(name: str, setting: str, file: str = "config.json", repo_type: str = 
     raise UserError(
         f"{setting}: {name} is no folder and not in the local cache, and the Hub ({hub}) cannot be reached. Ways out:\n"
         "  a mirror         HF_ENDPOINT=https://your.mirror python train.py\n"
-        f"  a local folder   python train.py --{setting} path/to/folder\n"
-        "  no download      python train.py --demo"
+        "  local folders    --initial_pretrain_model FOLDER --initial_pretrain_tokenizer FOLDER\n"
+        "  from scratch     --initial_pretrain_model scratch:mini --initial_pretrain_tokenizer corpus\n"
+        "  a look at it     python train.py --demo"
     )
 
 
-def locate_checkpoints(config: Config) -> None:
-    """Locates the model and the tokenizer that are to be loaded, so that a missing one is said before any work."""
+def wants_wikitext(config: Config) -> bool:
+    """Whether there is no text at all in the folder that a user fills unless told otherwise."""
+    return config.path_datasets == "data" and not config.demo and not any(Path("data").glob("*.txt*"))
+
+
+def locate_downloads(config: Config) -> None:
+    """Locates all that is to be loaded by name, so that what is missing is said before any work."""
     for setting in ("initial_pretrain_model", "initial_pretrain_tokenizer"):
         name = getattr(config, setting)
         if name != "corpus" and not name.startswith("scratch:"):
             locate(name, setting)
+    if wants_wikitext(config):
+        try:
+            locate(**WIKITEXT)
+        except UserError as error:
+            raise UserError(
+                f"path_datasets: data/ holds no train.txt, so WikiText-2 would be fetched\n{error}"
+            ) from None
 
 
 def _ask(url: str) -> Exception | None:

@@ -11,6 +11,13 @@ def choose_devices(config: Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices.replace(" ", "")
 
 
+def check_devices(config: Config) -> None:
+    """Raises UserError where `cuda_visible_devices` names GPUs that are not here."""
+    named = len(config.cuda_visible_devices.split(",")) if config.cuda_visible_devices else 0
+    if named > count_gpus():
+        raise UserError(f"cuda_visible_devices: names {named} GPU(s), of which {count_gpus()} can be used here")
+
+
 def count_gpus() -> int:
     """GPUs to be seen and used: none where the launcher was told to stay on the CPU."""
     import torch  # here, so that settings can be checked without torch's seconds

@@ -51,8 +51,8 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
             raise UserError(f"initial_pretrain_model: {name} is no BERT encoder but {bert_config.model_type}")
     _check_fit(config, bert_config, vocabulary_size)
 
+    torch.manual_seed(config.seed)  # of all weights, or of a head that the checkpoint lacks
     if config.scratch_size:
-        torch.manual_seed(config.seed)
         model = BertForMaskedLM(bert_config)
     else:
         model, loading = _load(BertForMaskedLM, name, output_loading_info=True)
@@ -81,6 +81,7 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
 
 
 def _load(kind, name, **options):
+    options["trust_remote_code"] = False
     if kind is not AutoConfig:
         options |= {"dtype": torch.float32, "attn_implementation": "sdpa"}  # not the dtype the checkpoint was saved in
     try:
@@ -112,5 +113,8 @@ def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokeni
     with whole_folder(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-        (beside / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8", newline="\n")
+        tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+        lines = [
+            tokens.get(index, f"[unused-id-{index}]") for index in range(max(tokens) + 1)
+        ]  # a line number is an id
+        (beside / "vocab.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")

@@ -30,11 +30,17 @@ class Evaluation(NamedTuple):
         return {"eval_loss": self.loss, "perplexity": self.perplexity, "masked_accuracy": self.accuracy}
 
     def __str__(self) -> str:
-        return f"perplexity {self.perplexity:,.2f}, masked accuracy {self.accuracy:.1%}, {self.masked_tokens:,} tokens"
+        return (
+            f"perplexity {figure(self.perplexity)}, masked accuracy {self.accuracy:.1%}, {self.masked_tokens:,} tokens"
+        )
 
 
 def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # exp of more overflows a float
+
+
+def figure(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e8 else f"{value:.2e}"
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -54,8 +60,10 @@ def hide_words(lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list
     """Up to five short lines, spread evenly, each with a one-token word near its middle masked: (line, word)."""
     hidden = []
     for line in lines:
+        if not 20 <= len(line) <= 90 or tokenizer.mask_token in line:
+            continue
         words = [w for w in re.finditer(r"[^\W\d_]{4,}|[\u4e00-\u9fff]", line) if len(tokenizer.tokenize(w[0])) == 1]
-        if 20 <= len(line) <= 90 and words and tokenizer.unk_token not in tokenizer.tokenize(line):
+        if words and tokenizer.unk_token not in tokenizer.tokenize(line):
             start, end = words[len(words) // 2].span()
             hidden.append((line[:start] + tokenizer.mask_token + line[end:], line[start:end]))
     return hidden[:: max(1, len(hidden) // 5)][:5]
@@ -63,7 +71,7 @@ def hide_words(lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list
 
 def guess(model: BertForMaskedLM, hidden: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The model's three likeliest words for the masked place of each line, with their probabilities."""
-    fill_mask = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=3)
+    fill_mask = pipeline("fill-mask", model=model, tokenizer=tokenizer, device=model.device, top_k=3)
     guesses = [fill_mask(line) for line, _ in hidden]
     return ["   ".join(f"{each['token_str']} {each['score']:.0%}" for each in three) for three in guesses]
 
@@ -76,16 +84,16 @@ def closing_words(
     unigram = found["unigram_perplexity"]
     rows = [
         ("", "before", "after"),
-        ("perplexity", f"{before.perplexity:,.2f}", f"{after.perplexity:,.2f}"),
+        ("perplexity", figure(before.perplexity), figure(after.perplexity)),
         ("masked accuracy", f"{before.accuracy:.1%}", f"{after.accuracy:.1%}"),
         ("nats per character", *(f"{each.loss * tokens_per_character:.3f}" for each in (before, after))),
-        ("unigram perplexity", "", f"{unigram:,.2f}", f"perplexity / unigram = {after.perplexity / unigram:.2f}"),
+        ("unigram perplexity", "", figure(unigram), f"perplexity / unigram = {figure(after.perplexity / unigram)}"),
     ]
     lines = [f"{name:<20}{old:>12}{new:>12}    {''.join(note)}".rstrip() for name, old, new, *note in rows]
     lines.append("(Perplexities compare between runs with the same tokenizer and sen_max_length; else compare nats.)")
     for (line, word), old, new in guesses:
         lines += ["", f"  {line}   ({word})", f"    before  {old}", f"    after   {new}"]
-    if after.loss >= before.loss:
+    if not after.loss < before.loss:
         lines += ["", "warning: the test loss did not fall; the starting model serves this text as well"]
     call = f"""print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))"""
     return "\n".join([*lines, "", f"The model: {model}", f"  python -c 'from transformers import pipeline; {call}'"])

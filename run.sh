@@ -3,8 +3,12 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
+for flag; do
+    case $flag in -h | --help) exec python train.py --help ;; esac
+done
+
 # In one process first: a wrong setting or text is one plain message here, not a launcher's traceback.
-python train.py --check_only "$@"
+python train.py --check_only "$@" > /dev/null
 
 facts=$(python -c '
 from Config import parse_flags

@@ -20,6 +20,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             path.rename(old)
         beside.rename(path)
     finally:
+        if old.exists() and not path.exists():  # stopped between the two renames
+            old.rename(path)
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -15,10 +15,10 @@ import numpy as np
 from datasets import DownloadConfig, load_dataset
 
 from Config import Config, UserError
-from hub import locate
+from hub import WIKITEXT, locate, wants_wikitext
 from storage import digest, whole_file
 
-WIKITEXT = "Salesforce/wikitext"
+BINARY = "a binary file, such as a Word document"
 
 
 class Text(NamedTuple):
@@ -36,7 +36,7 @@ def find_text(config: Config) -> Text:
     WikiText-2 from the Hub. Raises UserError where there is no text, or too little to hold some out.
     """
     folder = Path(config.path_datasets)
-    if config.path_datasets == Config.path_datasets and not any(folder.glob("*.txt*")):
+    if wants_wikitext(config):
         _fetch_wikitext(folder)
     train, test = _files(folder, "train"), _files(folder, "test")
     if not train:
@@ -48,7 +48,10 @@ def find_text(config: Config) -> Text:
     salt = config.seed.to_bytes(8, "little")
     hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(train) if line)))
     if len(hashes) < 2:
-        raise UserError(f"path_datasets: {folder} has no test*.txt and too few different lines to hold one out")
+        state = "holds one line only" if len(hashes) else "is empty"
+        raise UserError(
+            f"path_datasets: train*.txt in {folder} {state}; two are needed to train on one and test on one"
+        )
     held_out = min(max(1, round(len(hashes) * config.test_fraction)), len(hashes) - 1)
     limit = int(hashes[held_out])
 
@@ -84,9 +87,10 @@ def read_lines(files: list[Path]) -> Iterator[str]:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
                     encoding = _likely_encoding(raw + file.read(1 << 16))
+                    remedy = "" if encoding == BINARY else f", for example with iconv -f {encoding} -t UTF-8"
                     raise UserError(
-                        f"path_datasets: {path}, line {number} is not UTF-8; it looks like {encoding}. To convert it:\n"
-                        f"  iconv -f {encoding} -t UTF-8 {path.name} > converted.txt"
+                        f"path_datasets: {path}, line {number} is not UTF-8; it looks like {encoding}. "
+                        f"Save it as plain UTF-8 text{remedy}"
                     ) from None
                 yield line.strip()
 
@@ -94,6 +98,8 @@ def read_lines(files: list[Path]) -> Iterator[str]:
 def _likely_encoding(sample: bytes) -> str:
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
+    if b"\0" in sample:
+        return BINARY
     try:
         foreign = [c for c in codecs.getincrementaldecoder("gb18030")().decode(sample) if c > "\x7f"]
     except UnicodeDecodeError:
@@ -111,13 +117,13 @@ def _plain_errors(path):
 
 
 def _fetch_wikitext(folder):
-    offline = locate(WIKITEXT, "path_datasets", file="README.md", repo_type="dataset")
+    offline = locate(**WIKITEXT)
     print(f"{folder} holds no text: fetching WikiText-2 (raw) into it from the Hub", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     options = DownloadConfig(local_files_only=offline)
     for split in ("train", "test"):
         try:
-            rows = load_dataset(WIKITEXT, "wikitext-2-raw-v1", split=split, download_config=options)
+            rows = load_dataset(WIKITEXT["name"], "wikitext-2-raw-v1", split=split, download_config=options)
         except Exception as error:  # whatever a broken connection or a changed data set make `datasets` raise
             reason = f"{error}".partition("\n")[0]
             raise UserError(

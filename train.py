@@ -1,14 +1,17 @@
 """Continue a BERT's masked-language-model pre-training on your own text: prepare, baseline, train, evaluate, save."""
 
+import signal
+
 from Config import SCRATCH_SIZES, Config, UserError, describe, parse_flags, plain_errors
-from hub import locate_checkpoints
-from machine import choose_devices, choose_precision, hints, micro_batch_tokens
+from hub import locate_downloads
+from machine import check_devices, choose_devices, choose_precision, hints, micro_batch_tokens
 
 if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in an import is no traceback
     with plain_errors():
         settings = parse_flags()
         choose_devices(settings)
-        locate_checkpoints(settings)
+        locate_downloads(settings)
 
 import math
 import re
@@ -102,7 +105,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         write_json(folder / "settings.json", {"settings": asdict(config), "derived": derived, "versions": versions})
         write_metrics(folder / "metrics.csv", rows)
     if accelerator.log_with:
-        accelerator.init_trackers("tensorboard")
+        accelerator.init_trackers("Pretrain_Bert_with_MaskLM")
         accelerator.log(before.columns(), step=0)
 
     # --------------------------------------------------------------------------------------------------- train
@@ -136,8 +139,10 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         loss_sum, grad_norm = torch.stack([accelerator.reduce(loss_sum), grad_norm]).tolist()  # the one synchronisation
 
         finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
-        if finite or accelerator.scaler is not None:  # fp16's scaler skips such a step itself, and lowers its scale
+        if finite:
             optimizer.step()
+        elif accelerator.scaler is not None:
+            accelerator.scaler.update()  # fp16: halves the scale that made the gradient overflow
         optimizer.zero_grad()
         done, skipped_in_a_row = step + 1, 0 if finite else skipped_in_a_row + 1
         if finite:
@@ -185,8 +190,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     if main:
         save_model(folder / "final", bert, tokenizer)
         shutil.rmtree(folder / "last", ignore_errors=True)  # final/ is newer
-    # The process group must not die inside DistributedDataParallel's reducer, which would wait for a thread of the group
-    # that waits for this one: a rank would hang now and then.
+    # The process group must not end inside DistributedDataParallel's reducer, which would wait for a thread of the
+    # group that waits for this one: a rank would hang now and then.
     del model, optimizer
     accelerator.free_memory()
     accelerator.end_training()
@@ -227,7 +232,9 @@ def evaluate(
             logits = model(**inputs).float()  # (masked, vocabulary)
             right = (logits.argmax(-1) == targets).sum()
             totals += F.cross_entropy(logits, targets, reduction="sum").item(), right.item(), len(targets)
-    loss_sum, right, masked = accelerator.reduce(torch.tensor(totals, device=accelerator.device)).tolist()
+    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    totals = torch.tensor(totals, dtype=exact, device=accelerator.device)
+    loss_sum, right, masked = accelerator.reduce(totals).tolist()
     return Evaluation(loss_sum / masked, right / masked, int(masked))
 
 
@@ -289,16 +296,22 @@ def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
 def main(config: Config) -> None:
     """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     transformers.logging.set_verbosity_error()  # what it would warn of is said by load_model
     transformers.logging.disable_progress_bar()
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and tracker not in map(str, get_available_trackers()):
         raise UserError(f"tracker: {tracker} is not installed, or not one that accelerate knows")
+    check_devices(config)
     precision = choose_precision(config)
     accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=config.path_model_save)
     with run_folder(config, accelerator) as folder:
-        accelerator.project_configuration.logging_dir = str(folder)
-        train(config, accelerator, folder)
+        accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
+        try:
+            train(config, accelerator, folder)
+        except KeyboardInterrupt:
+            print(f"\nstopped; what has been saved in {folder} is whole", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The tokenizer: from a checkpoint, or learned from the text; and its ids, as masking and packing need them."""
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,11 @@ def load_tokenizer(
     """
     name = config.initial_pretrain_tokenizer
     if name == "corpus":
-        folder = Path(config.path_model_save) / ".cache" / f"vocabulary-{digest(text_digest, config.vocab_size)}"
+        folder = (
+            Path(config.path_model_save)
+            / ".cache"
+            / f"vocabulary-{digest(text_digest, config.vocab_size, version('tokenizers'))}"
+        )
         if not folder.exists():
             with whole_folder(folder) as beside:
                 learn_tokenizer(train_lines, config.vocab_size).save_pretrained(beside)

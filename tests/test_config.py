@@ -54,6 +54,7 @@ ROOT = Path(__file__).parent.parent
         ({"cuda_visible_devices": "0,,1"}, ["cuda_visible_devices"]),
         ({"run_name": "a/b"}, ["run_name"]),
         ({"run_name": ".."}, ["run_name"]),
+        ({"run_name": ".cache"}, ["run_name"]),
         ({"run_name": ""}, ["run_name"]),
         ({"tracker": ""}, ["tracker"]),
     ],
@@ -95,6 +96,18 @@ def run(*flags):
         (["--batch_size", "0"], "error: batch_size: must be 1 or more, not 0"),
         (["--batch_size", "many"], "--batch_size"),
         (["--batchsize", "3"], "--batchsize"),
+        (["--initial_pretrain_model", "./nowhere"], "error: initial_pretrain_model: there is no folder ./nowhere"),
+        (
+            [
+                "--initial_pretrain_model",
+                "scratch:tiny",
+                "--initial_pretrain_tokenizer",
+                "corpus",
+                "--path_datasets",
+                "tests",
+            ],
+            "error: path_datasets: no train*.txt in tests",
+        ),
         (["--mixed_precision", "int8"], "--mixed_precision"),
     ],
 )

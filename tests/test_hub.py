@@ -155,10 +155,17 @@ def test_an_unreachable_hub_is_said_with_the_ways_out(train, silent_hub, hub_is)
         result, _ = train(endpoint)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    for way_out in (endpoint, "HF_ENDPOINT", "path/to/folder", "--demo"):
+    for way_out in (endpoint, "HF_ENDPOINT", "local folder", "--demo"):
         assert way_out in result.stderr
     assert len(result.stderr.splitlines()) <= 6
     assert not list((train.folder / "data").glob("*")) and not list((train.folder / "output").glob("[!.]*"))
+
+
+def test_no_text_and_no_hub_asks_for_text(train):
+    flags = ["--initial_pretrain_model", "scratch:tiny", "--initial_pretrain_tokenizer", "corpus"]
+    result, _ = train("http://127.0.0.1:9", *flags)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: path_datasets: data/ holds no train.txt")
 
 
 def test_an_unknown_name_is_no_network_trouble(hub, train):
@@ -173,6 +180,8 @@ def test_run_sh_says_a_wrong_setting_once_and_trains_on_a_machine_without_gpu(hu
     result, _ = train(hub, "--batch_size", "0", command=["./run.sh"], **path)
     assert result.returncode == 2
     assert result.stderr.strip() == "error: batch_size: must be 1 or more, not 0"
+    result, _ = train(hub, "--help", command=["./run.sh"], **path)
+    assert result.returncode == 0 and "--num_epochs" in result.stdout
     result, _ = train(hub, "--max_steps", "2", "--run_name", "launched", command=["./run.sh"], **path)
     assert result.returncode == 0, result.stderr
     saved = json.loads((train.folder / "output" / "launched" / "settings.json").read_text())

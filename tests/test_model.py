@@ -14,6 +14,7 @@ from transformers import (
     BertForMaskedLM,
     BertForPreTraining,
     BertModel,
+    BertTokenizer,
     RobertaConfig,
     RobertaForMaskedLM,
     pipeline,
@@ -207,6 +208,12 @@ def test_what_is_not_bert_or_not_whole_is_refused(tmp_path, settings, tokenizer,
     with pytest.raises(UserError, match=r"^initial_pretrain_model: .*wrong"):
         config = settings(initial_pretrain_model=str(folder), initial_pretrain_tokenizer=str(folder))
         load_model(config, vocabulary.size, vocabulary.pad_id)
+
+
+def test_vocab_txt_keeps_ids_where_some_are_missing(tmp_path, tokenizer, vocabulary):
+    gappy = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5, "b": 7})
+    save_model(tmp_path / "out", BertForMaskedLM(bert_config(vocabulary, vocab_size=8)), gappy)
+    assert (tmp_path / "out" / "vocab.txt").read_text().splitlines()[5:] == ["a", "[unused-id-6]", "b"]
 
 
 def test_sizes_from_scratch_are_the_published_ones(settings, vocabulary):

@@ -10,6 +10,7 @@ from conftest import make_lines
 from Config import UserError
 from data_process import cut, epoch_order, masked_batch, prepare, take
 from text import find_text, read_lines
+from vocabulary import learn_tokenizer, read_vocabulary
 
 
 def stored_tokens(tmp_path, settings, text, tokenizer, vocabulary, **changes):
@@ -39,6 +40,7 @@ def test_gzip_and_many_files_in_name_order(tmp_path, settings):
         ("good\n糖尿病患者的治疗方案\n".encode("gbk"), 2, "GBK"),
         ("plain text\nmore".encode("utf-16"), 1, "UTF-16"),
         ("caf\xe9 au lait\n".encode("latin-1"), 1, "WINDOWS-1252"),
+        (b"PK\x03\x04\x14\x00\x06\xff\n", 1, "a binary file"),
     ],
 )
 def test_undecodable_bytes_name_file_line_and_encoding(tmp_path, content, line, encoding):
@@ -72,7 +74,7 @@ def test_held_out_lines_are_exact_seeded_and_never_on_both_sides(tmp_path, setti
 
 def test_one_line_cannot_be_split(tmp_path, settings):
     (tmp_path / "train.txt").write_text("only\n\nonly\n")
-    with pytest.raises(UserError, match=r"no test\*\.txt and too few different lines"):
+    with pytest.raises(UserError, match=r"holds one line only"):
         find_text(settings(path_datasets=str(tmp_path)))
 
 
@@ -169,6 +171,9 @@ def test_prepared_text_is_found_again_and_keyed_by_what_decides_it(tmp_path, set
     assert np.array_equal(first.tokens, again.tokens)
     with pytest.raises(AssertionError):
         stored_tokens(tmp_path, settings, text._replace(train=forbidden), tokenizer, vocabulary, sen_max_length=16)
+    other = learn_tokenizer(lambda: iter(["insulin"]), 50)
+    with pytest.raises(AssertionError):
+        stored_tokens(tmp_path, settings, text._replace(train=forbidden), other, read_vocabulary(other))
 
 
 def test_unigram_perplexity_counts_every_test_token(tmp_path, settings, text_of, tokenizer, vocabulary):

@@ -21,7 +21,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import train
 from Config import UserError
-from data_process import BERT_RULE, IGNORED, content_keys, mask, prepare, take
+from data_process import BERT_RULE, IGNORED, MASKS, content_keys, epoch_order, mask, noise, prepare, take
 from model import PackedMaskedLM, load_model
 from text import find_text
 from vocabulary import load_tokenizer, read_vocabulary
@@ -143,14 +143,98 @@ def test_the_schedule_warms_up_decays_and_never_trains_at_zero(settings):
         train.resolve(settings(num_epochs=1, num_warmup_steps=50), steps_per_epoch=40, precision="no")
 
 
-def test_bias_and_layer_norm_are_not_decayed(settings, monkeypatch):
-    groups = []
-    original = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda g, **kw: groups.extend(g) or original(g, **kw))
-    run(settings(max_steps=1))
-    decayed, others = groups
-    assert decayed["weight_decay"] == 0.01 and others["weight_decay"] == 0.0
-    assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in others["params"])
+def test_dropout_is_on_in_every_step_and_off_in_evaluations(settings, monkeypatch):
+    forward, modes = train.PackedMaskedLM.forward, set()
+
+    def watched(self, *arguments, **inputs):
+        modes.add((torch.is_grad_enabled(), self.training and self.bert.training))
+        return forward(self, *arguments, **inputs)
+
+    monkeypatch.setattr(train.PackedMaskedLM, "forward", watched)
+    run(settings(max_steps=4, eval_every=1))
+    assert modes == {(True, True), (False, False)}
+
+
+def test_the_optimizer_gets_clipped_gradients_scheduled_rates_and_no_decay_for_biases(settings, monkeypatch):
+    steps = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure=None):
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+            steps.append((norm, [group["lr"] for group in self.param_groups]))
+            decayed, others = self.param_groups
+            assert decayed["weight_decay"] == 0.01 and others["weight_decay"] == 0.0
+            assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in others["params"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    config = settings(max_steps=6, max_grad_norm=0.01)
+    run(config)
+    resolved = train.resolve(config, 1, "no")
+    for step, (norm, rates) in enumerate(steps):
+        assert norm == pytest.approx(0.01, rel=1e-3)
+        assert rates == [train.learning_rate_at(step, resolved)] * 2
+    assert len(steps) == 6
+
+
+def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(settings, monkeypatch):
+    masked_batch, epochs = train.data.masked_batch, {}
+
+    def watched(chunks, indices, vocabulary, row_length, rule=BERT_RULE, draw=None, part=slice(None)):
+        if draw is not None:
+            seed, epoch = draw
+            assert seed == 5 and rule == (0.3, 0.6, 0.2, True)
+            epochs.setdefault(epoch, []).extend(indices.tolist())
+        return masked_batch(chunks, indices, vocabulary, row_length, rule, draw, part)
+
+    monkeypatch.setattr(train.data, "masked_batch", watched)
+    shares = {"mlm_probability": 0.3, "mask_replace_prob": 0.6, "random_replace_prob": 0.2, "whole_words_mask": True}
+    folder = run(settings(seed=5, num_epochs=2, batch_size=7, **shares))
+    number = json.loads((folder / "settings.json").read_text())["derived"]["chunks"]
+    assert number % 7  # the last batch of an epoch is smaller
+    assert sorted(epochs) == [0, 1] and epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(number))
+
+
+def test_a_step_follows_the_gradient_of_the_stock_models_mean_loss(settings, monkeypatch):
+    """One SGD step, which unlike Adam's shows the gradient's scale, in many micro-batches."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr=lr))
+    config = settings(
+        max_steps=1, num_warmup_steps=0, learning_rate=0.1, weight_decay=0.0, max_grad_norm=1e9, hidden_dropout=0.0,
+        micro_batch_tokens=1,
+    )  # fmt: skip
+    stepped = load_file(run(config) / "final" / "model.safetensors")
+
+    text = find_text(config)
+    tokenizer = load_tokenizer(config, text.train, text.digest)
+    vocabulary = read_vocabulary(tokenizer)
+    chunks, _, _ = prepare(config, text, tokenizer, vocabulary)
+    model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
+    indices = epoch_order(config.seed, 0, chunks.number)[: config.batch_size]
+    tokens, lengths = take(chunks, indices)
+    input_ids, labels = mask(tokens, lengths, noise(config.seed, MASKS, 0, indices), vocabulary, BERT_RULE)
+    padded = torch.full((len(lengths), int(lengths.max()) + 2), vocabulary.pad_id)
+    targets, attention = torch.full_like(padded, IGNORED), torch.zeros_like(padded)
+    for row, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
+        ids = [vocabulary.cls_id, *input_ids[end - length : end].tolist(), vocabulary.sep_id]
+        padded[row, : length + 2] = torch.tensor(ids)
+        targets[row, 1 : length + 1] = torch.from_numpy(labels[end - length : end])
+        attention[row, : length + 2] = 1
+    model.eval()(input_ids=padded, attention_mask=attention, labels=targets).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(
+                stepped[name], parameter.data - 0.1 * parameter.grad, atol=1e-6, rtol=0, msg=name
+            )
+
+
+def test_best_is_saved_when_the_test_loss_falls_and_only_then(settings, monkeypatch):
+    losses, saved = iter([9.0, 5.0, 6.0, 4.0, 4.5]), []
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: train.Evaluation(next(losses), 0.1, 10))
+    monkeypatch.setattr(train, "save_model", lambda folder, *arguments: saved.append(folder.name))
+    run(settings(max_steps=4, eval_every=1))
+    assert saved == ["best", "best", "final"]
 
 
 def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(settings, monkeypatch, capsys):
@@ -228,9 +312,20 @@ def test_bf16_agrees_with_float32(settings):
     assert losses["bf16"] == pytest.approx(losses["no"], rel=0.01)
 
 
-def test_two_processes_train_as_one(settings, tmp_path):
-    """Two ranks on the CPU, an odd last batch and fewer chunks in it than ranks: the weights are one process's."""
-    flags = settings(max_steps=12, batch_size=11, hidden_dropout=0.0, micro_batch_tokens=64)
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_two_processes_train_as_one(settings, tmp_path, optimizer):
+    """Two ranks on the CPU, with an odd number of chunks a step: the weights are one process's.
+
+    Adam does not see the gradient's scale; SGD, without clipping, does.
+    """
+    flags = settings(max_steps=20, batch_size=11, hidden_dropout=0.0, micro_batch_tokens=64, max_grad_norm=1e9)
+    script = tmp_path / "start.py"
+    sgd = "import torch; torch.optim.AdamW = lambda groups, lr, fused: torch.optim.SGD(groups, lr=lr * 50)\n"
+    script.write_text(
+        "import runpy, sys; sys.path.insert(0, '.')\n"
+        + (sgd if optimizer == "SGD" else "")
+        + "runpy.run_path('train.py', run_name='__main__')\n"
+    )
     arguments = [
         f"--{name}={value}" for name, value in asdict(flags).items() if type(value) in (int, float, str) and value != ""
     ]
@@ -241,7 +336,7 @@ def test_two_processes_train_as_one(settings, tmp_path):
     ):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         done = subprocess.run(
-            [*launcher, "train.py", *arguments, f"--run_name=ranks{ranks}"],
+            [*launcher, str(script), *arguments, f"--run_name=ranks{ranks}"],
             cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

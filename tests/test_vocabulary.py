@@ -1,0 +1,34 @@
+"""The vocabulary learned from the text: the same in every run, and the text's own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import CHINESE, ENGLISH, make_lines
+
+from vocabulary import learn_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_same_text_gives_the_same_vocabulary_in_every_process():
+    program = "import pydoc_data.topics as t; from vocabulary import learn_tokenizer as learn; import hashlib;"
+    program += "lines = lambda: (line for topic in t.topics.values() for line in topic.splitlines());"
+    program += "print(hashlib.md5(learn(lines, 3000).backend_tokenizer.to_str().encode()).hexdigest())"
+    digests = set()
+    for seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "PATH": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, check=True, text=True
+        )
+        digests.add(done.stdout)
+    assert len(digests) == 1
+
+
+def test_a_learned_vocabulary_covers_its_text_and_lowers_case():
+    tokenizer = learn_tokenizer(lambda: iter(make_lines(400)), 300)
+    assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert set(tokenizer.get_vocab().values()) == set(range(len(tokenizer)))
+    for text in (" ".join(ENGLISH).upper(), CHINESE, "😀"):
+        assert tokenizer.unk_token not in tokenizer.tokenize(text)
+    assert tokenizer.tokenize("PATIENT was") == ["patient", "was"]

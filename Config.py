@@ -90,16 +90,13 @@ def _wrong_types(config):
     for field in fields(Config):
         value, hint = getattr(config, field.name), hints[field.name]
         if typing.get_origin(hint) is Literal:
-            choices = typing.get_args(hint)
-            if value not in choices:
-                yield f"{field.name}: must be one of {', '.join(choices)}, not {value!r}"
-            continue
-        allowed = typing.get_args(hint) or (hint,)
-        if float in allowed and type(value) is int:  # 1 serves as 1.0, but True is no number
-            continue
-        if type(value) not in allowed:
-            names = " or ".join("unset (None)" if kind is type(None) else kind.__name__ for kind in allowed)
-            yield f"{field.name}: must be {names}, not {type(value).__name__} {value!r}"
+            right, rule = value in typing.get_args(hint), f"one of {', '.join(typing.get_args(hint))}"
+        else:
+            kinds = typing.get_args(hint) or (hint,)
+            right = type(value) in kinds or (type(value) is int and float in kinds)  # True is no number
+            rule = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        if not right:
+            yield f"{field.name}: must be {rule}, not {type(value).__name__} {value!r}"
 
 
 def _wrong_values(config):

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from Config import Config, UserError
-from storage import digest, whole_folder
+from storage import digest, whole
 from text import Text, line_hash
 from vocabulary import Vocabulary
 
@@ -65,7 +65,8 @@ def prepare(
     key = digest(CACHE_FORMAT, version("tokenizers"), text.digest, config.sen_max_length, encoder.to_str())
     folder = Path(config.path_model_save) / ".cache" / f"text-{key}"
     if not folder.exists():
-        with whole_folder(folder) as beside:
+        with whole(folder) as beside:
+            beside.mkdir()
             body_length = config.sen_max_length - 2  # without [CLS] and [SEP]
             found = {}
             for split, lines in (("train", text.train), ("test", text.test)):

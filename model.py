@@ -9,7 +9,7 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from Config import SCRATCH_SIZES, Config, UserError
 from hub import locate
-from storage import whole_folder
+from storage import whole
 
 
 class PackedMaskedLM(nn.Module):
@@ -81,13 +81,11 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
 
 
 def _load(kind, name, **options):
-    options["trust_remote_code"] = False
     if kind is not AutoConfig:
         options |= {"dtype": torch.float32, "attn_implementation": "sdpa"}  # not the dtype the checkpoint was saved in
+    offline = locate(name, "initial_pretrain_model")
     try:
-        return kind.from_pretrained(name, local_files_only=locate(name, "initial_pretrain_model"), **options)
-    except UserError:
-        raise
+        return kind.from_pretrained(name, local_files_only=offline, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
         reason = f"{error}".partition("\n")[0]
         raise UserError(f"initial_pretrain_model: {name} holds no BERT that loads: {reason}") from None
@@ -110,7 +108,7 @@ def _check_fit(config, bert_config, vocabulary_size):
 
 def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes a plain Hugging Face folder: config, safetensors, tokenizer, and vocab.txt for older tools."""
-    with whole_folder(folder) as beside:
+    with whole(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         tokens = {index: token for token, index in tokenizer.get_vocab().items()}

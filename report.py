@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase, pipeline
 
-from storage import whole_file
+from storage import whole
 
 COLUMNS = ("step", "epoch", "train_loss", "eval_loss", "perplexity", "masked_accuracy", "lr", "tokens_per_s")
 
@@ -44,13 +44,13 @@ def figure(value: float) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    with whole_file(path) as beside:
+    with whole(path) as beside:
         beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_metrics(path: Path, rows: list[dict]) -> None:
     """Writes metrics.csv, one row a log line or evaluation; what a row does not measure stays empty."""
-    with whole_file(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+    with whole(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: filled under another name beside their place, then renamed."""
+"""Files and folders that are whole or absent: made under another name beside their place, then renamed."""
 
 import hashlib
 import os
@@ -9,32 +9,28 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder to fill; if the block succeeds it becomes `path`, in place of a folder of that name."""
+def whole(path: Path) -> Iterator[Path]:
+    """Yields a name for the block to make a file or a folder by; it becomes `path`, in place of what is there.
+
+    Where the block fails, or is interrupted, `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    _remove(beside)  # what a killed process of the same number left
     try:
         yield beside
-        if path.exists():
+        if path.is_dir():  # a folder cannot be replaced in one rename
             path.rename(old)
         beside.rename(path)
     finally:
-        if old.exists() and not path.exists():  # stopped between the two renames
+        if old.exists() and not path.exists():  # stopped between the two
             old.rename(path)
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(beside)
+        _remove(old)
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields the name of a file to write; if the block succeeds it becomes `path`, in place of a file of that name."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+def _remove(path):
+    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def digest(*parts: object) -> str:

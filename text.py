@@ -16,7 +16,7 @@ from datasets import DownloadConfig, load_dataset
 
 from Config import Config, UserError
 from hub import WIKITEXT, locate, wants_wikitext
-from storage import digest, whole_file
+from storage import digest, whole
 
 BINARY = "a binary file, such as a Word document"
 
@@ -119,7 +119,6 @@ def _plain_errors(path):
 def _fetch_wikitext(folder):
     offline = locate(**WIKITEXT)
     print(f"{folder} holds no text: fetching WikiText-2 (raw) into it from the Hub", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
     options = DownloadConfig(local_files_only=offline)
     for split in ("train", "test"):
         try:
@@ -129,5 +128,5 @@ def _fetch_wikitext(folder):
             raise UserError(
                 f"path_datasets: WikiText-2 could not be fetched ({reason}); put text into {folder}"
             ) from None
-        with whole_file(folder / f"{split}.txt") as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+        with whole(folder / f"{split}.txt") as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(line.rstrip("\n") + "\n" for line in rows["text"])

@@ -86,9 +86,9 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         return say("Settings and text are in order.")
 
     model = PackedMaskedLM(bert)
-    decayed = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices, others = ([p for p in trained if (p.ndim > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=config.learning_rate, fused=True))
     rule = data.MaskRule(
         config.mlm_probability, config.mask_replace_prob, config.random_replace_prob, config.whole_words_mask

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from Config import Config, UserError
 from hub import locate
-from storage import digest, whole_folder
+from storage import digest, whole
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -31,15 +31,12 @@ def load_tokenizer(
             / f"vocabulary-{digest(text_digest, config.vocab_size, version('tokenizers'))}"
         )
         if not folder.exists():
-            with whole_folder(folder) as beside:
+            with whole(folder) as beside:
                 learn_tokenizer(train_lines, config.vocab_size).save_pretrained(beside)
         return AutoTokenizer.from_pretrained(folder)
+    offline = locate(name, "initial_pretrain_tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, local_files_only=locate(name, "initial_pretrain_tokenizer"), trust_remote_code=False
-        )
-    except UserError:
-        raise
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
         reason = f"{error}".partition("\n")[0]
         raise UserError(f"initial_pretrain_tokenizer: {name} holds no tokenizer that loads: {reason}") from None

@@ -17,9 +17,7 @@ from Config import Config, UserError
         ("no", "bf16", "bf16", "no"),  # and the setting before it
     ],
 )
-def test_precision_is_the_settings_then_the_launchers_then_the_hardwares(
-    monkeypatch, setting, launcher, native, chosen
-):
+def test_precision_is_the_settings_else_the_launchers_else_the_native(monkeypatch, setting, launcher, native, chosen):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)

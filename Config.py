@@ -173,7 +173,7 @@ def parse_flags(arguments: list[str] | None = None) -> Config:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     default = demo_config() if "--demo" in arguments or Config.demo else Config()
-    return tyro.cli(Config, args=arguments, default=default, config=(tyro.conf.AvoidSubcommands,), use_underscores=True)
+    return tyro.cli(Config, args=arguments, default=default, use_underscores=True)
 
 
 def describe(config: Config) -> str:

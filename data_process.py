@@ -8,6 +8,7 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, pairwise
 from pathlib import Path
@@ -67,21 +68,22 @@ def prepare(
     if not folder.exists():
         with whole(folder) as beside:
             beside.mkdir()
-            body_length = config.sen_max_length - 2  # without [CLS] and [SEP]
-            found = {}
-            for split, lines in (("train", text.train), ("test", text.test)):
-                counts = _write_chunks(lines(), encoder, vocabulary, body_length, beside / f"{split}.arrow")
-                found[split], hashes, occurrences = counts
-                if split == "train":
-                    train_hashes, share = hashes, (occurrences + 1) / (occurrences + 1).sum()
-            found["test_lines_in_train"] = int(np.isin(hashes, train_hashes).sum())
-            found["unigram_perplexity"] = math.exp(-(occurrences @ np.log(share)) / occurrences.sum())
+            write = partial(_write_chunks, encoder, vocabulary, config.sen_max_length - 2)  # without [CLS] and [SEP]
+            train_counts, train_lines, train_tokens = write(text.train(), beside / "train.arrow")
+            test_counts, test_lines, test_tokens = write(text.test(), beside / "test.arrow")
+            log_share = np.log((train_tokens + 1) / (train_tokens + 1).sum())
+            found = {
+                "train": train_counts,
+                "test": test_counts,
+                "test_lines_in_train": int(np.isin(test_lines, train_lines).sum()),
+                "unigram_perplexity": math.exp(-(test_tokens @ log_share) / test_tokens.sum()),
+            }
             (beside / "found.json").write_text(json.dumps(found))
     train, test = (Chunks.read(folder / f"{split}.arrow") for split in ("train", "test"))
     return train, test, json.loads((folder / "found.json").read_text())
 
 
-def _write_chunks(lines, encoder, vocabulary, body_length, path):
+def _write_chunks(encoder, vocabulary, body_length, lines, path):
     """Tokenizes and cuts the lines into an Arrow file: one column, one list of tokens a chunk, all in one record batch.
 
     One batch makes one flat array to index, so the tokens go to a plain file first: memory stays small for any text.

@@ -67,16 +67,14 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
             model.bert.pooler = encoder.pooler.requires_grad_(False)
 
     for module in model.modules():
+        if isinstance(module, nn.Dropout) and config.hidden_dropout is not None:
+            module.p = config.hidden_dropout
+    for module in model.modules():
         if isinstance(module, BertSelfAttention):
+            module.dropout.p = config.attention_dropout
             # A softmax does not see a constant added to all its inputs, so this bias has no gradient but rounding
             # noise, which Adam would blow up into a random walk that differs between layouts.
             module.key.bias.requires_grad_(False)
-    attention_dropouts = {m.dropout for m in model.modules() if isinstance(m, BertSelfAttention)}
-    for module in model.modules():
-        if module in attention_dropouts:
-            module.p = config.attention_dropout
-        elif isinstance(module, nn.Dropout) and config.hidden_dropout is not None:
-            module.p = config.hidden_dropout
     return model, warnings
 
 
@@ -112,7 +110,7 @@ def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokeni
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         tokens = {index: token for token, index in tokenizer.get_vocab().items()}
-        lines = [
+        by_id = (
             tokens.get(index, f"[unused-id-{index}]") for index in range(max(tokens) + 1)
-        ]  # a line number is an id
-        (beside / "vocab.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+        )  # a line's number is its id
+        (beside / "vocab.txt").write_text("".join(f"{token}\n" for token in by_id), encoding="utf-8", newline="\n")

@@ -95,7 +95,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     )
 
     # ------------------------------------------------------------------------------------------------ baseline
-    hidden_words = hide_words(islice(text.test(), 2000), tokenizer)
+    hidden_words = hide_words(islice(text.test(), 2000), tokenizer) if main else []
     guesses_before = guess(bert, hidden_words, tokenizer)
     before = evaluate(accelerator, model, test_chunks, vocabulary, config)
     say(f"before training: {before}")

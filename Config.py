@@ -65,10 +65,12 @@ class Config:
     run_name: str | None = None  # name of this run's folder; unset: date, time and model
     log_every: int = 50  # steps between lines in the log and in metrics.csv
     eval_every: int | None = None  # steps between evaluations; unset: once an epoch
-    save_every: int | None = None  # steps between copies of the weights in last/; unset: once an epoch
+    save_every: int | None = None  # steps between checkpoints, besides one at the end of each epoch; unset: no others
+    keep_checkpoints: int = 2  # the newest so many stay on disk
     tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
 
     # --- mode
+    resume: bool = False  # go on with the newest unfinished run, or run_name's, from its newest checkpoint
     demo: bool = False  # train a small BERT on the documentation of your own Python; downloads nothing
     check_only: bool = False  # check settings and text, prepare the text, then stop
 
@@ -107,6 +109,8 @@ def _wrong_values(config):
                 yield f"{name}: must be {rule}, not {value}"
 
     whole = ("num_epochs", "max_steps", "batch_size", "micro_batch_tokens", "log_every", "eval_every", "save_every")
+    whole += ("keep_checkpoints",)
+    whole += ("keep_checkpoints",)
     yield from require(lambda value: value >= 1, "1 or more", *whole)
     yield from require(lambda value: 0 <= value < math.inf, "0 or more", "num_warmup_steps", "weight_decay")
     yield from require(lambda value: 0 < value < math.inf, "above 0", "learning_rate", "max_grad_norm")
@@ -173,7 +177,7 @@ def parse_flags(arguments: list[str] | None = None) -> Config:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     default = demo_config() if "--demo" in arguments or Config.demo else Config()
-    return tyro.cli(Config, args=arguments, default=default, use_underscores=True)
+    return tyro.cli(Config, prog="train.py", args=arguments, default=default, use_underscores=True)
 
 
 def describe(config: Config) -> str:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from Config import Config, UserError
-from storage import digest, whole
+from storage import digest, once
 from text import Text, line_hash
 from vocabulary import Vocabulary
 
@@ -64,21 +64,22 @@ def prepare(
     encoder.no_padding()
     encoder.encode_special_tokens = True  # text that spells [MASK] is text
     key = digest(CACHE_FORMAT, version("tokenizers"), text.digest, config.sen_max_length, encoder.to_str())
-    folder = Path(config.path_model_save) / ".cache" / f"text-{key}"
-    if not folder.exists():
-        with whole(folder) as beside:
-            beside.mkdir()
-            write = partial(_write_chunks, encoder, vocabulary, config.sen_max_length - 2)  # without [CLS] and [SEP]
-            train_counts, train_lines, train_tokens = write(text.train(), beside / "train.arrow")
-            test_counts, test_lines, test_tokens = write(text.test(), beside / "test.arrow")
-            log_share = np.log((train_tokens + 1) / (train_tokens + 1).sum())
-            found = {
-                "train": train_counts,
-                "test": test_counts,
-                "test_lines_in_train": int(np.isin(test_lines, train_lines).sum()),
-                "unigram_perplexity": math.exp(-(test_tokens @ log_share) / test_tokens.sum()),
-            }
-            (beside / "found.json").write_text(json.dumps(found))
+
+    def make(folder):
+        folder.mkdir()
+        write = partial(_write_chunks, encoder, vocabulary, config.sen_max_length - 2)  # without [CLS] and [SEP]
+        train_counts, train_lines, train_tokens = write(text.train(), folder / "train.arrow")
+        test_counts, test_lines, test_tokens = write(text.test(), folder / "test.arrow")
+        log_share = np.log((train_tokens + 1) / (train_tokens + 1).sum())
+        found = {
+            "train": train_counts,
+            "test": test_counts,
+            "test_lines_in_train": int(np.isin(test_lines, train_lines).sum()),
+            "unigram_perplexity": math.exp(-(test_tokens @ log_share) / test_tokens.sum()),
+        }
+        (folder / "found.json").write_text(json.dumps(found))
+
+    folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)
     train, test = (Chunks.read(folder / f"{split}.arrow") for split in ("train", "test"))
     return train, test, json.loads((folder / "found.json").read_text())
 

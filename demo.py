@@ -24,7 +24,7 @@ def write_corpus(folder: Path) -> None:
     for name, kept in (("test", lambda i: i % TEST_SHARE == 0), ("train", lambda i: i % TEST_SHARE != 0)):
         lines = [f"{paragraph}\n" for i, paragraph in enumerate(paragraphs) if kept(i)]
         (folder / f"{name}.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
-    print(f"demo corpus: {len(paragraphs):,} distinct paragraphs of {source}, in {folder}")
+    print(f"demo corpus: {len(paragraphs):,} distinct paragraphs of {source}")
 
 
 def _distinct_paragraphs(texts: Iterator[str]) -> list[str]:

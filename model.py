@@ -9,7 +9,6 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from Config import SCRATCH_SIZES, Config, UserError
 from hub import locate
-from storage import whole
 
 
 class PackedMaskedLM(nn.Module):
@@ -33,15 +32,18 @@ class PackedMaskedLM(nn.Module):
         return self.bert.cls(hidden.flatten(0, 1)[masked])
 
 
-def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertForMaskedLM, list[str]]:
-    """The model that `initial_pretrain_model` names, in float32, and warnings about it.
+def load_model(
+    config: Config, vocabulary_size: int, pad_id: int, checkpoint: Path | None = None
+) -> tuple[BertForMaskedLM, list[str]]:
+    """The model in the folder `checkpoint`, or else the one that `initial_pretrain_model` names; and warnings about it.
 
-    The checkpoint's pooler comes along untrained, so that a fine-tuned task starts from it. The dropouts of Config.py
-    are set on the modules; the model's config, which is saved, keeps the checkpoint's own for whoever fine-tunes it.
+    In float32. Its pooler comes along untrained, so that a fine-tuned task starts from it. The dropouts of Config.py
+    are set on the modules; the model's config, which is saved, keeps the model's own for whoever fine-tunes it.
     Raises UserError where the checkpoint is missing or not BERT, or does not fit the tokenizer or `sen_max_length`.
     """
-    name, warnings = config.initial_pretrain_model, []
-    if config.scratch_size:
+    name, warnings = str(checkpoint or config.initial_pretrain_model), []
+    from_scratch = config.scratch_size and not checkpoint
+    if from_scratch:
         layers, hidden, _ = SCRATCH_SIZES[config.scratch_size]
         shape = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64}
         bert_config = BertConfig(vocab_size=vocabulary_size, intermediate_size=4 * hidden, pad_token_id=pad_id, **shape)
@@ -52,7 +54,7 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
     _check_fit(config, bert_config, vocabulary_size)
 
     torch.manual_seed(config.seed)  # of all weights, or of a head that the checkpoint lacks
-    if config.scratch_size:
+    if from_scratch:
         model = BertForMaskedLM(bert_config)
     else:
         model, loading = _load(BertForMaskedLM, name, output_loading_info=True)
@@ -65,6 +67,10 @@ def load_model(config: Config, vocabulary_size: int, pad_id: int) -> tuple[BertF
         encoder, loading = _load(BertModel, name, output_loading_info=True)
         if not any(key.startswith("pooler") for key in loading["missing_keys"]):
             model.bert.pooler = encoder.pooler.requires_grad_(False)
+        for parameter in model.parameters():
+            # Loaded weights are views of the file, at any address, and matrix products round by their inputs'
+            # alignment: a resumed run would drift from the uninterrupted one.
+            parameter.data = parameter.data.clone()
 
     for module in model.modules():
         if isinstance(module, nn.Dropout) and config.hidden_dropout is not None:
@@ -106,11 +112,8 @@ def _check_fit(config, bert_config, vocabulary_size):
 
 def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes a plain Hugging Face folder: config, safetensors, tokenizer, and vocab.txt for older tools."""
-    with whole(folder) as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        tokens = {index: token for token, index in tokenizer.get_vocab().items()}
-        by_id = (
-            tokens.get(index, f"[unused-id-{index}]") for index in range(max(tokens) + 1)
-        )  # a line's number is its id
-        (beside / "vocab.txt").write_text("".join(f"{token}\n" for token in by_id), encoding="utf-8", newline="\n")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+    by_id = (tokens.get(index, f"[unused-id-{index}]") for index in range(max(tokens) + 1))  # a line's number is its id
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in by_id), encoding="utf-8", newline="\n")

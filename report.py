@@ -77,23 +77,23 @@ def guess(model: BertForMaskedLM, hidden: list[tuple[str, str]], tokenizer: PreT
 
 
 def closing_words(
-    before: Evaluation, after: Evaluation, found: dict, guesses: Iterable[tuple[tuple[str, str], str, str]], model: Path
+    before: dict, after: dict, found: dict, guesses: Iterable[tuple[tuple[str, str], str, str]], model: Path
 ) -> str:
-    """The end of the log: figures before and after, each hidden word with its guesses, and where the model is."""
+    """The end of the log: the first and the last row of metrics.csv, each hidden word with its guesses, the model."""
     tokens_per_character = found["test"]["tokens"] / found["test"]["characters"]
     unigram = found["unigram_perplexity"]
     rows = [
         ("", "before", "after"),
-        ("perplexity", figure(before.perplexity), figure(after.perplexity)),
-        ("masked accuracy", f"{before.accuracy:.1%}", f"{after.accuracy:.1%}"),
-        ("nats per character", *(f"{each.loss * tokens_per_character:.3f}" for each in (before, after))),
-        ("unigram perplexity", "", figure(unigram), f"perplexity / unigram = {figure(after.perplexity / unigram)}"),
+        ("perplexity", *(figure(each["perplexity"]) for each in (before, after))),
+        ("masked accuracy", *(f"{each['masked_accuracy']:.1%}" for each in (before, after))),
+        ("nats per character", *(f"{each['eval_loss'] * tokens_per_character:.3f}" for each in (before, after))),
+        ("unigram perplexity", "", figure(unigram), f"perplexity / unigram = {figure(after['perplexity'] / unigram)}"),
     ]
     lines = [f"{name:<20}{old:>12}{new:>12}    {''.join(note)}".rstrip() for name, old, new, *note in rows]
     lines.append("(Perplexities compare between runs with the same tokenizer and sen_max_length; else compare nats.)")
     for (line, word), old, new in guesses:
         lines += ["", f"  {line}   ({word})", f"    before  {old}", f"    after   {new}"]
-    if not after.loss < before.loss:
+    if not after["eval_loss"] < before["eval_loss"]:
         lines += ["", "warning: the test loss did not fall; the starting model serves this text as well"]
     call = f"""print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))"""
     return "\n".join([*lines, "", f"The model: {model}", f"  python -c 'from transformers import pipeline; {call}'"])

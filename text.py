@@ -16,7 +16,7 @@ from datasets import DownloadConfig, load_dataset
 
 from Config import Config, UserError
 from hub import WIKITEXT, locate, wants_wikitext
-from storage import digest, whole
+from storage import digest, lock, whole
 
 BINARY = "a binary file, such as a Word document"
 
@@ -36,8 +36,9 @@ def find_text(config: Config) -> Text:
     WikiText-2 from the Hub. Raises UserError where there is no text, or too little to hold some out.
     """
     folder = Path(config.path_datasets)
-    if wants_wikitext(config):
-        _fetch_wikitext(folder)
+    with lock(Path(config.path_model_save) / ".cache" / ".fetch.lock"):  # one process fetches, the others wait
+        if wants_wikitext(config):
+            _fetch_wikitext(folder)
     train, test = _files(folder, "train"), _files(folder, "test")
     if not train:
         raise UserError(f"path_datasets: no train*.txt in {folder}; put your text there, one example a line")

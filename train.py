@@ -14,16 +14,19 @@ if __name__ == "__main__":  # before the imports that take seconds: help, wrong 
         locate_downloads(settings)
 
 import math
+import os
 import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from platform import python_version
 
 import numpy as np
 import torch
@@ -31,13 +34,17 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from filelock import Timeout
+from torch.distributed import DistBackendError
 from tqdm import tqdm
 
 import data_process as data
+from checkpoint import Progress, find_checkpoint, find_run, load_checkpoint, refuse_changes, save_checkpoint
 from demo import write_corpus
 from model import PackedMaskedLM, load_model, save_model
 from report import Evaluation, closing_words, guess, hide_words, perplexity, write_json, write_metrics
+from storage import digest, lock, once, whole
 from text import find_text
 from vocabulary import Vocabulary, load_tokenizer, read_vocabulary
 
@@ -52,24 +59,31 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "nu
 def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     """The whole job, under `folder`: prepare, evaluate the start, train, evaluate, save, finish.
 
-    Raises UserError for whatever the user can put right.
+    Goes on from the folder's newest checkpoint, if it has one. Raises UserError for whatever the user can put right,
+    and SystemExit once a run that was told to stop has saved a checkpoint.
     """
     # ------------------------------------------------------------------------------------------------- prepare
     main, device = accelerator.is_main_process, accelerator.device
     say = tqdm.write if main else lambda text: None  # a print would tear the progress bar
     rank, ranks = accelerator.process_index, accelerator.num_processes
     if config.demo:
-        config = replace(config, path_datasets=str(folder / "data"))
-    with accelerator.main_process_first():  # the others find the text tokenized
-        if config.demo and main:
-            write_corpus(Path(config.path_datasets))
-        text = find_text(config)
-        tokenizer = load_tokenizer(config, text.train, text.digest)
-        vocabulary = read_vocabulary(tokenizer)
-        chunks, test_chunks, found = data.prepare(config, text, tokenizer, vocabulary)
-    bert, warnings = load_model(config, vocabulary.size, vocabulary.pad_id)
+        corpus = Path(config.path_model_save) / ".cache" / f"demo-{python_version()}"
+        config = replace(config, path_datasets=str(once(corpus, write_corpus)))
+    text = find_text(config)
+    tokenizer = load_tokenizer(config, text.train, text.digest)
+    vocabulary = read_vocabulary(tokenizer)
+    chunks, test_chunks, found = data.prepare(config, text, tokenizer, vocabulary)
     steps_per_epoch = math.ceil(chunks.number / config.batch_size)
     config = resolve(config, steps_per_epoch, accelerator.mixed_precision)
+
+    recipe = {"text": text.digest, "tokenizer": digest(tokenizer.backend_tokenizer.to_str())}
+    if any(other != recipe for other in gather_object([recipe])):
+        raise UserError("path_datasets: text or tokenizer differ between the machines; each needs the same files")
+    recipe["settings"] = asdict(config)
+    checkpoint, passed_over = find_checkpoint(folder)
+    if checkpoint:
+        refuse_changes(checkpoint, recipe)
+    bert, warnings = load_model(config, vocabulary.size, vocabulary.pad_id, checkpoint)
     derived = {
         "devices": f"{ranks} x {device.type}",
         "parameters": sum(parameter.numel() for parameter in bert.parameters()),
@@ -80,7 +94,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     say(f"settings (* differs from Config.py's default)\n{describe(config)}\n")
     say(f"text\n{data.describe_text(found, config.initial_pretrain_tokenizer)}\n")
     say("derived\n" + "".join(f"   {name:<26}  {value}\n" for name, value in derived.items()))
-    for line in warnings + hints(ranks, derived["tokens_per_step"]):
+    for line in passed_over + warnings + hints(ranks, derived["tokens_per_step"]):
         say(line)
     if config.check_only:
         return say("Settings and text are in order.")
@@ -93,35 +107,68 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     rule = data.MaskRule(
         config.mlm_probability, config.mask_replace_prob, config.random_replace_prob, config.whole_words_mask
     )
-
-    # ------------------------------------------------------------------------------------------------ baseline
     hidden_words = hide_words(islice(text.test(), 2000), tokenizer) if main else []
-    guesses_before = guess(bert, hidden_words, tokenizer)
-    before = evaluate(accelerator, model, test_chunks, vocabulary, config)
-    say(f"before training: {before}")
-    rows = [{"step": 0, "epoch": 0, **before.columns()}]
+    if checkpoint:
+        progress = load_checkpoint(checkpoint, bert, optimizer)
+        say(f"resumed from {checkpoint}")
+    else:
+        progress = Progress(guesses_before=guess(bert, hidden_words, tokenizer))
+        if config.resume:
+            say(f"{folder} has no checkpoint yet, so it begins at the first step")
     if main:
         versions = {name: version(name) for name in PACKAGES}
         write_json(folder / "settings.json", {"settings": asdict(config), "derived": derived, "versions": versions})
-        write_metrics(folder / "metrics.csv", rows)
+        write_metrics(folder / "metrics.csv", progress.rows)  # what a killed run wrote after its checkpoint goes
     if accelerator.log_with:
-        accelerator.init_trackers("Pretrain_Bert_with_MaskLM")
-        accelerator.log(before.columns(), step=0)
+        hidden = {"tensorboard": {"purge_step": progress.step + 1}}
+        accelerator.init_trackers("Pretrain_Bert_with_MaskLM", init_kwargs=hidden if checkpoint else {})
+
+    def record(step: int, figures: dict[str, float]) -> None:
+        if not progress.rows or progress.rows[-1]["step"] != step:
+            progress.rows.append({"step": step, "epoch": step / steps_per_epoch})
+        progress.rows[-1] |= figures
+        accelerator.log(figures, step=step)
+        if main:
+            write_metrics(folder / "metrics.csv", progress.rows)
 
     # --------------------------------------------------------------------------------------------------- train
-    best_loss, skipped_in_a_row, logged = math.inf, 0, 0
+    signals, stop, first = catch_signals(main), False, progress.step
     patience = HOPELESS_STEPS + (FP16_HALVINGS if accelerator.scaler is not None else 0)
-    seen, since = np.zeros(3), time.perf_counter()  # loss sum, masked tokens and tokens since the last log line
-    bar = tqdm(total=config.max_steps, unit="step", disable=not (main and sys.stderr.isatty()))
-    for step in range(config.max_steps):
+    shown = main and sys.stderr.isatty()
+    bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=not shown)
+    for step in range(first, config.max_steps + 1):  # in each turn `step` steps are done; the last one trains no more
         epoch, place = divmod(step, steps_per_epoch)
-        if place == 0:
+        finished = step == config.max_steps
+
+        # --------------------------------------------------------------------------------- evaluate, save
+        if (step % config.eval_every == 0 or finished) and progress.evaluated < step and not stop:
+            evaluation, stop = evaluate(accelerator, model, test_chunks, vocabulary, config, signals)
+            if not stop:
+                say(f"step {step}/{config.max_steps}, test: {evaluation}" if step else f"before training: {evaluation}")
+                record(step, evaluation.columns())
+                progress.evaluated = step
+                best_loss = math.inf if progress.best_loss is None else progress.best_loss
+                if step and evaluation.loss < best_loss:
+                    progress.best_loss = evaluation.loss
+                    if main:
+                        with whole(folder / "best") as beside:
+                            save_model(beside, bert, tokenizer)
+        hopeless = progress.skipped_in_a_row >= patience
+        due = first < step < config.max_steps and (place == 0 or step % config.save_every == 0)
+        if main and (due or stop or hopeless):
+            checkpoint = save_checkpoint(folder, bert, tokenizer, optimizer, progress, recipe, config.keep_checkpoints)
+        if finished or stop or hopeless:
+            break
+
+        # ------------------------------------------------------------------------------------------ train
+        began = time.perf_counter()
+        if place == 0 or step == first:
             order = data.epoch_order(config.seed, epoch, chunks.number)  # (chunks,)
         indices = order[place * config.batch_size : (place + 1) * config.batch_size]  # (n,), n <= batch_size
+        row_length = min(ROW_TOKENS, config.micro_batch_tokens)
         batch, masked_tokens = data.masked_batch(
-            chunks, indices, vocabulary, ROW_TOKENS, rule, draw=(config.seed, epoch), part=slice(rank, None, ranks)
+            chunks, indices, vocabulary, row_length, rule, draw=(config.seed, epoch), part=slice(rank, None, ranks)
         )
-
         model.train()  # an evaluation leaves it without dropout
         learning_rate = learning_rate_at(step, config)
         for group in optimizer.param_groups:
@@ -136,7 +183,9 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
                 accelerator.backward(micro_loss * ranks / masked_tokens)  # DistributedDataParallel divides by ranks
             loss_sum += micro_loss.detach()
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        loss_sum, grad_norm = torch.stack([accelerator.reduce(loss_sum), grad_norm]).tolist()  # the one synchronisation
+        told_to_stop = torch.full((), float(bool(signals)), device=device)
+        over_ranks = accelerator.reduce(torch.stack([loss_sum, told_to_stop]))
+        loss_sum, stop, grad_norm = torch.stack([*over_ranks, grad_norm]).tolist()  # the step's one synchronisation
 
         finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
         if finite:
@@ -144,59 +193,70 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         elif accelerator.scaler is not None:
             accelerator.scaler.update()  # fp16: halves the scale that made the gradient overflow
         optimizer.zero_grad()
-        done, skipped_in_a_row = step + 1, 0 if finite else skipped_in_a_row + 1
+        progress.step = done = step + 1
+        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        new = progress.unreported
+        new.update(seconds=time.perf_counter() - began, steps=1)
         if finite:
-            seen += loss_sum, masked_tokens, chunks.lengths(indices).sum()
+            new.update(loss=loss_sum, masked_tokens=masked_tokens, tokens=int(chunks.lengths(indices).sum()))
         else:
             say(f"step {done}: skipped, as its loss or gradient is not finite")
-        if skipped_in_a_row == patience:
-            if main:
-                save_model(folder / "last", bert, tokenizer)
-            raise UserError(
-                f"learning_rate: {patience} steps in a row, up to step {done}, had no finite loss and gradient; most "
-                f"often {config.learning_rate:g} is too high. The weights before them are in {folder / 'last'}"
-            )
-
-        # ----------------------------------------------------------------------------- log, evaluate, save
-        row, finished, now = {}, done == config.max_steps, time.perf_counter()
         bar.update()
-        if (done % config.log_every == 0 or finished) and seen[1]:
-            row = {"train_loss": seen[0] / seen[1], "lr": learning_rate, "tokens_per_s": seen[2] / (now - since)}
-            left = tqdm.format_interval((now - since) / (done - logged) * (config.max_steps - done))
+        if (done % config.log_every == 0 or done == config.max_steps) and new["masked_tokens"]:
+            figures = {"train_loss": new["loss"] / new["masked_tokens"], "lr": learning_rate}
+            figures["tokens_per_s"] = new["tokens"] / new["seconds"]
+            left = tqdm.format_interval(new["seconds"] / new["steps"] * (config.max_steps - done))
             line = "loss {train_loss:.3f}, perplexity {0:,.1f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s"
-            line = line.format(perplexity(row["train_loss"]), **row)
+            line = line.format(perplexity(figures["train_loss"]), **figures)
             say(f"step {done}/{config.max_steps}, epoch {done / steps_per_epoch:.2f}: {line}, {left} left")
             bar.set_postfix_str(line)
-            seen, since, logged = np.zeros(3), now, done
-        if done % config.eval_every == 0 or finished:
-            evaluation = evaluate(accelerator, model, test_chunks, vocabulary, config)
-            row |= evaluation.columns()
-            say(f"step {done}/{config.max_steps}, test: {evaluation}")
-            if main and evaluation.loss < best_loss:
-                save_model(folder / "best", bert, tokenizer)
-            best_loss = min(best_loss, evaluation.loss)
-        if main and done % config.save_every == 0 and not finished:
-            save_model(folder / "last", bert, tokenizer)
-        if row:
-            rows.append({"step": done, "epoch": done / steps_per_epoch, **row})
-            accelerator.log(row, step=done)
-            if main:
-                write_metrics(folder / "metrics.csv", rows)
-        since += time.perf_counter() - now  # evaluating and saving is no training time
+            record(done, figures)
+            new.clear()
     bar.close()
 
     # -------------------------------------------------------------------------------------------------- finish
-    guesses_after = guess(bert, hidden_words, tokenizer)
-    if main:
-        save_model(folder / "final", bert, tokenizer)
-        shutil.rmtree(folder / "last", ignore_errors=True)  # final/ is newer
+    if stop or hopeless:
+        accelerator.wait_for_everyone()  # launchers end the other ranks when one has ended, even while it saves
+    else:
+        guesses_after = guess(bert, hidden_words, tokenizer)
+        if main:
+            with whole(folder / "final") as beside:
+                save_model(beside, bert, tokenizer)
     # The process group must not end inside DistributedDataParallel's reducer, which would wait for a thread of the
     # group that waits for this one: a rank would hang now and then.
     del model, optimizer
     accelerator.free_memory()
     accelerator.end_training()
-    guesses = zip(hidden_words, guesses_before, guesses_after, strict=True)
-    say(closing_words(before, evaluation, found, guesses, folder / "final"))
+    if hopeless:
+        raise UserError(
+            f"learning_rate: {patience} steps in a row, up to step {step}, had no finite loss and gradient; most "
+            f"often {config.learning_rate:g} is too high. The weights before them are in {folder / 'checkpoints'}"
+        )
+    if stop:
+        say(f"stopped after step {step}, which {checkpoint} holds. The same command with --resume goes on from there")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    guesses = zip(hidden_words, progress.guesses_before, guesses_after, strict=True)
+    say(closing_words(progress.rows[0], progress.rows[-1], found, guesses, folder / "final"))
+
+
+def catch_signals(speak: bool) -> list[int]:
+    """Turns Ctrl-C and SIGTERM from now on into entries of the list that it returns. A second Ctrl-C exits at once.
+
+    A second SIGTERM does not: launchers and schedulers each send one to every rank.
+    """
+    received = []
+
+    def note(number, frame):
+        if speak and not received:
+            os.write(2, b"\nstopping after this step; Ctrl-C exits at once\n")  # print cannot interrupt a print
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return received
 
 
 def split(batch: data.Batch, micro_batch_tokens: int, device: torch.device) -> Iterator[tuple[dict, torch.Tensor]]:
@@ -210,8 +270,13 @@ def split(batch: data.Batch, micro_batch_tokens: int, device: torch.device) -> I
         input_ids, position_ids, sequence_ids, labels = (array[start : start + rows_each] for array in batch)
         masked = np.flatnonzero(labels != data.IGNORED)
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "sequence_ids": sequence_ids, "masked": masked}
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-        yield tensors, torch.from_numpy(labels.reshape(-1)[masked]).to(device)
+        inputs = {name: _to_device(array, device) for name, array in inputs.items()}
+        yield inputs, _to_device(labels.reshape(-1)[masked], device)
+
+
+def _to_device(array, device):
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()
@@ -221,21 +286,29 @@ def evaluate(
     chunks: data.Chunks,
     vocabulary: Vocabulary,
     config: Config,
-) -> Evaluation:
-    """Loss and accuracy on every chunk once, over all devices, always with BERT's own masking and fixed masks."""
+    signals: list[int],
+) -> tuple[Evaluation, bool]:
+    """Loss and accuracy on every chunk once, over all devices, always with BERT's own masking and fixed masks.
+
+    Gives up once `signals` of any rank holds one; the second value says so, and the first is then worth nothing.
+    """
     model = accelerator.unwrap_model(model).eval()
     totals = np.zeros(3)  # summed loss, right guesses, masked tokens
+    row_length = min(ROW_TOKENS, config.micro_batch_tokens)
     mine = np.arange(accelerator.process_index, chunks.number, accelerator.num_processes)
     for start in range(0, len(mine), EVALUATION_CHUNKS):
-        batch, _ = data.masked_batch(chunks, mine[start : start + EVALUATION_CHUNKS], vocabulary, ROW_TOKENS)
+        if signals:
+            break
+        batch, _ = data.masked_batch(chunks, mine[start : start + EVALUATION_CHUNKS], vocabulary, row_length)
         for inputs, targets in split(batch, config.micro_batch_tokens, accelerator.device):
             logits = model(**inputs).float()  # (masked, vocabulary)
             right = (logits.argmax(-1) == targets).sum()
             totals += F.cross_entropy(logits, targets, reduction="sum").item(), right.item(), len(targets)
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    totals = torch.tensor(totals, dtype=exact, device=accelerator.device)
-    loss_sum, right, masked = accelerator.reduce(totals).tolist()
-    return Evaluation(loss_sum / masked, right / masked, int(masked))
+    totals = torch.tensor([*totals, bool(signals)], dtype=exact, device=accelerator.device)
+    loss_sum, right, masked, stop = accelerator.reduce(totals).tolist()
+    masked = max(masked, 1)  # a signal may come before the first
+    return Evaluation(loss_sum / masked, right / masked, int(masked)), bool(stop)
 
 
 def learning_rate_at(step: int, config: Config) -> float:
@@ -267,51 +340,81 @@ def resolve(config: Config, steps_per_epoch: int, precision: str) -> Config:
 
 @contextmanager
 def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
-    """Makes the run's own folder, and removes it again if the run ends before it has measured anything.
+    """The run's own folder, made or, to resume a run, found; one made is removed if the run ends before its first step.
 
-    Raises UserError where `run_name` is taken or the folder cannot be made.
+    Raises UserError where `run_name` is taken, another process is at work there or the folder cannot be made.
     """
+    folder, made = None, False
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            folder = find_run(config) if config.resume else name_run(config)
+            try:
+                held.enter_context(lock(folder.parent / ".cache" / f"{folder.name}.lock", timeout_s=0))
+                made = not folder.exists()  # by the name of none yet --resume begins a run: one command serves for both
+                folder.mkdir(exist_ok=config.resume)
+            except Timeout:
+                raise UserError(f"resume: another process is at work in {folder}") from None
+            except FileExistsError:
+                raise UserError(
+                    f"run_name: {folder} exists already; choose another name, or go on with it by --resume"
+                ) from None
+            except OSError as error:
+                raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from None
+            if made:
+                write_json(folder / "settings.json", {"settings": asdict(config)})  # to be known as a run
+        folder = broadcast_object_list([folder])[0]
+        try:
+            yield folder
+        finally:
+            if made and not (folder / "metrics.csv").exists():
+                shutil.rmtree(folder)
+
+
+def name_run(config: Config) -> Path:
+    """The folder of a new run: `run_name`, or date, time and model, numbered where two begin in one second."""
     model = "demo" if config.demo else re.sub(r"[^\w.-]+", "-", Path(config.initial_pretrain_model).name)
     name = config.run_name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}")
-    folder = Path(config.path_model_save) / name
-    if accelerator.is_main_process:
-        taken = 1
-        while folder.exists() and not config.run_name:  # two runs in one second
-            taken += 1
-            folder = folder.with_name(f"{name}-{taken}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(f"run_name: {folder} exists already; choose another name, or remove it") from None
-        except OSError as error:
-            raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from None
-    folder = broadcast_object_list([folder])[0]
-    try:
-        yield folder
-    finally:
-        if accelerator.is_main_process and not (folder / "metrics.csv").exists():
-            shutil.rmtree(folder)
+    folder, number = Path(config.path_model_save) / name, 1
+    while folder.exists() and not config.run_name:
+        number += 1
+        folder = folder.with_name(f"{name}-{number}")
+    return folder
 
 
 def main(config: Config) -> None:
-    """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError."""
+    """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError; SystemExit on a signal."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     transformers.logging.set_verbosity_error()  # what it would warn of is said by load_model
     transformers.logging.disable_progress_bar()
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and tracker not in map(str, get_available_trackers()):
         raise UserError(f"tracker: {tracker} is not installed, or not one that accelerate knows")
     check_devices(config)
-    precision = choose_precision(config)
-    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=config.path_model_save)
+    options = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one machine may prepare its text longer than another
+    accelerator = Accelerator(
+        mixed_precision=choose_precision(config),
+        log_with=tracker,
+        project_dir=config.path_model_save,
+        kwargs_handlers=[options],
+    )
     with run_folder(config, accelerator) as folder:
         accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
         try:
             train(config, accelerator, folder)
         except KeyboardInterrupt:
-            print(f"\nstopped; what has been saved in {folder} is whole", file=sys.stderr)
+            print("\nstopped before the first step", file=sys.stderr)
             sys.exit(130)
+        except RuntimeError as error:
+            if not (isinstance(error, DistBackendError) or "gloo" in str(error)):
+                raise
+            print(
+                f"error: rank {accelerator.process_index} lost touch with another rank, which may have said why above. "
+                f"The same command with --resume goes on from the newest checkpoint in {folder}",
+                file=sys.stderr,
+            )
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from Config import Config, UserError
 from hub import locate
-from storage import digest, whole
+from storage import digest, once
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -25,14 +25,9 @@ def load_tokenizer(
     """
     name = config.initial_pretrain_tokenizer
     if name == "corpus":
-        folder = (
-            Path(config.path_model_save)
-            / ".cache"
-            / f"vocabulary-{digest(text_digest, config.vocab_size, version('tokenizers'))}"
-        )
-        if not folder.exists():
-            with whole(folder) as beside:
-                learn_tokenizer(train_lines, config.vocab_size).save_pretrained(beside)
+        key = digest(text_digest, config.vocab_size, version("tokenizers"))
+        folder = Path(config.path_model_save) / ".cache" / f"vocabulary-{key}"
+        once(folder, lambda beside: learn_tokenizer(train_lines, config.vocab_size).save_pretrained(beside))
         return AutoTokenizer.from_pretrained(folder)
     offline = locate(name, "initial_pretrain_tokenizer")
     try:

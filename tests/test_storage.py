@@ -1,11 +1,16 @@
 """Nothing is ever half-written: an interruption leaves what was there, or what was to be there, whole."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 
-from storage import whole
+from storage import lock, once, whole
+
+ROOT = Path(__file__).parent.parent
 
 
 def fill(place, content):
@@ -24,7 +29,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
-    leftover = tmp_path / f".best.{os.getpid()}.new"
+    leftover = tmp_path / ".best.new"
     leftover.mkdir()
     (leftover / "half").write_text("hal")
     fill(tmp_path / "best", "whole")
@@ -35,15 +40,19 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
 def test_an_interrupted_replacement_keeps_the_old_folder(tmp_path, monkeypatch, rename_that_fails):
     place = tmp_path / "best"
     fill(place, "first")
-    rename, renames = Path.rename, []
+    renames = []
 
-    def failing(self, target):
-        renames.append(target)
-        if len(renames) == rename_that_fails:
-            raise KeyboardInterrupt
-        return rename(self, target)
+    def failing(original):
+        def rename(self, target):
+            renames.append(target)
+            if len(renames) == rename_that_fails:
+                raise KeyboardInterrupt
+            return original(self, target)
 
-    monkeypatch.setattr(Path, "rename", failing)
+        return rename
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
     with pytest.raises(KeyboardInterrupt), whole(place) as beside:
         beside.mkdir()
         (beside / "a").write_text("second")
@@ -63,3 +72,45 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with whole(place) as beside:
         beside.write_text("second")
     assert place.read_text() == "second" and list(tmp_path.iterdir()) == [place]
+
+
+def test_a_folder_lost_between_two_renames_comes_back(tmp_path):
+    (tmp_path / ".best.old").mkdir()
+    (tmp_path / ".best.old" / "a").write_text("first")
+    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "best"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "best" / "a").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_of_many_processes_one_makes_and_the_others_wait(tmp_path):
+    """Four processes at once; making takes longer than any of them would otherwise need."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from storage import once\n"
+        "def make(path):\n"
+        "    open('made', 'a').write('x'); time.sleep(1); path.write_text('whole')\n"
+        "print(once(Path('cache/text'), make).read_text())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    assert [process.communicate()[0] for process in started] == [b"whole\n"] * 4
+    assert (tmp_path / "made").read_text() == "x"
+
+
+def test_a_maker_that_was_killed_hands_over_to_the_next(tmp_path):
+    script = (
+        "import time; from pathlib import Path; from storage import once\n"
+        "def make(path):\n"
+        "    path.write_text('half'); print(flush=True); time.sleep(60)\n"
+        "once(Path('text'), make)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    maker = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    maker.stdout.readline()
+    with pytest.raises(Timeout), lock(tmp_path / ".text.lock", timeout_s=0):
+        pass
+    maker.kill()
+    maker.wait()
+    assert once(tmp_path / "text", lambda path: path.write_text("whole")).read_text() == "whole"

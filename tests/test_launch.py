@@ -1,0 +1,136 @@
+"""Signals, dead ranks and mistakes as a user meets them: from `python train.py` and from ./run.sh."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from runs import TORCHRUN, assert_close, finish, metrics, read_until, run, start
+
+from checkpoint import find_checkpoint
+
+TWO_RANKS = """\
+compute_environment: LOCAL_MACHINE
+debug: false
+distributed_type: MULTI_GPU
+gpu_ids: all
+machine_rank: 0
+main_training_function: main
+mixed_precision: {precision}
+num_machines: 1
+num_processes: 2
+rdzv_backend: static
+same_network: true
+use_cpu: true
+"""
+ONE_RANK = TWO_RANKS.replace("MULTI_GPU", "'NO'").replace("num_processes: 2", "num_processes: 1")
+
+
+@pytest.fixture
+def endless(settings):
+    """The settings of a run that no test waits for."""
+    return settings(run_name="mine", num_epochs=1000, log_every=1, save_every=5)
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """The environment after `accelerate config` was answered."""
+
+    def make(answers: str, precision: str = "'no'") -> dict[str, str]:
+        folder = tmp_path / "home" / "accelerate"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "default_config.yaml").write_text(answers.format(precision=precision))
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {"HF_HOME": str(tmp_path / "home"), "PATH": path}
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "command"),
+    [
+        (signal.SIGTERM, 143, "python"),
+        (signal.SIGINT, 130, "python"),
+        (signal.SIGTERM, 143, "./run.sh, two ranks"),
+        (signal.SIGINT, 130, "./run.sh, two ranks"),
+        (signal.SIGTERM, 143, "./run.sh, one rank"),
+    ],
+)
+def test_a_signal_leaves_a_whole_checkpoint_and_says_how_to_go_on(endless, answered, kind, status, command):
+    if command == "python":
+        process = start(endless)
+    else:
+        process = start(endless, ["./run.sh"], **answered(TWO_RANKS if "two" in command else ONE_RANK))
+    read_until(process, "step 7/")
+    process.send_signal(kind)
+    out, err = finish(process, status)
+    folder = Path(endless.path_model_save) / "mine"
+    newest, damaged = find_checkpoint(folder)
+    assert newest and not damaged
+    assert f"stopped after step {int(newest.name[5:])}, which {newest} holds" in out and "with --resume" in out
+    assert "Traceback" not in err
+    assert '"devices": "2 x cpu"' in (folder / "settings.json").read_text() or "two" not in command
+
+
+def test_a_second_ctrl_c_exits_at_once(settings, tmp_path):
+    """In a step that does not end."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import runpy, sys, time; sys.path.insert(0, '.')\n"
+        "import data_process\n"
+        "data_process.epoch_order = lambda *arguments: time.sleep(600)\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    process = start(settings(), [sys.executable, str(script)])
+    read_until(process, "before training")
+    process.send_signal(signal.SIGINT)
+    while "stopping after this step" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == -signal.SIGINT
+
+
+@pytest.mark.parametrize("command", ["torchrun", "./run.sh"])
+def test_a_dead_rank_stops_the_other_with_plain_words(endless, answered, command):
+    if command == "torchrun":
+        process = start(endless, [*TORCHRUN, "train.py"])
+    else:
+        process = start(endless, ["./run.sh"], **answered(TWO_RANKS))
+    read_until(process, "step 7/")
+    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(ranks) == 2
+    os.kill(ranks[0], signal.SIGKILL)
+    _, err = finish(process, 1)
+    assert "lost touch with another rank" in err or "ended with status -9" in err
+    assert "--resume goes on" in err
+    if command == "./run.sh":
+        assert "Traceback" not in err and "error: rank 0 ended with status -9; the others were stopped" in err
+    newest, damaged = find_checkpoint(Path(endless.path_model_save) / "mine")
+    assert newest and not damaged
+
+
+def test_run_sh_trains_on_two_ranks_in_the_precision_that_was_chosen(settings, answered):
+    config = settings(run_name="two", max_steps=5, hidden_dropout=0.0, mixed_precision="auto", log_every=1)
+    finish(start(config, ["./run.sh"], **answered(TWO_RANKS, "bf16")))
+    two = Path(config.path_model_save) / "two"
+    written = (two / "settings.json").read_text()
+    assert '"devices": "2 x cpu"' in written and '"mixed_precision": "bf16"' in written
+    one = run(settings(run_name="one", max_steps=5, hidden_dropout=0.0, mixed_precision="bf16", log_every=1))
+    losses = [[float(row["train_loss"]) for row in metrics(folder)[1:]] for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert_close(one, two, tolerance=0.05)
+
+
+def test_run_sh_says_a_mistake_once(settings, answered, text_folder):
+    (text_folder / "train.txt").write_bytes(b"\xff\xfe\xff")
+    process = start(settings(), ["./run.sh"], **answered(TWO_RANKS))
+    _, err = finish(process, 2)
+    assert err.count("\n") == 1 and err.startswith("error: path_datasets: ")
+
+
+def test_run_sh_refuses_what_bert_does_not_need(settings, answered):
+    answers = TWO_RANKS.replace("MULTI_GPU", "FSDP")
+    process = start(settings(), ["./run.sh"], **answered(answers))
+    _, err = finish(process, 2)
+    assert err.startswith("error: accelerate config: DeepSpeed, FullyShardedDataParallel")

@@ -1,0 +1,136 @@
+"""Law 4: ranks and micro-batches change the speed and not the training."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from runs import TORCHRUN, assert_close, finish, metrics, run, start
+
+import train
+from data_process import BERT_RULE
+
+CHARACTERS = "患者服用二甲双胍治疗糖尿病和高血压医生随访三个月后下降"
+
+
+@pytest.fixture
+def hundred_chunks(text_folder):
+    """A training text of 100 chunks, so that batches of 11 end with one that leaves the second of two ranks idle."""
+    lines = [f"{CHARACTERS[i % 17 :]} {CHARACTERS[: i % 23]}" for i in range(100)]
+    (text_folder / "train.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+@pytest.fixture
+def layout_settings(settings, hundred_chunks):
+    def make(**changes):
+        usual = {"max_steps": 20, "batch_size": 11, "sen_max_length": 128, "micro_batch_tokens": 64, "log_every": 5}
+        return settings(**(usual | {"hidden_dropout": 0.0} | changes))
+
+    return make
+
+
+def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder, monkeypatch):
+    lines = ["".join(CHARACTERS[(i * k) % 27] for k in range(1, 7)) for i in range(200)]  # [CLS], 6 tokens and [SEP]
+    (text_folder / "train.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    forward, sizes = train.PackedMaskedLM.forward, []
+
+    def watched(self, input_ids, position_ids, sequence_ids, masked):
+        if self.training:
+            sizes.append(int(((position_ids == 0) & (sequence_ids > 0)).sum()))
+        return forward(self, input_ids, position_ids, sequence_ids, masked)
+
+    monkeypatch.setattr(train.PackedMaskedLM, "forward", watched)
+    masked_batch, drawn = train.data.masked_batch, {}
+
+    def drawing(chunks, indices, vocabulary, row_length, rule=BERT_RULE, draw=None, part=slice(None)):
+        batch, masked_tokens = masked_batch(chunks, indices, vocabulary, row_length, rule, draw, part)
+        if draw is not None:
+            shown = sorted(
+                zip(batch.input_ids.reshape(-1, 8).tolist(), batch.labels.reshape(-1, 8).tolist(), strict=True)
+            )
+            drawn.setdefault(config.run_name, []).append((indices.tolist(), masked_tokens, shown))
+        return batch, masked_tokens
+
+    monkeypatch.setattr(train.data, "masked_batch", drawing)
+    folders = []
+    for chunks in (1, 4, 32):
+        config = settings(
+            run_name=f"of{chunks}", max_steps=20, batch_size=32, micro_batch_tokens=8 * chunks, hidden_dropout=0.0
+        )
+        sizes.clear()
+        folders.append(run(config))
+        assert max(sizes) == chunks and sum(sizes) == 200 + 200 + 6 * 32
+    assert drawn["of1"] == drawn["of4"] == drawn["of32"]  # the same examples and masks
+    assert_close(folders[0], folders[2])
+    assert_close(folders[1], folders[2])
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_two_ranks_train_as_one(layout_settings, tmp_path, optimizer):
+    """Uneven shares of a batch, and none at all. Adam does not see the gradient's scale; unclipped SGD does."""
+    script = tmp_path / "start.py"
+    sgd = "import torch; torch.optim.AdamW = lambda groups, lr, fused: torch.optim.SGD(groups, lr=lr * 50)\n"
+    script.write_text(
+        "import runpy, sys; sys.path.insert(0, '.')\n"
+        + (sgd if optimizer == "SGD" else "")
+        + "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    folders = []
+    for ranks, launcher in ((1, [sys.executable]), (2, TORCHRUN)):
+        config = layout_settings(run_name=f"ranks{ranks}", max_grad_norm=1e9)
+        finish(start(config, [*launcher, str(script)]))
+        folders.append(Path(config.path_model_save) / f"ranks{ranks}")
+        derived = json.loads((folders[-1] / "settings.json").read_text())["derived"]
+        assert derived["devices"] == f"{ranks} x cpu" and derived["chunks"] == 100
+    assert_close(*folders)
+    for row, other in zip(*map(metrics, folders), strict=True):
+        for column in ("train_loss", "eval_loss"):
+            assert float(row[column] or 0) == pytest.approx(float(other[column] or 0), abs=1e-4)
+
+
+def test_two_ranks_lose_as_one_in_bf16(layout_settings):
+    one = run(layout_settings(run_name="one", mixed_precision="bf16"))
+    config = layout_settings(run_name="two", mixed_precision="bf16", micro_batch_tokens=500)
+    finish(start(config, [*TORCHRUN, "train.py"]))
+    two = Path(config.path_model_save) / "two"
+    assert json.loads((two / "settings.json").read_text())["derived"]["devices"] == "2 x cpu"
+    losses = [[float(row["train_loss"]) for row in metrics(folder)[1:]] for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01) and len(losses[0]) == 4
+
+
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_a_run_begun_in_one_layout_ends_the_same_in_another(layout_settings, tmp_path, ranks):
+    """Ranks 2, then 1; and 1, then 2. SIGTERM comes to the last rank alone, and all stop after the same step."""
+    whole = run(layout_settings(run_name="whole"))
+    script = tmp_path / "stop.py"
+    script.write_text(
+        "import os, runpy, signal, sys; sys.path.insert(0, '.')\n"
+        "import data_process\n"
+        "masked_batch, calls = data_process.masked_batch, []\n"
+        "def stopping(*arguments, draw=None, **more):\n"
+        "    calls.extend([draw] if draw else [])\n"
+        f"    if len(calls) == 8 and os.environ.get('RANK', '0') == '{ranks - 1}':\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return masked_batch(*arguments, draw=draw, **more)\n"
+        "data_process.masked_batch = stopping\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    launchers = {1: [sys.executable], 2: TORCHRUN}
+    config = layout_settings(run_name="moved")
+    process = start(config, [*launchers[ranks], str(script)])
+    out, _ = finish(process, 143 if ranks == 1 else 1)  # torchrun ends with a status of its own
+    assert "stopped after step 8" in out and "--resume" in out
+    folder = Path(config.path_model_save) / "moved"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000008"]
+
+    config = layout_settings(run_name="moved", resume=True, micro_batch_tokens=300)
+    finish(start(config, [*launchers[3 - ranks], "train.py"]))
+    assert json.loads((folder / "settings.json").read_text())["derived"]["devices"] == f"{3 - ranks} x cpu"
+    assert_close(folder, whole)
+    assert [row["step"] for row in metrics(folder)] == [row["step"] for row in metrics(whole)]
+
+
+def test_machines_with_different_text_are_refused(settings, monkeypatch):
+    monkeypatch.setattr(train, "gather_object", lambda objects: [*objects, {"text": "another", "tokenizer": "another"}])
+    with pytest.raises(train.UserError, match="path_datasets: text or tokenizer differ between the machines"):
+        train.main(settings())

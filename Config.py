@@ -108,9 +108,8 @@ def _wrong_values(config):
             if value is not None and not allowed(value):  # written so that NaN is refused
                 yield f"{name}: must be {rule}, not {value}"
 
-    whole = ("num_epochs", "max_steps", "batch_size", "micro_batch_tokens", "log_every", "eval_every", "save_every")
-    whole += ("keep_checkpoints",)
-    whole += ("keep_checkpoints",)
+    whole = ("num_epochs", "max_steps", "batch_size", "micro_batch_tokens")
+    whole += ("log_every", "eval_every", "save_every", "keep_checkpoints")
     yield from require(lambda value: value >= 1, "1 or more", *whole)
     yield from require(lambda value: 0 <= value < math.inf, "0 or more", "num_warmup_steps", "weight_decay")
     yield from require(lambda value: 0 < value < math.inf, "above 0", "learning_rate", "max_grad_norm")
@@ -180,13 +179,13 @@ def parse_flags(arguments: list[str] | None = None) -> Config:
     return tyro.cli(Config, prog="train.py", args=arguments, default=default, use_underscores=True)
 
 
-def describe(config: Config) -> str:
-    """The resolved settings, one a line, those that differ from Config.py's defaults starred."""
+def describe(config: Config, given: Config) -> str:
+    """The resolved settings, one a line; those that were given, and not as Config.py's default, are starred."""
     width = max(len(field.name) for field in fields(Config))
     lines = []
     for field in fields(Config):
         value = getattr(config, field.name)
-        star = " " if value == field.default else "*"
+        star = " " if getattr(given, field.name) == field.default else "*"
         lines.append(f" {star} {field.name:<{width}}  {'unset' if value is None or value == '' else value}")
     return "\n".join(lines)
 

@@ -15,6 +15,8 @@ from Config import Config, UserError
 from model import save_model
 from storage import whole
 
+FORMAT = 1  # raise when what a checkpoint holds changes
+
 # What a run may go on with changed: it decides where and how fast the run goes and what it shows, not its training.
 # The text has its own digest, wherever it lies.
 FREE = {
@@ -42,13 +44,16 @@ class Progress:
 def find_run(config: Config) -> Path:
     """The folder of the run to resume: the one that `run_name` names, or the newest unfinished one.
 
-    Raises UserError where there is none, or it is finished.
+    A name of none yet is that of a run to begin, so that one command serves to begin and to go on. Raises UserError
+    where there is none to resume, or it is finished.
     """
     output = Path(config.path_model_save)
     if config.run_name:
         folder = output / config.run_name
         if (folder / "final").exists():
             raise UserError(f"resume: {folder} is finished; its model is {folder / 'final'}")
+        if folder.exists() and not (folder / "settings.json").exists():
+            raise UserError(f"resume: {folder} is not the folder of a run; choose another run_name")
         return folder
     runs = [path.parent for path in output.glob("*/settings.json") if not (path.parent / "final").exists()]
     if not runs:
@@ -76,7 +81,7 @@ def save_checkpoint(
         for kind, tensor in optimizer.state.get(parameter, {}).items()
     }
     scaler = optimizer.scaler and optimizer.scaler.state_dict()
-    state = {"progress": vars(progress), "recipe": recipe, "scaler": scaler}
+    state = {"format": FORMAT, "progress": vars(progress), "recipe": recipe, "scaler": scaler}
     path = run / "checkpoints" / f"step-{progress.step:08}"
     with whole(path) as beside:
         save_model(beside, bert, tokenizer)
@@ -84,11 +89,20 @@ def save_checkpoint(
         (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _measure(file) for file in sorted(beside.iterdir())}
         (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for old in sorted(path.parent.glob("step-*"))[:-keep]:
+    for old in [other for other in _checkpoints(run) if _step(other) <= progress.step][:-keep]:
         old.rename(old.with_name(f".{old.name}.old"))  # a removal that is interrupted leaves no half of a checkpoint
     for leftover in path.parent.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
     return path
+
+
+def _checkpoints(run):
+    """The oldest first, damaged ones included."""
+    return sorted((path for path in run.glob("checkpoints/step-*") if path.name[5:].isdecimal()), key=_step)
+
+
+def _step(path):
+    return int(path.name[5:])
 
 
 def _measure(file):
@@ -102,26 +116,28 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     Raises UserError where all are damaged.
     """
     warnings = []
-    for path in sorted(run.glob("checkpoints/step-*"), reverse=True):
+    for path in reversed(_checkpoints(run)):
         damage = _damage(path)
         if not damage:
             return path, warnings
         warnings.append(f"warning: {path} is passed over, as {damage}")
     if warnings:
-        raise UserError("\n".join([f"resume: no checkpoint of {run} is whole", *warnings]))
+        raise UserError(
+            "\n".join([f"resume: no checkpoint of {run} is whole; remove them to begin it anew", *warnings])
+        )
     return None, []
 
 
 def _damage(path):
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            found = _measure(path / name)
-            for kind in ("bytes", "sha256"):
-                if found[kind] != expected[kind]:
-                    return f"{name} has {kind} {found[kind]} where manifest.json says {expected[kind]}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"it cannot be read: {error}"
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json", *manifest):
+            if _measure(path / name) != manifest[name]:
+                return f"{name} is not as manifest.json describes it"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    except (ValueError, TypeError, KeyError):
+        return "manifest.json is damaged"
 
 
 def refuse_changes(checkpoint: Path, recipe: dict) -> None:
@@ -129,18 +145,24 @@ def refuse_changes(checkpoint: Path, recipe: dict) -> None:
 
     recipe: the resolved "settings", and a digest each of "text" and "tokenizer".
     """
-    then = _read_state(checkpoint)["recipe"]
-    changed = [
-        f"  {name}: {value} when the run began, {recipe['settings'][name]} now"
-        for name, value in then["settings"].items()
-        if name not in FREE and recipe["settings"][name] != value
-    ]
-    for part, setting in (("text", "path_datasets"), ("tokenizer", "initial_pretrain_tokenizer")):
-        if then[part] != recipe[part]:
-            changed.append(f"  {setting}: the {part} is not the one that the run began with")
+    state = _read_state(checkpoint)
+    if state.get("format") != FORMAT:
+        raise UserError(f"resume: {checkpoint} was written by another version of this program, which can go on with it")
+    then = state["recipe"]
+    changed = {}
+    for name in (then["settings"].keys() | recipe["settings"].keys()) - FREE:
+        old, new = (settings.get(name, "no such setting") for settings in (then["settings"], recipe["settings"]))
+        if old != new:
+            changed[name] = f"{old} when the run began, {new} now"
+    if then["text"] != recipe["text"]:
+        changed["path_datasets"] = "the text is not the one that the run began with"
+    elif then["tokenizer"] != recipe["tokenizer"]:
+        changed["initial_pretrain_tokenizer"] = "the tokenizer is not the one that the run began with"
+    chosen = changed.keys() - {"max_steps", "num_warmup_steps"} or changed  # which most often follow from the others
     if changed:
-        remedy = f"Put it back, or begin a new run, perhaps with {checkpoint} as initial_pretrain_model"
-        raise UserError("\n".join([f"resume: {checkpoint} cannot be gone on from", *changed, remedy]))
+        lines = [f"  {name}: {changed[name]}" for name in sorted(chosen)]
+        remedy = f"Resume it as it began, or begin a new run, perhaps with {checkpoint} as initial_pretrain_model"
+        raise UserError("\n".join([f"resume: {checkpoint} cannot be gone on from", *lines, remedy]))
 
 
 def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOptimizer) -> Progress:

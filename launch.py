@@ -2,11 +2,12 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 
 from Config import UserError, parse_flags, plain_errors
-from machine import choose_devices, count_gpus, native_precision
+from machine import choose_devices, count_gpus, native_precision, stay_on_cpu
 
 SECONDS_TO_SAVE = "45"  # between a signal and the launcher's kill; torch before 2.13 always waits 30
 
@@ -32,16 +33,27 @@ def main() -> None:
             _become([sys.executable, "train.py", *flags], os.environ)
         chosen = ["--num_machines=1", f"--mixed_precision={native_precision()}", "--dynamo_backend=no"]
     if config.cuda_visible_devices or not os.path.isfile(default_config_file):
-        chosen += ["--gpu_ids=all", f"--num_processes={count_gpus()}"]
+        chosen += ["--gpu_ids=all", f"--num_processes={count_gpus()}"]  # of one machine
     arguments = launch.launch_command_parser().parse_args([*chosen, "train.py", *flags])
     arguments, *_ = launch._validate_launch_command(arguments)
+    if config.cuda_visible_devices:
+        arguments.num_processes *= arguments.num_machines
     if arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm or arguments.tpu:
         raise UserError(
             "accelerate config: DeepSpeed, FullyShardedDataParallel, Megatron-LM and TPUs are not supported; a BERT "
             "fits on one GPU. Run `accelerate config` again and answer NO to them"
         )
+    if arguments.use_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    each = arguments.num_processes // arguments.num_machines
+    if each > count_gpus() and not stay_on_cpu():
+        raise UserError(
+            f"accelerate config: asks for {each} GPU(s), of which {count_gpus()} can be used here. Run `accelerate "
+            "config` again, or set ACCELERATE_USE_CPU=true to train on the CPU"
+        )
     command, environment = launch.prepare_simple_launcher_cmd_env(arguments)
-    if not arguments.multi_gpu:
+    environment["ACCELERATE_USE_CPU"] = str(stay_on_cpu())
+    if arguments.num_processes == 1:
         _become(command, environment)
 
     # In one process first: a wrong setting or text is one plain message here, and not one from each rank.
@@ -67,5 +79,6 @@ def _become(command, environment):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no traceback; the launcher and train.py have handlers
     with plain_errors():
         main()

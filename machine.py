@@ -18,12 +18,16 @@ def check_devices(config: Config) -> None:
         raise UserError(f"cuda_visible_devices: names {named} GPU(s), of which {count_gpus()} can be used here")
 
 
+def stay_on_cpu() -> bool:
+    """Whether the launcher was told to."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
 def count_gpus() -> int:
-    """GPUs to be seen and used: none where the launcher was told to stay on the CPU."""
+    """GPUs to be seen and used."""
     import torch  # here, so that settings can be checked without torch's seconds
 
-    stay_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return 0 if stay_on_cpu else torch.cuda.device_count()
+    return 0 if stay_on_cpu() else torch.cuda.device_count()
 
 
 def native_precision() -> str:
@@ -48,7 +52,8 @@ def choose_precision(config: Config) -> str:
     if chosen not in ("no", "fp16", "bf16"):
         raise UserError(f"mixed_precision: the launcher's {chosen} is not supported; pass --mixed_precision bf16")
     if chosen == "fp16" and not count_gpus():
-        raise UserError("mixed_precision: fp16 needs a GPU and none is used; on a CPU choose auto, bf16 or no")
+        by = "" if config.mixed_precision == "fp16" else ", which the launcher chose (see `accelerate config`),"
+        raise UserError(f"mixed_precision: fp16{by} needs a GPU and none is used; on a CPU choose bf16 or no")
     return chosen
 
 

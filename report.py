@@ -71,7 +71,7 @@ def hide_words(lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list
 
 def guess(model: BertForMaskedLM, hidden: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The model's three likeliest words for the masked place of each line, with their probabilities."""
-    fill_mask = pipeline("fill-mask", model=model, tokenizer=tokenizer, device=model.device, top_k=3)
+    fill_mask = pipeline("fill-mask", model=model.eval(), tokenizer=tokenizer, device=model.device, top_k=3)
     guesses = [fill_mask(line) for line, _ in hidden]
     return ["   ".join(f"{each['token_str']} {each['score']:.0%}" for each in three) for three in guesses]
 

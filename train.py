@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -27,6 +27,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from platform import python_version
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,14 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from filelock import Timeout
+from safetensors import SafetensorError
 from torch.distributed import DistBackendError
 from tqdm import tqdm
 
@@ -74,13 +81,13 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     vocabulary = read_vocabulary(tokenizer)
     chunks, test_chunks, found = data.prepare(config, text, tokenizer, vocabulary)
     steps_per_epoch = math.ceil(chunks.number / config.batch_size)
-    config = resolve(config, steps_per_epoch, accelerator.mixed_precision)
+    given, config = config, resolve(config, steps_per_epoch, accelerator.mixed_precision)
 
     recipe = {"text": text.digest, "tokenizer": digest(tokenizer.backend_tokenizer.to_str())}
     if any(other != recipe for other in gather_object([recipe])):
         raise UserError("path_datasets: text or tokenizer differ between the machines; each needs the same files")
     recipe["settings"] = asdict(config)
-    checkpoint, passed_over = find_checkpoint(folder)
+    checkpoint, passed_over = decide_on_main(accelerator, lambda: find_checkpoint(folder))
     if checkpoint:
         refuse_changes(checkpoint, recipe)
     bert, warnings = load_model(config, vocabulary.size, vocabulary.pad_id, checkpoint)
@@ -91,7 +98,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         "steps_per_epoch": steps_per_epoch,
         "tokens_per_step": round(len(chunks.tokens) / steps_per_epoch),
     }
-    say(f"settings (* differs from Config.py's default)\n{describe(config)}\n")
+    say(f"settings (* differs from Config.py's default)\n{describe(config, given)}\n")
     say(f"text\n{data.describe_text(found, config.initial_pretrain_tokenizer)}\n")
     say("derived\n" + "".join(f"   {name:<26}  {value}\n" for name, value in derived.items()))
     for line in passed_over + warnings + hints(ranks, derived["tokens_per_step"]):
@@ -120,8 +127,14 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         write_json(folder / "settings.json", {"settings": asdict(config), "derived": derived, "versions": versions})
         write_metrics(folder / "metrics.csv", progress.rows)  # what a killed run wrote after its checkpoint goes
     if accelerator.log_with:
-        hidden = {"tensorboard": {"purge_step": progress.step + 1}}
-        accelerator.init_trackers("Pretrain_Bert_with_MaskLM", init_kwargs=hidden if checkpoint else {})
+        redone = {"purge_step": progress.step + 1 if checkpoint else 0}  # what is newer was logged by a killed run
+        accelerator.init_trackers("Pretrain_Bert_with_MaskLM", init_kwargs={"tensorboard": redone})
+    if ranks > 1:
+        # DistributedDataParallel regroups the gradients after its first backward pass, and so sums over more than two
+        # ranks in another order. Were that first pass a step, it would round differently in a resumed run.
+        nothing = torch.zeros((1, 1), dtype=torch.long, device=device)
+        (0 * model(nothing, nothing, nothing, masked=nothing[0, :0]).sum()).backward()
+        optimizer.zero_grad()
 
     def record(step: int, figures: dict[str, float]) -> None:
         if not progress.rows or progress.rows[-1]["step"] != step:
@@ -209,34 +222,52 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
             line = "loss {train_loss:.3f}, perplexity {0:,.1f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s"
             line = line.format(perplexity(figures["train_loss"]), **figures)
             say(f"step {done}/{config.max_steps}, epoch {done / steps_per_epoch:.2f}: {line}, {left} left")
-            bar.set_postfix_str(line)
+            bar.set_postfix_str(f"loss {figures['train_loss']:.3f}")
             record(done, figures)
             new.clear()
     bar.close()
 
     # -------------------------------------------------------------------------------------------------- finish
-    if stop or hopeless:
-        accelerator.wait_for_everyone()  # launchers end the other ranks when one has ended, even while it saves
-    else:
+    over = not (stop or hopeless)
+    if main and over:
         guesses_after = guess(bert, hidden_words, tokenizer)
-        if main:
-            with whole(folder / "final") as beside:
-                save_model(beside, bert, tokenizer)
+        with whole(folder / "final") as beside:
+            save_model(beside, bert, tokenizer)
+    accelerator.wait_for_everyone()  # a launcher ends the other ranks when one has ended badly, even while it saves
     # The process group must not end inside DistributedDataParallel's reducer, which would wait for a thread of the
     # group that waits for this one: a rank would hang now and then.
     del model, optimizer
     accelerator.free_memory()
     accelerator.end_training()
-    if hopeless:
+    if main and over:
+        guesses = zip(hidden_words, progress.guesses_before, guesses_after, strict=True)
+        say(closing_words(progress.rows[0], progress.rows[-1], found, guesses, folder / "final"))
+    if main and hopeless:
         raise UserError(
-            f"learning_rate: {patience} steps in a row, up to step {step}, had no finite loss and gradient; most "
-            f"often {config.learning_rate:g} is too high. The weights before them are in {folder / 'checkpoints'}"
+            f"learning_rate: {patience} steps in a row, up to step {step}, had no finite loss and gradient; most often "
+            f"{config.learning_rate:g} is too high. Begin a new run with a lower one; {checkpoint} holds the weights "
+            "before those steps"
         )
     if stop:
         say(f"stopped after step {step}, which {checkpoint} holds. The same command with --resume goes on from there")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    guesses = zip(hidden_words, progress.guesses_before, guesses_after, strict=True)
-    say(closing_words(progress.rows[0], progress.rows[-1], found, guesses, folder / "final"))
+    if not over:
+        sys.exit(2 if hopeless else 128 + (signals or [signal.SIGTERM])[0])
+
+
+def decide_on_main(accelerator: Accelerator, decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on the main rank, on every rank. Where it raises UserError there, the others just exit."""
+    decided = error = None
+    if accelerator.is_main_process:
+        try:
+            decided = decide()
+        except UserError as raised:
+            error = raised
+    decided, failed = broadcast_object_list([decided, error is not None])
+    if error:
+        raise error
+    if failed:
+        sys.exit(2)
+    return decided
 
 
 def catch_signals(speak: bool) -> list[int]:
@@ -247,8 +278,8 @@ def catch_signals(speak: bool) -> list[int]:
     received = []
 
     def note(number, frame):
-        if speak and not received:
-            os.write(2, b"\nstopping after this step; Ctrl-C exits at once\n")  # print cannot interrupt a print
+        if speak and not received:  # by os.write, as a print cannot interrupt a print
+            os.write(2, b"\nfinishing the step and saving; a second Ctrl-C exits at once\n")
         received.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if number == signal.SIGINT:
@@ -293,7 +324,8 @@ def evaluate(
     Gives up once `signals` of any rank holds one; the second value says so, and the first is then worth nothing.
     """
     model = accelerator.unwrap_model(model).eval()
-    totals = np.zeros(3)  # summed loss, right guesses, masked tokens
+    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    totals = torch.zeros(3, dtype=exact, device=accelerator.device)  # summed loss, right guesses, masked tokens
     row_length = min(ROW_TOKENS, config.micro_batch_tokens)
     mine = np.arange(accelerator.process_index, chunks.number, accelerator.num_processes)
     for start in range(0, len(mine), EVALUATION_CHUNKS):
@@ -303,9 +335,9 @@ def evaluate(
         for inputs, targets in split(batch, config.micro_batch_tokens, accelerator.device):
             logits = model(**inputs).float()  # (masked, vocabulary)
             right = (logits.argmax(-1) == targets).sum()
-            totals += F.cross_entropy(logits, targets, reduction="sum").item(), right.item(), len(targets)
-    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    totals = torch.tensor([*totals, bool(signals)], dtype=exact, device=accelerator.device)
+            masked = torch.full_like(right, len(targets))
+            totals += torch.stack([F.cross_entropy(logits, targets, reduction="sum"), right, masked])
+    totals = torch.cat([totals, torch.full_like(totals[:1], bool(signals))])
     loss_sum, right, masked, stop = accelerator.reduce(totals).tolist()
     masked = max(masked, 1)  # a signal may come before the first
     return Evaluation(loss_sum / masked, right / masked, int(masked)), bool(stop)
@@ -344,25 +376,28 @@ def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
 
     Raises UserError where `run_name` is taken, another process is at work there or the folder cannot be made.
     """
-    folder, made = None, False
+    made = False
     with ExitStack() as held:
-        if accelerator.is_main_process:
+
+        def claim():
+            nonlocal made
             folder = find_run(config) if config.resume else name_run(config)
+            if config.check_only:
+                return folder
             try:
                 held.enter_context(lock(folder.parent / ".cache" / f"{folder.name}.lock", timeout_s=0))
-                made = not folder.exists()  # by the name of none yet --resume begins a run: one command serves for both
-                folder.mkdir(exist_ok=config.resume)
+                if not folder.exists():
+                    with whole(folder) as beside:
+                        beside.mkdir()
+                        write_json(beside / "settings.json", {"settings": asdict(config)})  # by which it is a run's
+                    made = True
             except Timeout:
-                raise UserError(f"resume: another process is at work in {folder}") from None
-            except FileExistsError:
-                raise UserError(
-                    f"run_name: {folder} exists already; choose another name, or go on with it by --resume"
-                ) from None
+                raise UserError(f"run_name: another process is at work in {folder}") from None
             except OSError as error:
                 raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from None
-            if made:
-                write_json(folder / "settings.json", {"settings": asdict(config)})  # to be known as a run
-        folder = broadcast_object_list([folder])[0]
+            return folder
+
+        folder = decide_on_main(accelerator, claim)
         try:
             yield folder
         finally:
@@ -371,11 +406,16 @@ def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
 
 
 def name_run(config: Config) -> Path:
-    """The folder of a new run: `run_name`, or date, time and model, numbered where two begin in one second."""
+    """The folder of a new run: `run_name`, or date, time and model, numbered where two begin in one second.
+
+    Raises UserError where `run_name` is taken.
+    """
     model = "demo" if config.demo else re.sub(r"[^\w.-]+", "-", Path(config.initial_pretrain_model).name)
     name = config.run_name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}")
     folder, number = Path(config.path_model_save) / name, 1
-    while folder.exists() and not config.run_name:
+    if config.run_name and folder.exists():
+        raise UserError(f"run_name: {folder} exists already; choose another name, or go on with it by --resume")
+    while folder.exists():
         number += 1
         folder = folder.with_name(f"{name}-{number}")
     return folder
@@ -392,29 +432,42 @@ def main(config: Config) -> None:
     if tracker and tracker not in map(str, get_available_trackers()):
         raise UserError(f"tracker: {tracker} is not installed, or not one that accelerate knows")
     check_devices(config)
-    options = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one machine may prepare its text longer than another
-    accelerator = Accelerator(
-        mixed_precision=choose_precision(config),
-        log_with=tracker,
-        project_dir=config.path_model_save,
-        kwargs_handlers=[options],
-    )
-    with run_folder(config, accelerator) as folder:
-        accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
-        try:
-            train(config, accelerator, folder)
-        except KeyboardInterrupt:
-            print("\nstopped before the first step", file=sys.stderr)
-            sys.exit(130)
-        except RuntimeError as error:
-            if not (isinstance(error, DistBackendError) or "gloo" in str(error)):
-                raise
-            print(
-                f"error: rank {accelerator.process_index} lost touch with another rank, which may have said why above. "
-                f"The same command with --resume goes on from the newest checkpoint in {folder}",
-                file=sys.stderr,
+    options = [
+        InitProcessGroupKwargs(timeout=timedelta(days=1)),  # one machine may prepare its text longer than another
+        DistributedDataParallelKwargs(broadcast_buffers=False),  # BERT's never change
+    ]
+    precision = choose_precision(config)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=tracker,
+            project_dir=config.path_model_save,
+            kwargs_handlers=options,
+        )
+        if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+            raise UserError(
+                "the launcher started several processes, and there is no GPU for them; to train on the CPU in several "
+                "processes set ACCELERATE_USE_CPU=true"
             )
-            sys.exit(1)
+        with run_folder(config, accelerator) as folder:
+            accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
+            train(config, accelerator, folder)
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was trained yet that could be lost", file=sys.stderr)
+        sys.exit(130)
+    except SafetensorError as error:  # which is no OSError
+        raise UserError(f"path_model_save: cannot write to {folder}: {error}") from None
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"micro_batch_tokens: a lower one needs less memory and trains the same. {error}") from None
+    except RuntimeError as error:
+        if not (isinstance(error, DistBackendError) or "gloo" in str(error)):
+            raise
+        print(
+            f"error: rank {accelerator.process_index} lost touch with another rank, which may have said why above. "
+            f"The same command with --resume goes on from the newest checkpoint in {config.path_model_save}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import train
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+LAUNCHERS = {1: [sys.executable]} | {ranks: [*TORCHRUN, f"--nproc_per_node={ranks}"] for ranks in (2, 3)}
 
 
 def run(config) -> Path:

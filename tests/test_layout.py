@@ -1,11 +1,10 @@
 """Law 4: ranks and micro-batches change the speed and not the training."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from runs import TORCHRUN, assert_close, finish, metrics, run, start
+from runs import LAUNCHERS, assert_close, assert_same_bits, finish, metrics, run, start
 
 import train
 from data_process import BERT_RULE
@@ -18,6 +17,8 @@ def hundred_chunks(text_folder):
     """A training text of 100 chunks, so that batches of 11 end with one that leaves the second of two ranks idle."""
     lines = [f"{CHARACTERS[i % 17 :]} {CHARACTERS[: i % 23]}" for i in range(100)]
     (text_folder / "train.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    tested = [CHARACTERS[i:] + CHARACTERS[:i] for i in range(20)]  # long enough for words to be guessed
+    (text_folder / "test.txt").write_text("".join(f"{line}\n" for line in tested), encoding="utf-8")
 
 
 @pytest.fixture
@@ -76,9 +77,9 @@ def test_two_ranks_train_as_one(layout_settings, tmp_path, optimizer):
         + "runpy.run_path('train.py', run_name='__main__')\n"
     )
     folders = []
-    for ranks, launcher in ((1, [sys.executable]), (2, TORCHRUN)):
+    for ranks in (1, 2):
         config = layout_settings(run_name=f"ranks{ranks}", max_grad_norm=1e9)
-        finish(start(config, [*launcher, str(script)]))
+        finish(start(config, [*LAUNCHERS[ranks], str(script)]))
         folders.append(Path(config.path_model_save) / f"ranks{ranks}")
         derived = json.loads((folders[-1] / "settings.json").read_text())["derived"]
         assert derived["devices"] == f"{ranks} x cpu" and derived["chunks"] == 100
@@ -88,46 +89,57 @@ def test_two_ranks_train_as_one(layout_settings, tmp_path, optimizer):
             assert float(row[column] or 0) == pytest.approx(float(other[column] or 0), abs=1e-4)
 
 
-def test_two_ranks_lose_as_one_in_bf16(layout_settings):
-    one = run(layout_settings(run_name="one", mixed_precision="bf16"))
-    config = layout_settings(run_name="two", mixed_precision="bf16", micro_batch_tokens=500)
-    finish(start(config, [*TORCHRUN, "train.py"]))
-    two = Path(config.path_model_save) / "two"
-    assert json.loads((two / "settings.json").read_text())["derived"]["devices"] == "2 x cpu"
-    losses = [[float(row["train_loss"]) for row in metrics(folder)[1:]] for folder in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.01) and len(losses[0]) == 4
+@pytest.fixture
+def stopping_script(tmp_path):
+    """A script that is train.py, but has the given rank, and no other, send itself SIGTERM in its eighth step."""
+
+    def make(rank: int) -> str:
+        script = tmp_path / "stop.py"
+        script.write_text(
+            "import os, runpy, signal, sys; sys.path.insert(0, '.')\n"
+            "import data_process\n"
+            "masked_batch, calls = data_process.masked_batch, []\n"
+            "def stopping(*arguments, draw=None, **more):\n"
+            "    calls.extend([draw] if draw else [])\n"
+            f"    if len(calls) == 8 and os.environ.get('RANK', '0') == '{rank}':\n"
+            "        os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    return masked_batch(*arguments, draw=draw, **more)\n"
+            "data_process.masked_batch = stopping\n"
+            "runpy.run_path('train.py', run_name='__main__')\n"
+        )
+        return str(script)
+
+    return make
 
 
 @pytest.mark.parametrize("ranks", [2, 1])
-def test_a_run_begun_in_one_layout_ends_the_same_in_another(layout_settings, tmp_path, ranks):
-    """Ranks 2, then 1; and 1, then 2. SIGTERM comes to the last rank alone, and all stop after the same step."""
+def test_a_run_begun_in_one_layout_ends_the_same_in_another(layout_settings, stopping_script, ranks):
+    """Ranks 2, then 1; and 1, then 2. The signal comes to the last rank alone, and all stop after the same step."""
     whole = run(layout_settings(run_name="whole"))
-    script = tmp_path / "stop.py"
-    script.write_text(
-        "import os, runpy, signal, sys; sys.path.insert(0, '.')\n"
-        "import data_process\n"
-        "masked_batch, calls = data_process.masked_batch, []\n"
-        "def stopping(*arguments, draw=None, **more):\n"
-        "    calls.extend([draw] if draw else [])\n"
-        f"    if len(calls) == 8 and os.environ.get('RANK', '0') == '{ranks - 1}':\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return masked_batch(*arguments, draw=draw, **more)\n"
-        "data_process.masked_batch = stopping\n"
-        "runpy.run_path('train.py', run_name='__main__')\n"
-    )
-    launchers = {1: [sys.executable], 2: TORCHRUN}
     config = layout_settings(run_name="moved")
-    process = start(config, [*launchers[ranks], str(script)])
+    process = start(config, [*LAUNCHERS[ranks], stopping_script(ranks - 1)])
     out, _ = finish(process, 143 if ranks == 1 else 1)  # torchrun ends with a status of its own
     assert "stopped after step 8" in out and "--resume" in out
     folder = Path(config.path_model_save) / "moved"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000008"]
 
     config = layout_settings(run_name="moved", resume=True, micro_batch_tokens=300)
-    finish(start(config, [*launchers[3 - ranks], "train.py"]))
+    out, _ = finish(start(config, [*LAUNCHERS[3 - ranks], "train.py"]))
     assert json.loads((folder / "settings.json").read_text())["derived"]["devices"] == f"{3 - ranks} x cpu"
+    assert "\n    before  " in out and "The model: " in out
     assert_close(folder, whole)
     assert [row["step"] for row in metrics(folder)] == [row["step"] for row in metrics(whole)]
+
+
+def test_three_ranks_resume_with_the_same_bits(layout_settings, stopping_script):
+    """Of two summands the order does not matter; of three it does."""
+    folders = []
+    for name, script in (("whole", "train.py"), ("resumed", stopping_script(1))):
+        config = layout_settings(run_name=name, hidden_dropout=0.1)
+        finish(start(config, [*LAUNCHERS[3], script]), 0 if name == "whole" else 1)
+        folders.append(Path(config.path_model_save) / name)
+    finish(start(layout_settings(run_name="resumed", hidden_dropout=0.1, resume=True), [*LAUNCHERS[3], "train.py"]))
+    assert_same_bits(*folders)
 
 
 def test_machines_with_different_text_are_refused(settings, monkeypatch):

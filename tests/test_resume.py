@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from runs import assert_same_bits, finish, metrics, read_until, run, start, untimed, weights
 from safetensors.torch import load_file
@@ -109,6 +110,27 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on(
     assert_same_bits(folder, whole)
 
 
+def test_the_gradient_scaler_comes_back(long_settings, interrupt, monkeypatch):
+    """float16 with a scaler that overflows and grows again every few steps, on the CPU."""
+
+    class Scaled(Accelerator):
+        def __init__(self, mixed_precision, **options):
+            super().__init__(mixed_precision="fp16", **options)
+            self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=4)
+
+    monkeypatch.setattr(train, "Accelerator", Scaled)
+    whole = run(long_settings(run_name="whole", max_steps=14))
+    interrupt(10)
+    with pytest.raises(SystemExit):
+        train.main(long_settings(run_name="a", max_steps=14))
+    folder = whole.with_name("a")
+    scaler = json.loads((folder / "checkpoints" / "step-00000010" / "state.json").read_text())["scaler"]
+    assert scaler["scale"] not in (0, 2.0**20) and scaler["_growth_tracker"] > 0  # neither fresh nor just halved
+    interrupt(-1)
+    train.main(long_settings(resume=True, max_steps=14))
+    assert_same_bits(folder, whole)
+
+
 def test_an_evaluation_is_given_up_when_a_signal_comes(long_settings, interrupt, monkeypatch):
     monkeypatch.setattr(train, "EVALUATION_CHUNKS", 1)
     calls = []
@@ -184,9 +206,11 @@ def damage(path: Path, how: str) -> None:
     elif how == "half a manifest":
         manifest = path / "manifest.json"
         manifest.write_text(manifest.read_text()[:-20])
+    elif how == "empty manifest":
+        (path / "manifest.json").write_text("{}")
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "missing", "no manifest", "half a manifest"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "missing", "no manifest", "half a manifest", "empty manifest"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(long_settings, interrupt, capsys, how):
     whole = run(long_settings(run_name="whole"))
     interrupt(11)
@@ -202,6 +226,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(long_settings, in
     assert_same_bits(folder, whole)
 
 
+def test_a_damaged_checkpoint_does_not_outlive_a_whole_one(long_settings, interrupt):
+    interrupt(20)
+    with pytest.raises(SystemExit):
+        train.main(long_settings(run_name="a"))
+    folder = Path(long_settings().path_model_save) / "a"
+    damage(folder / "checkpoints" / "step-00000020", "cut")
+    shutil.copytree(folder / "checkpoints" / "step-00000015", folder / "checkpoints" / "step-mine")  # a user's copy
+    interrupt(2)
+    with pytest.raises(SystemExit):
+        train.main(long_settings(resume=True, save_every=1, keep_checkpoints=1))
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-00000017", "step-00000020", "step-mine"}
+    assert checkpoint.find_checkpoint(folder)[0].name == "step-00000017"
+
+
+def test_a_checkpoint_of_another_version_is_refused(stopped):
+    path = Path(stopped().path_model_save) / "a" / "checkpoints" / "step-00000007"
+    state = json.loads((path / "state.json").read_text()) | {"format": 0}
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text()) | {
+        "state.json": checkpoint._measure(path / "state.json")
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="written by another version of this program"):
+        train.main(stopped(resume=True))
+
+
 def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(long_settings, interrupt):
     interrupt(11)
     with pytest.raises(SystemExit):
@@ -210,7 +260,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(long_settings, inter
     for path in (folder / "checkpoints").iterdir():
         damage(path, "cut")
     interrupt(-1)
-    with pytest.raises(UserError, match=r"(?s)no checkpoint of .*step-00000011.*step-00000010"):
+    with pytest.raises(UserError, match=r"(?s)no checkpoint of .* is whole.*step-00000011.*step-00000010"):
         train.main(long_settings(run_name="a", resume=True))
     assert checkpoints(folder) == [10, 11]
 
@@ -230,6 +280,7 @@ def stopped(long_settings, interrupt):
     [
         ({"batch_size": 8}, "batch_size: 16 when the run began, 8 now"),
         ({"max_steps": 30}, "max_steps: 26 when the run began, 30 now"),
+        ({"num_warmup_steps": 1}, "num_warmup_steps: 3 when the run began, 1 now"),
         ({"learning_rate": 1e-4}, "learning_rate: 0.002 when the run began, 0.0001 now"),
         ({"seed": 1}, "seed: 42 when the run began, 1 now"),
         ({"mixed_precision": "bf16"}, "mixed_precision: no when the run began, bf16 now"),
@@ -303,6 +354,8 @@ def test_the_newest_unfinished_run_is_resumed_or_the_one_named(stopped, interrup
         train.main(stopped(resume=True))
     with pytest.raises(UserError, match=r"a is finished; its model is .*a/final"):
         train.main(stopped(resume=True, run_name="a"))
+    with pytest.raises(UserError, match="unrelated is not the folder of a run"):
+        train.main(stopped(resume=True, run_name="unrelated"))
     train.main(stopped(resume=True, run_name="c", max_steps=1))  # none of that name: begun
     assert (output / "c" / "final").exists()
 
@@ -329,6 +382,23 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(long_settings, monkeypat
     folder = Path(long_settings().path_model_save) / "a"
     assert checkpoints(folder) == [5]
     assert checkpoint.find_checkpoint(folder)[0].name == "step-00000005"
+
+
+def test_hopeless_steps_are_counted_over_a_resume(long_settings, interrupt, monkeypatch):
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def poisoned(*arguments, **options):
+        return cross_entropy(*arguments, **options) * (torch.nan if torch.is_grad_enabled() else 1)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", poisoned)
+    interrupt(3)
+    with pytest.raises(SystemExit):
+        train.main(long_settings(run_name="a"))
+    interrupt(-1)
+    with pytest.raises(UserError, match="5 steps in a row, up to step 5"):
+        train.main(long_settings(resume=True))
+    with pytest.raises(UserError, match="Begin a new run"):  # and not a step more
+        train.main(long_settings(resume=True))
 
 
 def test_the_best_value_comes_back(long_settings, interrupt, monkeypatch):

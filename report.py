@@ -62,7 +62,8 @@ def hide_words(lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list
     for line in lines:
         if not 20 <= len(line) <= 90 or tokenizer.mask_token in line:
             continue
-        words = [w for w in re.finditer(r"[^\W\d_]{4,}|[\u4e00-\u9fff]", line) if len(tokenizer.tokenize(w[0])) == 1]
+        words = re.finditer(r"[\u4e00-\u9fff]|[^\W\d_\u4e00-\u9fff]{4,}", line)  # a Chinese character, or four letters
+        words = [word for word in words if len(tokenizer.tokenize(word[0])) == 1]
         if words and tokenizer.unk_token not in tokenizer.tokenize(line):
             start, end = words[len(words) // 2].span()
             hidden.append((line[:start] + tokenizer.mask_token + line[end:], line[start:end]))

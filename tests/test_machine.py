@@ -25,7 +25,9 @@ def test_precision_is_the_settings_else_the_launchers_else_the_native(monkeypatc
     assert machine.choose_precision(Config(mixed_precision=setting)) == chosen
 
 
-@pytest.mark.parametrize(("launcher", "said"), [("fp16", "fp16, which the launcher chose .* needs a GPU"), ("fp8", "fp8 is not supported")])
+@pytest.mark.parametrize(
+    ("launcher", "said"), [("fp16", "fp16, which the launcher chose .* needs a GPU"), ("fp8", "fp8 is not supported")]
+)
 def test_a_launchers_choice_that_cannot_be_is_said(monkeypatch, launcher, said):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     with pytest.raises(UserError, match=said):

@@ -156,18 +156,22 @@ def test_a_second_sigterm_changes_nothing(long_settings, interrupt):
 
 
 def test_rows_after_the_checkpoint_go(long_settings, interrupt):
+    interrupt(13)
     with pytest.raises(SystemExit):
-        interrupt(11)
         train.main(long_settings(run_name="a"))
     folder = Path(long_settings().path_model_save) / "a"
-    kept = untimed(folder)
-    shutil.rmtree(folder / "checkpoints" / "step-00000011")  # as if killed at step 11, before this was saved
-    interrupt(3)
+    rows = untimed(folder)
+    assert [int(row["step"]) for row in rows] == [0, 3, 4, 6, 8, 9, 12]
+    shutil.rmtree(folder / "checkpoints" / "step-00000013")  # as if killed in step 13
+    interrupt(1)
     with pytest.raises(SystemExit):
         train.main(long_settings(resume=True))
-    assert untimed(folder) == [*kept[:-1], *untimed(folder)[len(kept) - 1 :]]
+    assert untimed(folder) == rows[:-1]
+    interrupt(-1)
+    train.main(long_settings(resume=True))
+    assert untimed(folder)[: len(rows)] == rows
     steps = [int(row["step"]) for row in metrics(folder)]
-    assert steps == sorted(set(steps)) == [0, 3, 4, 6, 8, 9, 12]
+    assert steps == sorted(set(steps)) and steps[-1] == 26
 
 
 def test_a_checkpoint_is_a_plain_folder_with_a_manifest(long_settings, interrupt, monkeypatch):

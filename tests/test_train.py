@@ -33,6 +33,10 @@ def test_what_a_run_leaves(settings, capsys):
         "best", "checkpoints", "final", "metrics.csv", "settings.json", "tensorboard",
     }  # fmt: skip
 
+    derived = json.loads((folder / "settings.json").read_text())["derived"]
+    checkpoints = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert checkpoints == [f"step-{derived['steps_per_epoch']:08}"]  # an epoch's end; the last one's is final/
+
     rows = metrics(folder)
     columns = "step epoch train_loss eval_loss perplexity masked_accuracy lr tokens_per_s"
     assert list(rows[0]) == columns.split()

@@ -27,15 +27,17 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_what_a_run_leaves(settings, capsys):
-    config = settings(num_epochs=2, log_every=5, tracker="tensorboard", run_name="mine", learning_rate=1e-3)
+    often = {"save_every": 7, "keep_checkpoints": 9}
+    config = settings(num_epochs=2, log_every=5, tracker="tensorboard", run_name="mine", learning_rate=1e-3, **often)
     folder = run(config)
     assert {path.name for path in folder.iterdir()} == {
         "best", "checkpoints", "final", "metrics.csv", "settings.json", "tensorboard",
     }  # fmt: skip
 
     derived = json.loads((folder / "settings.json").read_text())["derived"]
-    checkpoints = [path.name for path in (folder / "checkpoints").iterdir()]
-    assert checkpoints == [f"step-{derived['steps_per_epoch']:08}"]  # an epoch's end; the last one's is final/
+    assert derived["steps_per_epoch"] == 12
+    checkpoints = {int(path.name[5:]) for path in (folder / "checkpoints").iterdir()}
+    assert checkpoints == {7, 12, 14, 21}  # every seven steps and at an epoch's end; the last one's is final/
 
     rows = metrics(folder)
     columns = "step epoch train_loss eval_loss perplexity masked_accuracy lr tokens_per_s"

@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     each = arguments.num_processes // arguments.num_machines
-    if each > count_gpus() and not stay_on_cpu():
+    if each > max(1, count_gpus()) and not stay_on_cpu():  # one may be an Apple GPU or a CPU
         raise UserError(
             f"accelerate config: asks for {each} GPU(s), of which {count_gpus()} can be used here. Run `accelerate "
             "config` again, or set ACCELERATE_USE_CPU=true to train on the CPU"

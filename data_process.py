@@ -7,6 +7,7 @@ A *chunk* is a line, or a part of a line too long for `sen_max_length`. Stored t
 import json
 import math
 from array import array
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from text import Text, line_hash
 from vocabulary import Vocabulary
 
 IGNORED = -100  # the label of a position where nothing is predicted, as in transformers
+MASKED_AT_ONCE = 1 << 14  # tokens
 CACHE_FORMAT = 1  # raise when what the cache holds changes
 
 # ------------------------------------------------------------------------------------------------ lines -> chunks
@@ -284,61 +286,107 @@ def content_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def pack(
     input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, row_length: int, vocabulary: Vocabulary
 ) -> Batch:
-    """Lays chunks end to end into as few rows as first-fit-decreasing finds (Krell et al., arXiv 2107.02027).
+    """Lays chunks end to end into few rows: the longest first, each into the row with the least room that it fits in
+    (Krell et al., arXiv 2107.02027, longest-pack-first).
 
     input_ids and labels (tokens,) of chunks of the given lengths (n,). Rows hold at most `row_length` tokens, or the
     longest chunk. With no chunk at all the batch is one row of padding.
     """
     needs = lengths + 2  # [CLS] and [SEP]
-    row_length = max(row_length, needs.max(initial=1))
-    row_of, offset_of, sequence_of = np.zeros((3, len(needs)), dtype=np.int64)
-    used, held = np.zeros((2, len(needs) + 1), dtype=np.int64)  # tokens and chunks in each row so far
-    for chunk in np.argsort(-needs, kind="stable"):
-        row = np.argmax(used + needs[chunk] <= row_length)  # the first that has room
-        row_of[chunk], offset_of[chunk] = row, used[row]
-        used[row] += needs[chunk]
+    row_length = max(row_length, int(needs.max(initial=1)))
+    row_of, offset_of, sequence_of = ([0] * len(needs) for _ in range(3))  # each chunk's row, place and number there
+    held: list[int] = []  # chunks in each row so far
+    rows_by_room = defaultdict(list)
+    rooms = 0  # bit r is set where a row has room for just r tokens: the best fit is the lowest bit from `need` on
+    longest_first = np.argsort(-needs, kind="stable")
+    for chunk, need in zip(longest_first.tolist(), needs[longest_first].tolist(), strict=True):
+        if fits := rooms >> need:
+            room = need + (fits & -fits).bit_length() - 1
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = row_length, len(held)
+            held.append(0)
         held[row] += 1
-        sequence_of[chunk] = held[row]
+        row_of[chunk], offset_of[chunk], sequence_of[chunk] = row, row_length - room, held[row]
+        rows_by_room[room - need].append(row)
+        rooms |= 1 << (room - need)
 
-    shape = (max(np.count_nonzero(held), 1), max(used.max(), 1))
+    offsets = np.array(offset_of, dtype=np.int64)
+    shape = (max(len(held), 1), int((offsets + needs).max(initial=1)))
     batch = Batch(
         input_ids=np.full(shape, vocabulary.pad_id),
         position_ids=np.zeros(shape, dtype=np.int64),
         sequence_ids=np.zeros(shape, dtype=np.int64),
         labels=np.full(shape, IGNORED),
     )
-    first = row_of * shape[1] + offset_of  # where each chunk's [CLS] goes, in the flattened rows
-    positions = np.arange(needs.sum()) - np.repeat(np.cumsum(needs) - needs, needs)
-    everywhere = np.repeat(first, needs) + positions
-    batch.position_ids.reshape(-1)[everywhere] = positions
+    first = (
+        np.array(row_of, dtype=np.int64) * shape[1] + offsets
+    )  # where each chunk's [CLS] goes, in the flattened rows
+    starts = np.cumsum(needs) - needs
+    counted = np.arange(needs.sum())
+    everywhere = counted + np.repeat(first - starts, needs)
+    batch.position_ids.reshape(-1)[everywhere] = counted - np.repeat(starts, needs)
     batch.sequence_ids.reshape(-1)[everywhere] = np.repeat(sequence_of, needs)
     batch.input_ids.reshape(-1)[first] = vocabulary.cls_id
     batch.input_ids.reshape(-1)[first + needs - 1] = vocabulary.sep_id
-    inside = everywhere[(positions > 0) & (positions < np.repeat(needs, needs) - 1)]
+    inside = np.arange(len(input_ids)) + np.repeat(first + 1 - (np.cumsum(lengths) - lengths), lengths)
     batch.input_ids.reshape(-1)[inside] = input_ids
     batch.labels.reshape(-1)[inside] = labels
     return batch
 
 
-def masked_batch(
-    chunks: Chunks,
-    indices: np.ndarray,
-    vocabulary: Vocabulary,
-    row_length: int,
-    rule: MaskRule = BERT_RULE,
-    draw: tuple[int, int] | None = None,
-    part: slice = slice(None),
-) -> tuple[Batch, int]:
-    """Takes, masks and packs the chunks at `indices` (n,); also returns how many tokens are masked in all of them.
-
-    draw: (seed, epoch) of training masks, new ones every epoch; None: evaluation masks, by each chunk's tokens alone.
-    part: the chunks to pack, one device's share; the count is of all, so that devices agree on it.
-    """
+def evaluation_batch(chunks: Chunks, indices: np.ndarray, vocabulary: Vocabulary, row_length: int) -> Batch:
+    """The chunks at `indices` (n,), masked by BERT's rule as each chunk's own tokens decide, and packed."""
     tokens, lengths = take(chunks, indices)
-    keys = content_keys(tokens, lengths) if draw is None else noise(draw[0], MASKS, draw[1], indices)
-    input_ids, labels = mask(tokens, lengths, keys, vocabulary, rule)
-    packed = np.zeros(len(lengths), dtype=bool)
-    packed[part] = True
-    inside = np.repeat(packed, lengths)
-    batch = pack(input_ids[inside], labels[inside], lengths[packed], row_length, vocabulary)
-    return batch, int(np.count_nonzero(labels != IGNORED))
+    input_ids, labels = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
+    return pack(input_ids, labels, lengths, row_length, vocabulary)
+
+
+class Step(NamedTuple):
+    """What one device needs for an optimizer step."""
+
+    batch: Batch  # its share of the chunks
+    masked_tokens: int  # over all devices
+    tokens: int  # the text's own, over all devices
+
+
+def training_steps(
+    chunks: Chunks,
+    vocabulary: Vocabulary,
+    rule: MaskRule,
+    seed: int,
+    batch_size: int,
+    row_length: int,
+    first: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[Step]:
+    """The steps of training from number `first` on, without end: the epochs one after the other, each in its own order
+    and with its own masks, cut into batches of `batch_size` chunks, of which every rank packs its share.
+
+    Many steps are masked at once, as numpy's calls cost more than their work on one batch of short lines.
+    """
+    steps_per_epoch = math.ceil(chunks.number / batch_size)
+    steps_at_once = max(1, MASKED_AT_ONCE * chunks.number // (len(chunks.tokens) * batch_size))
+    epoch, place = divmod(first, steps_per_epoch)
+    while True:
+        order = epoch_order(seed, epoch, chunks.number)  # (chunks,)
+        for start in range(place, steps_per_epoch, steps_at_once):
+            indices = order[start * batch_size : (start + steps_at_once) * batch_size]  # (n,) of many steps
+            tokens, lengths = take(chunks, indices)
+            input_ids, labels = mask(tokens, lengths, noise(seed, MASKS, epoch, indices), vocabulary, rule)
+            ends = np.cumsum(lengths)
+            for chunk in range(0, len(indices), batch_size):
+                part = slice(chunk, chunk + batch_size)
+                span = slice(ends[chunk] - lengths[chunk], ends[part][-1])
+                step_ids, step_labels, step_lengths = input_ids[span], labels[span], lengths[part]
+                masked_tokens = int(np.count_nonzero(step_labels != IGNORED))
+                if ranks > 1:
+                    mine = np.arange(len(step_lengths)) % ranks == rank
+                    inside = np.repeat(mine, step_lengths)
+                    step_ids, step_labels, step_lengths = step_ids[inside], step_labels[inside], step_lengths[mine]
+                batch = pack(step_ids, step_labels, step_lengths, row_length, vocabulary)
+                yield Step(batch, masked_tokens, int(span.stop - span.start))
+        epoch, place = epoch + 1, 0

@@ -147,10 +147,13 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     # --------------------------------------------------------------------------------------------------- train
     signals, stop, first = catch_signals(main), False, progress.step
     patience = HOPELESS_STEPS + (FP16_HALVINGS if accelerator.scaler is not None else 0)
+    row_length = min(ROW_TOKENS, config.micro_batch_tokens)
+    steps = data.training_steps(
+        chunks, vocabulary, rule, config.seed, config.batch_size, row_length, first, rank, ranks
+    )
     shown = main and sys.stderr.isatty()
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=not shown)
     for step in range(first, config.max_steps + 1):  # in each turn `step` steps are done; the last one trains no more
-        epoch, place = divmod(step, steps_per_epoch)
         finished = step == config.max_steps
 
         # --------------------------------------------------------------------------------- evaluate, save
@@ -167,7 +170,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
                         with whole(folder / "best") as beside:
                             save_model(beside, bert, tokenizer)
         hopeless = progress.skipped_in_a_row >= patience
-        due = first < step < config.max_steps and (place == 0 or step % config.save_every == 0)
+        due = first < step < config.max_steps and 0 in (step % steps_per_epoch, step % config.save_every)
         if main and (due or stop or hopeless):
             checkpoint = save_checkpoint(folder, bert, tokenizer, optimizer, progress, recipe, config.keep_checkpoints)
         if finished or stop or hopeless:
@@ -175,13 +178,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
 
         # ------------------------------------------------------------------------------------------ train
         began = time.perf_counter()
-        if place == 0 or step == first:
-            order = data.epoch_order(config.seed, epoch, chunks.number)  # (chunks,)
-        indices = order[place * config.batch_size : (place + 1) * config.batch_size]  # (n,), n <= batch_size
-        row_length = min(ROW_TOKENS, config.micro_batch_tokens)
-        batch, masked_tokens = data.masked_batch(
-            chunks, indices, vocabulary, row_length, rule, draw=(config.seed, epoch), part=slice(rank, None, ranks)
-        )
+        batch, masked_tokens, tokens = next(steps)
         model.train()  # an evaluation leaves it without dropout
         learning_rate = learning_rate_at(step, config)
         for group in optimizer.param_groups:
@@ -211,7 +208,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         new = progress.unreported
         new.update(seconds=time.perf_counter() - began, steps=1)
         if finite:
-            new.update(loss=loss_sum, masked_tokens=masked_tokens, tokens=int(chunks.lengths(indices).sum()))
+            new.update(loss=loss_sum, masked_tokens=masked_tokens, tokens=tokens)
         else:
             say(f"step {done}: skipped, as its loss or gradient is not finite")
         bar.update()
@@ -331,7 +328,7 @@ def evaluate(
     for start in range(0, len(mine), EVALUATION_CHUNKS):
         if signals:
             break
-        batch, _ = data.masked_batch(chunks, mine[start : start + EVALUATION_CHUNKS], vocabulary, row_length)
+        batch = data.evaluation_batch(chunks, mine[start : start + EVALUATION_CHUNKS], vocabulary, row_length)
         for inputs, targets in split(batch, config.micro_batch_tokens, accelerator.device):
             logits = model(**inputs).float()  # (masked, vocabulary)
             right = (logits.argmax(-1) == targets).sum()

@@ -8,7 +8,6 @@ import torch
 from runs import LAUNCHERS, assert_close, assert_same_bits, finish, metrics, run, start
 
 import train
-from data_process import BERT_RULE
 
 CHARACTERS = "患者服用二甲双胍治疗糖尿病和高血压医生随访三个月后下降"
 
@@ -42,18 +41,15 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
         return forward(self, input_ids, position_ids, sequence_ids, masked)
 
     monkeypatch.setattr(train.PackedMaskedLM, "forward", watched)
-    masked_batch, drawn = train.data.masked_batch, {}
+    training_steps, drawn = train.data.training_steps, {}
 
-    def drawing(chunks, indices, vocabulary, row_length, rule=BERT_RULE, draw=None, part=slice(None)):
-        batch, masked_tokens = masked_batch(chunks, indices, vocabulary, row_length, rule, draw, part)
-        if draw is not None:
-            shown = sorted(
-                zip(batch.input_ids.reshape(-1, 8).tolist(), batch.labels.reshape(-1, 8).tolist(), strict=True)
-            )
-            drawn.setdefault(config.run_name, []).append((indices.tolist(), masked_tokens, shown))
-        return batch, masked_tokens
+    def drawing(*arguments):
+        for step in training_steps(*arguments):
+            ids, labels = (array.reshape(-1, 8).tolist() for array in (step.batch.input_ids, step.batch.labels))
+            drawn.setdefault(config.run_name, []).append((step.masked_tokens, sorted(zip(ids, labels, strict=True))))
+            yield step
 
-    monkeypatch.setattr(train.data, "masked_batch", drawing)
+    monkeypatch.setattr(train.data, "training_steps", drawing)
     folders = []
     for chunks in (1, 4, 32):
         config = settings(
@@ -99,13 +95,13 @@ def stopping_script(tmp_path):
         script.write_text(
             "import os, runpy, signal, sys; sys.path.insert(0, '.')\n"
             "import data_process\n"
-            "masked_batch, calls = data_process.masked_batch, []\n"
-            "def stopping(*arguments, draw=None, **more):\n"
-            "    calls.extend([draw] if draw else [])\n"
-            f"    if len(calls) == 8 and os.environ.get('RANK', '0') == '{rank}':\n"
-            "        os.kill(os.getpid(), signal.SIGTERM)\n"
-            "    return masked_batch(*arguments, draw=draw, **more)\n"
-            "data_process.masked_batch = stopping\n"
+            "training_steps = data_process.training_steps\n"
+            "def stopping(*arguments):\n"
+            "    for number, step in enumerate(training_steps(*arguments), start=1):\n"
+            f"        if number == 8 and os.environ.get('RANK', '0') == '{rank}':\n"
+            "            os.kill(os.getpid(), signal.SIGTERM)\n"
+            "        yield step\n"
+            "data_process.training_steps = stopping\n"
             "runpy.run_path('train.py', run_name='__main__')\n"
         )
         return str(script)

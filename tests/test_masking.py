@@ -5,7 +5,19 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from data_process import BERT_RULE, IGNORED, Chunks, MaskRule, content_keys, epoch_order, mask, masked_batch, noise
+import data_process
+from data_process import (
+    BERT_RULE,
+    IGNORED,
+    Chunks,
+    MaskRule,
+    content_keys,
+    epoch_order,
+    evaluation_batch,
+    mask,
+    noise,
+    training_steps,
+)
 
 SIGMAS = 5  # a counted share lies so many standard deviations around the true one with probability 1 - 6e-7
 
@@ -116,11 +128,9 @@ def test_masks_are_the_same_in_any_batch_and_new_in_every_epoch(vocabulary):
 def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
     tokens, lengths = chunks_of(50, 40, vocabulary)
     chunks = Chunks(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
-    all_chunks = np.arange(40)
 
-    def masked(draw, indices=all_chunks, part=slice(None)):
+    def masked(batch):
         """The hidden tokens as (chunk, position in it, label), whatever row they were packed into."""
-        batch, count = masked_batch(chunks, indices, vocabulary, 128, BERT_RULE, draw, part)
         found = set()
         for row, column in zip(*np.nonzero(batch.labels != IGNORED), strict=True):
             position = batch.position_ids[row, column]
@@ -128,16 +138,43 @@ def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
             original = np.where(batch.labels[row] != IGNORED, batch.labels[row], batch.input_ids[row])[inside]
             [chunk] = np.flatnonzero((tokens.reshape(40, 50) == original).all(axis=1))
             found.add((int(chunk), int(position), int(batch.labels[row, column])))
-        return found, count
+        return found
 
-    first, count = masked((42, 0))
-    assert len(first) == count
-    assert first == masked((42, 0), indices=all_chunks[::-1])[0]  # the order of a batch changes no mask
-    for other in ((42, 1), (43, 0), None):
-        assert len(first & masked(other)[0]) < 0.4 * count  # a mask drawn afresh shares 15%
-    halves = [masked((42, 0), part=slice(rank, None, 2)) for rank in (0, 1)]
-    assert halves[0][0] | halves[1][0] == first and not halves[0][0] & halves[1][0]
-    assert halves[0][1] == halves[1][1] == count  # both devices know the count of all
+    def step(seed=42, epoch=0, **more):
+        return next(training_steps(chunks, vocabulary, BERT_RULE, seed, 40, 128, first=epoch, **more))
+
+    batch, count, seen_tokens = step()
+    first = masked(batch)
+    assert len(first) == count and seen_tokens == 2000
+    parts = [step for step, _ in zip(training_steps(chunks, vocabulary, BERT_RULE, 42, 7, 128), range(6), strict=False)]
+    assert set.union(*(masked(part.batch) for part in parts)) == first  # batches change no mask
+    assert [part.tokens for part in parts] == [350] * 5 + [250]
+    for other in (step(epoch=1).batch, step(seed=43).batch, evaluation_batch(chunks, np.arange(40), vocabulary, 128)):
+        assert len(first & masked(other)) < 0.4 * count  # a mask drawn afresh shares 15%
+    halves = [step(rank=rank, ranks=2) for rank in (0, 1)]
+    first_half, second_half = (masked(half.batch) for half in halves)
+    assert first_half | second_half == first and not first_half & second_half
+    assert halves[0].masked_tokens == halves[1].masked_tokens == count  # both devices know the count of all
+
+
+def test_steps_are_the_same_wherever_they_begin_and_however_many_are_masked_at_once(vocabulary, monkeypatch):
+    lengths = np.random.default_rng(0).integers(1, 60, 100)
+    tokens = np.random.default_rng(1).choice(vocabulary.ordinary_ids, lengths.sum()).astype(np.uint16)
+    chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def steps(number, **more):
+        made = training_steps(chunks, vocabulary, BERT_RULE, 42, 8, 128, **more)
+        return [next(made) for _ in range(number)]
+
+    for rank in (0, 1):
+        whole = steps(40, rank=rank, ranks=2)  # 13 an epoch, the last one of four chunks
+        monkeypatch.setattr(data_process, "MASKED_AT_ONCE", 500)
+        later = steps(22, first=18, rank=rank, ranks=2)
+        for step, other in zip(whole[18:], later, strict=True):
+            assert step[1:] == other[1:]
+            assert all(np.array_equal(array, same) for array, same in zip(step.batch, other.batch, strict=True))
+        monkeypatch.undo()
+    assert sum(step.tokens for step in steps(13)) == len(tokens)
 
 
 def test_evaluation_masks_depend_on_the_chunk_alone(vocabulary):

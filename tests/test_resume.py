@@ -19,7 +19,6 @@ from transformers import AutoModelForMaskedLM
 import checkpoint
 import train
 from Config import UserError
-from data_process import BERT_RULE
 from report import Evaluation
 from vocabulary import learn_tokenizer
 
@@ -38,20 +37,30 @@ def long_settings(settings):
 @pytest.fixture
 def interrupt(monkeypatch):
     """Has this process send itself a signal while it draws the given training (or evaluation) batch."""
-    masked_batch = train.data.masked_batch
+    training_steps, evaluation_batch = train.data.training_steps, train.data.evaluation_batch
 
     def arm(number, of_training=True, signals=(signal.SIGTERM,)):
         calls = []
 
-        def watched(chunks, indices, vocabulary, row_length, rule=BERT_RULE, draw=None, part=slice(None)):
-            if (draw is not None) == of_training:
-                calls.append(draw)
-                if len(calls) == number:
-                    for each in signals:
-                        os.kill(os.getpid(), each)
-            return masked_batch(chunks, indices, vocabulary, row_length, rule, draw, part)
+        def count():
+            calls.append(None)
+            if len(calls) == number:
+                for each in signals:
+                    os.kill(os.getpid(), each)
 
-        monkeypatch.setattr(train.data, "masked_batch", watched)
+        def watched_steps(*arguments):
+            for step in training_steps(*arguments):
+                if of_training:
+                    count()
+                yield step
+
+        def watched_evaluation(*arguments):
+            if not of_training:
+                count()
+            return evaluation_batch(*arguments)
+
+        monkeypatch.setattr(train.data, "training_steps", watched_steps)
+        monkeypatch.setattr(train.data, "evaluation_batch", watched_evaluation)
 
     return arm
 

@@ -1,6 +1,7 @@
 """Law 2: no text is lost. Law 8: unreadable text is said plainly, with file and line."""
 
 import gzip
+import math
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from conftest import make_lines
 
 from Config import UserError
-from data_process import cut, epoch_order, masked_batch, prepare, take
+from data_process import BERT_RULE, cut, prepare, take, training_steps
 from text import find_text, read_lines
 from vocabulary import learn_tokenizer, read_vocabulary
 
@@ -98,9 +99,9 @@ def test_every_token_of_every_line_exactly_once_an_epoch(
     for line in lines:
         expected.update(tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     seen = Counter()
-    for start in range(0, train.number, 16):
-        indices = epoch_order(7, 0, train.number)[start : start + 16]
-        batch, _ = masked_batch(train, indices, vocabulary, 64, draw=(7, 0))
+    steps = training_steps(train, vocabulary, BERT_RULE, 7, 16, 64)
+    for _ in range(math.ceil(train.number / 16)):
+        batch = next(steps).batch
         seen.update(np.where(batch.labels >= 0, batch.labels, batch.input_ids)[batch.sequence_ids > 0].tolist())
     assert seen.pop(vocabulary.cls_id) == seen.pop(vocabulary.sep_id) == train.number
     assert seen == expected

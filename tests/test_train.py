@@ -157,22 +157,25 @@ def test_the_optimizer_gets_clipped_gradients_scheduled_rates_and_no_decay_for_b
 
 
 def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(settings, monkeypatch):
-    masked_batch, epochs = train.data.masked_batch, {}
+    take, training_steps, taken = train.data.take, train.data.training_steps, []
 
-    def watched(chunks, indices, vocabulary, row_length, rule=BERT_RULE, draw=None, part=slice(None)):
-        if draw is not None:
-            seed, epoch = draw
-            assert seed == 5 and rule == (0.3, 0.6, 0.2, True)
-            epochs.setdefault(epoch, []).extend(indices.tolist())
-        return masked_batch(chunks, indices, vocabulary, row_length, rule, draw, part)
+    def watched_take(chunks, indices):
+        taken.append((chunks.number, indices.tolist()))
+        return take(chunks, indices)
 
-    monkeypatch.setattr(train.data, "masked_batch", watched)
+    def watched_steps(chunks, vocabulary, rule, seed, batch_size, *more):
+        assert seed == 5 and batch_size == 7 and rule == (0.3, 0.6, 0.2, True)
+        return training_steps(chunks, vocabulary, rule, seed, batch_size, *more)
+
+    monkeypatch.setattr(train.data, "take", watched_take)
+    monkeypatch.setattr(train.data, "training_steps", watched_steps)
     shares = {"mlm_probability": 0.3, "mask_replace_prob": 0.6, "random_replace_prob": 0.2, "whole_words_mask": True}
     folder = run(settings(seed=5, num_epochs=2, batch_size=7, **shares))
     number = json.loads((folder / "settings.json").read_text())["derived"]["chunks"]
     assert number % 7  # the last batch of an epoch is smaller
-    assert sorted(epochs) == [0, 1] and epochs[0] != epochs[1]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(number))
+    trained = [index for size, indices in taken if size == number for index in indices]
+    epochs = trained[:number], trained[number:]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(number))
 
 
 def test_a_step_follows_the_gradient_of_the_stock_models_mean_loss(settings, monkeypatch):

@@ -27,7 +27,7 @@ from text import Text, line_hash
 from vocabulary import Vocabulary
 
 IGNORED = -100  # the label of a position where nothing is predicted, as in transformers
-MASKED_AT_ONCE = 1 << 14  # tokens
+MASKED_AT_ONCE = 1 << 13  # tokens: few enough for the cache
 CACHE_FORMAT = 1  # raise when what the cache holds changes
 
 # ------------------------------------------------------------------------------------------------ lines -> chunks

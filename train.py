@@ -171,7 +171,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
                             save_model(beside, bert, tokenizer)
         hopeless = progress.skipped_in_a_row >= patience
         due = first < step < config.max_steps and 0 in (step % steps_per_epoch, step % config.save_every)
-        if main and (due or stop or hopeless):
+        held = checkpoint and step == first  # what a resumed run began with, and nothing was trained since
+        if main and (due or stop or hopeless) and not held:
             checkpoint = save_checkpoint(folder, bert, tokenizer, optimizer, progress, recipe, config.keep_checkpoints)
         if finished or stop or hopeless:
             break
@@ -225,8 +226,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     bar.close()
 
     # -------------------------------------------------------------------------------------------------- finish
-    over = not (stop or hopeless)
-    if main and over:
+    completed = not (stop or hopeless)
+    if main and completed:
         guesses_after = guess(bert, hidden_words, tokenizer)
         with whole(folder / "final") as beside:
             save_model(beside, bert, tokenizer)
@@ -236,7 +237,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     del model, optimizer
     accelerator.free_memory()
     accelerator.end_training()
-    if main and over:
+    if main and completed:
         guesses = zip(hidden_words, progress.guesses_before, guesses_after, strict=True)
         say(closing_words(progress.rows[0], progress.rows[-1], found, guesses, folder / "final"))
     if main and hopeless:
@@ -247,7 +248,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         )
     if stop:
         say(f"stopped after step {step}, which {checkpoint} holds. The same command with --resume goes on from there")
-    if not over:
+    if not completed:
         sys.exit(2 if hopeless else 128 + (signals or [signal.SIGTERM])[0])
 
 

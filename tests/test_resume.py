@@ -156,6 +156,18 @@ def test_an_evaluation_is_given_up_when_a_signal_comes(long_settings, interrupt,
     assert calls == [False] * 3
 
 
+def test_a_checkpoint_is_not_written_again_where_nothing_was_trained(long_settings, interrupt):
+    interrupt(8)
+    with pytest.raises(SystemExit):
+        train.main(long_settings(run_name="a"))
+    path = Path(long_settings().path_model_save) / "a" / "checkpoints" / "step-00000008"
+    written = path.stat().st_ino, (path / "state.json").stat().st_mtime_ns
+    interrupt(1, of_training=False)  # the evaluation that was due after step 8
+    with pytest.raises(SystemExit, match="143"):
+        train.main(long_settings(resume=True))
+    assert written == (path.stat().st_ino, (path / "state.json").stat().st_mtime_ns)
+
+
 def test_a_second_sigterm_changes_nothing(long_settings, interrupt):
     """Launchers and schedulers send one each."""
     interrupt(8, signals=(signal.SIGTERM, signal.SIGTERM))

@@ -45,11 +45,12 @@ def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
     return out, err
 
 
-def read_until(process: subprocess.Popen, words: str) -> None:
+def read_until(process: subprocess.Popen, *words: str) -> None:
+    """Reads the output up to the first line that holds any of the words."""
     for line in process.stdout:
-        if words in line:
+        if any(each in line for each in words):
             return
-    raise AssertionError(f"ended without {words!r}: {process.stderr.read()}")
+    raise AssertionError(f"ended without {words}: {process.stderr.read()}")
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

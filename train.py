@@ -276,12 +276,12 @@ def catch_signals(speak: bool) -> list[int]:
     received = []
 
     def note(number, frame):
-        if speak and not received:  # by os.write, as a print cannot interrupt a print
-            os.write(2, b"\nfinishing the step and saving; a second Ctrl-C exits at once\n")
-        received.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if number == signal.SIGINT:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if speak and not received:  # by os.write, as a print cannot interrupt a print
+            os.write(2, b"\nfinishing the step and saving; a second Ctrl-C exits at once\n")
+        received.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)

@@ -7,9 +7,9 @@ A *chunk* is a line, or a part of a line too long for `sen_max_length`. Stored t
 import json
 import math
 from array import array
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
+from heapq import heapreplace
 from importlib.metadata import version
 from itertools import chain, pairwise
 from pathlib import Path
@@ -195,12 +195,20 @@ class MaskRule(NamedTuple):
 BERT_RULE = MaskRule()
 
 
+class MaskedChunks(NamedTuple):
+    """Chunks end to end, some of their tokens hidden."""
+
+    input_ids: np.ndarray  # (tokens,) int64
+    labels: np.ndarray  # (tokens,) int64: the token to predict, or IGNORED
+    lengths: np.ndarray  # (n,) int64
+
+
 class Batch(NamedTuple):
     """Packed rows: chunks laid end to end, each between its own [CLS] and [SEP]. All (rows, width) int64."""
 
     input_ids: np.ndarray
     position_ids: np.ndarray  # restart at 0 with every chunk
-    sequence_ids: np.ndarray  # 1, 2, ... number the chunks of a row; 0 is padding
+    sequence_ids: np.ndarray  # 1, 2, ... number the chunks; 0 is padding
     labels: np.ndarray  # the token to predict, or IGNORED
 
 
@@ -283,52 +291,37 @@ def content_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return noise(np.add.reduceat(noise(tokens, positions), starts))
 
 
-def pack(
-    input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, row_length: int, vocabulary: Vocabulary
-) -> Batch:
-    """Lays chunks end to end into few rows: the longest first, each into the row with the least room that it fits in
-    (Krell et al., arXiv 2107.02027, longest-pack-first).
+def pack(chunks: MaskedChunks, row_length: int, vocabulary: Vocabulary) -> Batch:
+    """Lays chunks end to end into as few rows as hold them, evenly: the longest first, each into the row that holds the
+    least (Graham 1969, doi 10.1137/0117039), so that little is padded.
 
-    input_ids and labels (tokens,) of chunks of the given lengths (n,). Rows hold at most `row_length` tokens, or the
-    longest chunk. With no chunk at all the batch is one row of padding.
+    Rows hold about `row_length` tokens, less than a chunk more. With no chunk the batch is one token of padding.
     """
+    input_ids, labels, lengths = chunks
     needs = lengths + 2  # [CLS] and [SEP]
-    row_length = max(row_length, int(needs.max(initial=1)))
-    row_of, offset_of, sequence_of = ([0] * len(needs) for _ in range(3))  # each chunk's row, place and number there
-    held: list[int] = []  # chunks in each row so far
-    rows_by_room = defaultdict(list)
-    rooms = 0  # bit r is set where a row has room for just r tokens: the best fit is the lowest bit from `need` on
+    rows = max(1, math.ceil(needs.sum() / max(row_length, needs.max(initial=1))))
+    row_of, offset_of = [0] * len(needs), [0] * len(needs)
+    emptiest = [(0, row) for row in range(rows)]  # a heap of the tokens in each row
     longest_first = np.argsort(-needs, kind="stable")
     for chunk, need in zip(longest_first.tolist(), needs[longest_first].tolist(), strict=True):
-        if fits := rooms >> need:
-            room = need + (fits & -fits).bit_length() - 1
-            row = rows_by_room[room].pop()
-            if not rows_by_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, row = row_length, len(held)
-            held.append(0)
-        held[row] += 1
-        row_of[chunk], offset_of[chunk], sequence_of[chunk] = row, row_length - room, held[row]
-        rows_by_room[room - need].append(row)
-        rooms |= 1 << (room - need)
+        held, row = emptiest[0]
+        row_of[chunk], offset_of[chunk] = row, held
+        heapreplace(emptiest, (held + need, row))
 
     offsets = np.array(offset_of, dtype=np.int64)
-    shape = (max(len(held), 1), int((offsets + needs).max(initial=1)))
+    shape = (rows, int((offsets + needs).max(initial=1)))
     batch = Batch(
         input_ids=np.full(shape, vocabulary.pad_id),
         position_ids=np.zeros(shape, dtype=np.int64),
         sequence_ids=np.zeros(shape, dtype=np.int64),
         labels=np.full(shape, IGNORED),
     )
-    first = (
-        np.array(row_of, dtype=np.int64) * shape[1] + offsets
-    )  # where each chunk's [CLS] goes, in the flattened rows
+    first = np.array(row_of, dtype=np.int64) * shape[1] + offsets  # where each chunk's [CLS] goes in the flat rows
     starts = np.cumsum(needs) - needs
     counted = np.arange(needs.sum())
     everywhere = counted + np.repeat(first - starts, needs)
     batch.position_ids.reshape(-1)[everywhere] = counted - np.repeat(starts, needs)
-    batch.sequence_ids.reshape(-1)[everywhere] = np.repeat(sequence_of, needs)
+    batch.sequence_ids.reshape(-1)[everywhere] = np.repeat(np.arange(1, len(needs) + 1), needs)
     batch.input_ids.reshape(-1)[first] = vocabulary.cls_id
     batch.input_ids.reshape(-1)[first + needs - 1] = vocabulary.sep_id
     inside = np.arange(len(input_ids)) + np.repeat(first + 1 - (np.cumsum(lengths) - lengths), lengths)
@@ -337,17 +330,16 @@ def pack(
     return batch
 
 
-def evaluation_batch(chunks: Chunks, indices: np.ndarray, vocabulary: Vocabulary, row_length: int) -> Batch:
-    """The chunks at `indices` (n,), masked by BERT's rule as each chunk's own tokens decide, and packed."""
+def evaluation_chunks(chunks: Chunks, indices: np.ndarray, vocabulary: Vocabulary) -> MaskedChunks:
+    """The chunks at `indices` (n,), masked by BERT's rule as each chunk's own tokens decide."""
     tokens, lengths = take(chunks, indices)
-    input_ids, labels = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
-    return pack(input_ids, labels, lengths, row_length, vocabulary)
+    return MaskedChunks(*mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE), lengths)
 
 
 class Step(NamedTuple):
     """What one device needs for an optimizer step."""
 
-    batch: Batch  # its share of the chunks
+    chunks: MaskedChunks  # its share of the batch
     masked_tokens: int  # over all devices
     tokens: int  # the text's own, over all devices
 
@@ -358,13 +350,12 @@ def training_steps(
     rule: MaskRule,
     seed: int,
     batch_size: int,
-    row_length: int,
     first: int = 0,
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Step]:
     """The steps of training from number `first` on, without end: the epochs one after the other, each in its own order
-    and with its own masks, cut into batches of `batch_size` chunks, of which every rank packs its share.
+    and with its own masks, cut into batches of `batch_size` chunks, of which every rank has its share.
 
     Many steps are masked at once, as numpy's calls cost more than their work on one batch of short lines.
     """
@@ -387,6 +378,7 @@ def training_steps(
                     mine = np.arange(len(step_lengths)) % ranks == rank
                     inside = np.repeat(mine, step_lengths)
                     step_ids, step_labels, step_lengths = step_ids[inside], step_labels[inside], step_lengths[mine]
-                batch = pack(step_ids, step_labels, step_lengths, row_length, vocabulary)
-                yield Step(batch, masked_tokens, int(span.stop - span.start))
+                yield Step(
+                    MaskedChunks(step_ids, step_labels, step_lengths), masked_tokens, int(span.stop - span.start)
+                )
         epoch, place = epoch + 1, 0

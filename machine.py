@@ -1,6 +1,8 @@
-"""What the hardware can do: which devices to use, the number format it computes in, room for a micro-batch."""
+"""What the hardware can do: which devices to use, the number format it computes in, how it attends."""
 
+import ctypes
 import os
+import sys
 
 from Config import Config, UserError
 
@@ -57,9 +59,24 @@ def choose_precision(config: Config) -> str:
     return chosen
 
 
-def micro_batch_tokens() -> int:
-    """Tokens in one forward pass where the setting is unset; a guess that leaves room on a GPU of 8 GB."""
-    return 8192 if count_gpus() else 2048
+def has_variable_length_kernels(config: Config, precision: str, head_size: int) -> bool:
+    """Whether attention can do without padding and mask: on GPUs from Ampere on, in 16 bits, without dropout inside."""
+    import torch
+
+    fits = precision != "no" and config.attention_dropout == 0 and head_size % 8 == 0 and head_size <= 256
+    return fits and count_gpus() > 0 and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what a training step frees for the next one, instead of returning it to the system, which
+    has to fault it in again page by page. For glibc (mallopt(3)); elsewhere nothing changes.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**28)
 
 
 def hints(processes: int, tokens_per_step: int) -> list[str]:

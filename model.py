@@ -4,7 +4,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerBase
+from torch.nn.attention.varlen import varlen_attn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from Config import SCRATCH_SIZES, Config, UserError
@@ -17,19 +28,61 @@ class PackedMaskedLM(nn.Module):
     def __init__(self, bert: BertForMaskedLM):
         super().__init__()
         self.bert = bert
+        bert.set_attn_implementation("packed")
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, sequence_ids: Tensor, masked: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        sequence_ids: Tensor,
+        masked: Tensor,
+        starts: Tensor | None = None,
+        longest: int | None = None,
+    ) -> Tensor:
         """Logits (masked, vocabulary) at the positions `masked`, (masked,) indices into the flattened (rows, width).
 
-        The other arguments are (rows, width). A token attends to those of its own row with its own sequence id, so
-        padding (id 0) attends to padding and no softmax is empty. The vocabulary projection, the largest product of a
-        small BERT, runs where a token is predicted and nowhere else.
+        The first three are (rows, width). A token attends to those of its own row with its own sequence id, so padding
+        (id 0) attends to padding and no softmax is empty. For one row, `starts` and `longest` choose the kernels of
+        variable-length attention instead (see `attend`). The vocabulary projection, the largest product of a small
+        BERT, runs where a token is predicted and nowhere else.
         """
-        together = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]  # (rows, 1, width, width)
+        if starts is None:  # a mask of (rows, 1, width, width)
+            apart = {"attention_mask": sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]}
+        else:
+            apart = {"starts": starts, "longest": longest}
         hidden = self.bert.bert(
-            input_ids, attention_mask=together, position_ids=position_ids, token_type_ids=torch.zeros_like(input_ids)
+            input_ids, position_ids=position_ids, token_type_ids=torch.zeros_like(input_ids), **apart
         ).last_hidden_state  # (rows, width, hidden)
         return self.bert.cls(hidden.flatten(0, 1)[masked])
+
+
+def attend(module, query, key, value, attention_mask, starts=None, longest=None, **options):
+    """transformers' interface of an attention function: (rows, heads, width, head size) to (rows, width, heads, ...).
+
+    Where `starts` says at which position each chunk of the one row begins, and the last ends, (chunks + 1,) int32, and
+    `longest` how many positions the longest has: by variable-length kernels. Otherwise by torch's own with the mask.
+    """
+    if starts is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (width, heads, head size)
+    return varlen_attn(query, key, value, starts, starts, longest, longest)[None], None
+
+
+AttentionInterface.register("packed", attend)
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on the CPU with 16 random bits an element (so `p` in steps of 2**-16), in a third of the time."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Of any shape."""
+        if hidden.device.type != "cpu" or not (self.training and self.p):
+            return super().forward(hidden)
+        dropped = round(self.p * 2**16)
+        four_each = torch.empty(-(-hidden.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        draws = four_each.view(torch.int16)[: hidden.numel()].view(hidden.shape)
+        return torch.where(draws >= dropped - 2**15, hidden * (1 / (1 - dropped / 2**16)), 0.0)
 
 
 def load_model(
@@ -72,9 +125,10 @@ def load_model(
             # alignment: a resumed run would drift from the uninterrupted one.
             parameter.data = parameter.data.clone()
 
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and config.hidden_dropout is not None:
-            module.p = config.hidden_dropout
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, Dropout(child.p if config.hidden_dropout is None else config.hidden_dropout))
     for module in model.modules():
         if isinstance(module, BertSelfAttention):
             module.dropout.p = config.attention_dropout

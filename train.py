@@ -4,7 +4,15 @@ import signal
 
 from Config import SCRATCH_SIZES, Config, UserError, describe, parse_flags, plain_errors
 from hub import locate_downloads
-from machine import check_devices, choose_devices, choose_precision, hints, micro_batch_tokens
+from machine import (
+    check_devices,
+    choose_devices,
+    choose_precision,
+    count_gpus,
+    has_variable_length_kernels,
+    hints,
+    keep_freed_memory,
+)
 
 if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in an import is no traceback
@@ -23,6 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -55,7 +64,9 @@ from storage import digest, lock, once, whole
 from text import find_text
 from vocabulary import Vocabulary, load_tokenizer, read_vocabulary
 
-ROW_TOKENS = 256  # chunks are packed into rows of this length, or of the longest chunk
+ROW_TOKENS = 256  # in about a row, where a mask keeps the chunks of a row apart
+CPU_MICRO_BATCH_TOKENS = 2048  # more are no faster
+LARGEST_MICRO_BATCH_TOKENS = 1 << 16  # more fill no GPU better
 EVALUATION_CHUNKS = 256  # chunks packed together in an evaluation
 DROPOUT = 3  # a stream of random numbers; data_process has the others
 HOPELESS_STEPS = 5  # steps in a row without a finite loss and gradient that end a run
@@ -110,7 +121,17 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices, others = ([p for p in trained if (p.ndim > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=config.learning_rate, fused=True))
+    # BERT's own epsilon: with 1e-8 Adam would blow the rounding noise of the smallest gradients up into steps.
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, eps=1e-6, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    head_size = bert.config.hidden_size // bert.config.num_attention_heads
+    varlen = has_variable_length_kernels(config, accelerator.mixed_precision, head_size)
+    cut = partial(micro_batches, vocabulary=vocabulary, device=device, varlen=varlen)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if not config.micro_batch_tokens:
+        config = replace(config, micro_batch_tokens=fit_memory(accelerator, model, cut, vocabulary, config))
+        say(f"micro_batch_tokens: {config.micro_batch_tokens:,} fit the memory")
     rule = data.MaskRule(
         config.mlm_probability, config.mask_replace_prob, config.random_replace_prob, config.whole_words_mask
     )
@@ -147,10 +168,10 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     # --------------------------------------------------------------------------------------------------- train
     signals, stop, first = catch_signals(main), False, progress.step
     patience = HOPELESS_STEPS + (FP16_HALVINGS if accelerator.scaler is not None else 0)
-    row_length = min(ROW_TOKENS, config.micro_batch_tokens)
-    steps = data.training_steps(
-        chunks, vocabulary, rule, config.seed, config.batch_size, row_length, first, rank, ranks
-    )
+    micro_batch_tokens = config.micro_batch_tokens
+    steps = data.training_steps(chunks, vocabulary, rule, config.seed, config.batch_size, first, rank, ranks)
+    upcoming = next(steps)
+    queued = cut(upcoming.chunks, micro_batch_tokens)
     shown = main and sys.stderr.isatty()
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=not shown)
     for step in range(first, config.max_steps + 1):  # in each turn `step` steps are done; the last one trains no more
@@ -158,7 +179,9 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
 
         # --------------------------------------------------------------------------------- evaluate, save
         if (step % config.eval_every == 0 or finished) and progress.evaluated < step and not stop:
-            evaluation, stop = evaluate(accelerator, model, test_chunks, vocabulary, config, signals)
+            evaluation, stop = evaluate(
+                accelerator, model, test_chunks, vocabulary, partial(cut, tokens=micro_batch_tokens), signals
+            )
             if not stop:
                 say(f"step {step}/{config.max_steps}, test: {evaluation}" if step else f"before training: {evaluation}")
                 record(step, evaluation.columns())
@@ -179,21 +202,26 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
 
         # ------------------------------------------------------------------------------------------ train
         began = time.perf_counter()
-        batch, masked_tokens, tokens = next(steps)
+        batch, pieces = upcoming, queued
         model.train()  # an evaluation leaves it without dropout
         learning_rate = learning_rate_at(step, config)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        loss_sum = torch.zeros((), device=device)
-        micro_batches = list(split(batch, config.micro_batch_tokens, device))
-        for number, (inputs, targets) in enumerate(micro_batches):
-            torch.manual_seed(int(data.noise(config.seed, DROPOUT, step, number, rank)[0]))
-            last = number == len(micro_batches) - 1
-            with nullcontext() if last else accelerator.no_sync(model):
-                micro_loss = F.cross_entropy(model(**inputs).float(), targets, reduction="sum")
-                accelerator.backward(micro_loss * ranks / masked_tokens)  # DistributedDataParallel divides by ranks
-            loss_sum += micro_loss.detach()
+        seeds = partial(data.noise, config.seed, DROPOUT, step)
+        while (loss_sum := accumulate_gradients(accelerator, model, pieces, batch.masked_tokens, seeds)) is None:
+            if ranks > 1 or len(pieces) == len(batch.chunks.lengths):
+                raise UserError(
+                    "micro_batch_tokens: out of memory. A lower one, or failing that a lower sen_max_length, needs less"
+                )
+            optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            micro_batch_tokens //= 2
+            pieces = cut(batch.chunks, micro_batch_tokens)
+            say(f"step {step + 1}: out of memory; repeated, and gone on with, in micro-batches of {micro_batch_tokens}")
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if step + 1 < config.max_steps:  # while a GPU is still at work
+            upcoming = next(steps)
+            queued = cut(upcoming.chunks, micro_batch_tokens)
         told_to_stop = torch.full((), float(bool(signals)), device=device)
         over_ranks = accelerator.reduce(torch.stack([loss_sum, told_to_stop]))
         loss_sum, stop, grad_norm = torch.stack([*over_ranks, grad_norm]).tolist()  # the step's one synchronisation
@@ -209,7 +237,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         new = progress.unreported
         new.update(seconds=time.perf_counter() - began, steps=1)
         if finite:
-            new.update(loss=loss_sum, masked_tokens=masked_tokens, tokens=tokens)
+            new.update(loss=loss_sum, masked_tokens=batch.masked_tokens, tokens=batch.tokens)
         else:
             say(f"step {done}: skipped, as its loss or gradient is not finite")
         bar.update()
@@ -288,24 +316,99 @@ def catch_signals(speak: bool) -> list[int]:
     return received
 
 
-def split(batch: data.Batch, micro_batch_tokens: int, device: torch.device) -> Iterator[tuple[dict, torch.Tensor]]:
-    """Cuts packed rows into micro-batches of at most so many tokens, or one row: the model's inputs and its targets.
+MicroBatch = tuple[dict[str, Any], torch.Tensor]  # the model's inputs and its targets
 
-    The targets (masked,) are the tokens to predict, at the inputs' `masked` positions of the flattened rows.
+
+def micro_batches(
+    chunks: data.MaskedChunks, tokens: int, vocabulary: Vocabulary, device: torch.device, varlen: bool = False
+) -> list[MicroBatch]:
+    """Packs the chunks and cuts them into micro-batches of at most `tokens` tokens, or one row, on the device.
+
+    The targets (masked,) are the tokens to predict, at the inputs' `masked` positions of the flattened rows. With
+    `varlen` a micro-batch is one row without padding, for variable-length attention.
     """
+    batch = data.pack(chunks, tokens if varlen else min(ROW_TOKENS, tokens), vocabulary)
     rows, width = batch.labels.shape
-    rows_each = max(1, micro_batch_tokens // width)
+    rows_each = 1 if varlen else max(1, tokens // width)
+    cut = []
     for start in range(0, rows, rows_each):
-        input_ids, position_ids, sequence_ids, labels = (array[start : start + rows_each] for array in batch)
-        masked = np.flatnonzero(labels != data.IGNORED)
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "sequence_ids": sequence_ids, "masked": masked}
-        inputs = {name: _to_device(array, device) for name, array in inputs.items()}
-        yield inputs, _to_device(labels.reshape(-1)[masked], device)
+        part = data.Batch(*(array[start : start + rows_each] for array in batch))
+        if varlen:
+            filled = max(1, np.count_nonzero(part.sequence_ids))
+            part = data.Batch(*(array[:, :filled] for array in part))
+        masked = np.flatnonzero(part.labels != data.IGNORED)
+        arrays = part._asdict() | {"masked": masked}
+        if varlen:
+            arrays["starts"] = np.append(np.flatnonzero(part.position_ids == 0), filled).astype(np.int32)
+        targets = _to_device(arrays.pop("labels").reshape(-1)[masked], device)
+        inputs = {name: _to_device(array, device) for name, array in arrays.items()}
+        if varlen:
+            inputs["longest"] = int(np.diff(arrays["starts"]).max())
+        cut.append((inputs, targets))
+    return cut
 
 
 def _to_device(array, device):
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def accumulate_gradients(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    pieces: list[MicroBatch],
+    masked_tokens: int,
+    seeds: Callable[..., np.ndarray],
+) -> torch.Tensor | None:
+    """Adds the gradient of the step's mean loss, over `masked_tokens` on all ranks; the summed loss of this rank.
+
+    None where memory runs out. Dropout is seeded by `seeds` of the micro-batch and the rank.
+    """
+    loss_sum = torch.zeros((), device=accelerator.device)
+    try:
+        for number, (inputs, targets) in enumerate(pieces):
+            torch.manual_seed(int(seeds(number, accelerator.process_index)[0]))
+            last = number == len(pieces) - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                loss = F.cross_entropy(model(**inputs).float(), targets, reduction="sum")
+                # DistributedDataParallel divides by the ranks
+                accelerator.backward(loss * accelerator.num_processes / masked_tokens)
+            loss_sum += loss.detach()
+    except torch.OutOfMemoryError:
+        return None
+    return loss_sum
+
+
+def fit_memory(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    cut: Callable[..., list[MicroBatch]],
+    vocabulary: Vocabulary,
+    config: Config,
+) -> int:
+    """The tokens of the largest micro-batch, at most a step's, that every rank has the memory to train on.
+
+    Found by trying, beside the room that AdamW will take, with more masked tokens than chance will bring.
+    """
+    model = accelerator.unwrap_model(model).train()  # a rank that runs out of memory must not leave others waiting
+    averages = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    body = config.sen_max_length - 2  # without [CLS] and [SEP]
+    most = math.ceil(config.batch_size / accelerator.num_processes)
+    number = max(1, min(most, LARGEST_MICRO_BATCH_TOKENS // config.sen_max_length))
+    while True:
+        ids = np.full(number * body, vocabulary.mask_id)
+        labels = np.where(np.arange(len(ids)) % 4 == 0, ids, data.IGNORED)
+        chunks = data.MaskedChunks(ids, labels, np.full(number, body))
+        pieces = cut(chunks, number * config.sen_max_length)
+        fits = accumulate_gradients(accelerator, model, pieces, len(ids), partial(data.noise, DROPOUT)) is not None
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        if fits or number == 1:
+            break
+        number //= 2
+    del averages
+    fitting = torch.tensor([number * config.sen_max_length], device=accelerator.device)
+    return int(accelerator.gather(fitting).min())
 
 
 @torch.no_grad()
@@ -314,7 +417,7 @@ def evaluate(
     model: torch.nn.Module,
     chunks: data.Chunks,
     vocabulary: Vocabulary,
-    config: Config,
+    cut: Callable[[data.MaskedChunks], list[MicroBatch]],
     signals: list[int],
 ) -> tuple[Evaluation, bool]:
     """Loss and accuracy on every chunk once, over all devices, always with BERT's own masking and fixed masks.
@@ -324,13 +427,12 @@ def evaluate(
     model = accelerator.unwrap_model(model).eval()
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     totals = torch.zeros(3, dtype=exact, device=accelerator.device)  # summed loss, right guesses, masked tokens
-    row_length = min(ROW_TOKENS, config.micro_batch_tokens)
     mine = np.arange(accelerator.process_index, chunks.number, accelerator.num_processes)
     for start in range(0, len(mine), EVALUATION_CHUNKS):
         if signals:
             break
-        batch = data.evaluation_batch(chunks, mine[start : start + EVALUATION_CHUNKS], vocabulary, row_length)
-        for inputs, targets in split(batch, config.micro_batch_tokens, accelerator.device):
+        some = data.evaluation_chunks(chunks, mine[start : start + EVALUATION_CHUNKS], vocabulary)
+        for inputs, targets in cut(some):
             logits = model(**inputs).float()  # (masked, vocabulary)
             right = (logits.argmax(-1) == targets).sum()
             masked = torch.full_like(right, len(targets))
@@ -363,7 +465,7 @@ def resolve(config: Config, steps_per_epoch: int, precision: str) -> Config:
         learning_rate=config.learning_rate or usual,
         eval_every=config.eval_every or steps_per_epoch,
         save_every=config.save_every or steps_per_epoch,
-        micro_batch_tokens=config.micro_batch_tokens or micro_batch_tokens(),
+        micro_batch_tokens=config.micro_batch_tokens or (None if count_gpus() else CPU_MICRO_BATCH_TOKENS),
         mixed_precision=precision,
     )
 
@@ -456,7 +558,7 @@ def main(config: Config) -> None:
     except SafetensorError as error:  # which is no OSError
         raise UserError(f"path_model_save: cannot write to {folder}: {error}") from None
     except torch.OutOfMemoryError as error:
-        raise UserError(f"micro_batch_tokens: a lower one needs less memory and trains the same. {error}") from None
+        raise UserError(f"micro_batch_tokens, sen_max_length: out of memory; lower ones need less. {error}") from None
     except RuntimeError as error:
         if not (isinstance(error, DistBackendError) or "gloo" in str(error)):
             raise

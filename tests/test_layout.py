@@ -45,7 +45,7 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
 
     def drawing(*arguments):
         for step in training_steps(*arguments):
-            ids, labels = (array.reshape(-1, 8).tolist() for array in (step.batch.input_ids, step.batch.labels))
+            ids, labels = (array.reshape(-1, 6).tolist() for array in (step.chunks.input_ids, step.chunks.labels))
             drawn.setdefault(config.run_name, []).append((step.masked_tokens, sorted(zip(ids, labels, strict=True))))
             yield step
 
@@ -68,8 +68,8 @@ def test_two_ranks_train_as_one(layout_settings, tmp_path, monkeypatch, optimize
     """Uneven shares of a batch, and none at all. Adam does not see the gradient's scale; unclipped SGD does."""
     change = ""
     if optimizer == "SGD":
-        monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr=lr * 50))
-        change = "import torch; torch.optim.AdamW = lambda groups, lr, fused: torch.optim.SGD(groups, lr=lr * 50)\n"
+        monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, **others: torch.optim.SGD(groups, lr=lr * 50))
+        change = "import torch; torch.optim.AdamW = lambda groups, lr, **others: torch.optim.SGD(groups, lr=lr * 50)\n"
     script = tmp_path / "start.py"
     script.write_text(
         f"{change}import runpy, sys; sys.path.insert(0, '.'); runpy.run_path('train.py', run_name='__main__')"
@@ -97,8 +97,8 @@ def stopping_script(tmp_path):
             "import data_process\n"
             "training_steps = data_process.training_steps\n"
             "def stopping(*arguments):\n"
-            "    for number, step in enumerate(training_steps(*arguments), start=1):\n"
-            f"        if number == 8 and os.environ.get('RANK', '0') == '{rank}':\n"
+            "    for number, step in enumerate(training_steps(*arguments), start=1):  # one is drawn ahead\n"
+            f"        if number == 9 and os.environ.get('RANK', '0') == '{rank}':\n"
             "            os.kill(os.getpid(), signal.SIGTERM)\n"
             "        yield step\n"
             "data_process.training_steps = stopping\n"

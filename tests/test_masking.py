@@ -13,7 +13,7 @@ from data_process import (
     MaskRule,
     content_keys,
     epoch_order,
-    evaluation_batch,
+    evaluation_chunks,
     mask,
     noise,
     training_steps,
@@ -129,30 +129,29 @@ def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
     tokens, lengths = chunks_of(50, 40, vocabulary)
     chunks = Chunks(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
 
-    def masked(batch):
-        """The hidden tokens as (chunk, position in it, label), whatever row they were packed into."""
+    def masked(step_chunks):
+        """The hidden tokens as (chunk, position in it, label)."""
+        ids, labels = step_chunks.input_ids.reshape(-1, 50), step_chunks.labels.reshape(-1, 50)
         found = set()
-        for row, column in zip(*np.nonzero(batch.labels != IGNORED), strict=True):
-            position = batch.position_ids[row, column]
-            inside = slice(column - position + 1, column - position + 51)
-            original = np.where(batch.labels[row] != IGNORED, batch.labels[row], batch.input_ids[row])[inside]
+        for row, position in zip(*np.nonzero(labels != IGNORED), strict=True):
+            original = np.where(labels[row] != IGNORED, labels[row], ids[row])
             [chunk] = np.flatnonzero((tokens.reshape(40, 50) == original).all(axis=1))
-            found.add((int(chunk), int(position), int(batch.labels[row, column])))
+            found.add((int(chunk), int(position), int(labels[row, position])))
         return found
 
     def step(seed=42, epoch=0, **more):
-        return next(training_steps(chunks, vocabulary, BERT_RULE, seed, 40, 128, first=epoch, **more))
+        return next(training_steps(chunks, vocabulary, BERT_RULE, seed, 40, first=epoch, **more))
 
-    batch, count, seen_tokens = step()
-    first = masked(batch)
+    drawn, count, seen_tokens = step()
+    first = masked(drawn)
     assert len(first) == count and seen_tokens == 2000
-    parts = [step for step, _ in zip(training_steps(chunks, vocabulary, BERT_RULE, 42, 7, 128), range(6), strict=False)]
-    assert set.union(*(masked(part.batch) for part in parts)) == first  # batches change no mask
+    parts = [step for step, _ in zip(training_steps(chunks, vocabulary, BERT_RULE, 42, 7), range(6), strict=False)]
+    assert set.union(*(masked(part.chunks) for part in parts)) == first  # batches change no mask
     assert [part.tokens for part in parts] == [350] * 5 + [250]
-    for other in (step(epoch=1).batch, step(seed=43).batch, evaluation_batch(chunks, np.arange(40), vocabulary, 128)):
+    for other in (step(epoch=1).chunks, step(seed=43).chunks, evaluation_chunks(chunks, np.arange(40), vocabulary)):
         assert len(first & masked(other)) < 0.4 * count  # a mask drawn afresh shares 15%
     halves = [step(rank=rank, ranks=2) for rank in (0, 1)]
-    first_half, second_half = (masked(half.batch) for half in halves)
+    first_half, second_half = (masked(half.chunks) for half in halves)
     assert first_half | second_half == first and not first_half & second_half
     assert halves[0].masked_tokens == halves[1].masked_tokens == count  # both devices know the count of all
 
@@ -163,7 +162,7 @@ def test_steps_are_the_same_wherever_they_begin_and_however_many_are_masked_at_o
     chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
 
     def steps(number, **more):
-        made = training_steps(chunks, vocabulary, BERT_RULE, 42, 8, 128, **more)
+        made = training_steps(chunks, vocabulary, BERT_RULE, 42, 8, **more)
         return [next(made) for _ in range(number)]
 
     for rank in (0, 1):
@@ -172,7 +171,7 @@ def test_steps_are_the_same_wherever_they_begin_and_however_many_are_masked_at_o
         later = steps(22, first=18, rank=rank, ranks=2)
         for step, other in zip(whole[18:], later, strict=True):
             assert step[1:] == other[1:]
-            assert all(np.array_equal(array, same) for array, same in zip(step.batch, other.batch, strict=True))
+            assert all(np.array_equal(array, same) for array, same in zip(step.chunks, other.chunks, strict=True))
         monkeypatch.undo()
     assert sum(step.tokens for step in steps(13)) == len(tokens)
 

@@ -37,7 +37,7 @@ def long_settings(settings):
 @pytest.fixture
 def interrupt(monkeypatch):
     """Has this process send itself a signal while it draws the given training (or evaluation) batch."""
-    training_steps, evaluation_batch = train.data.training_steps, train.data.evaluation_batch
+    accumulate_gradients, evaluation_chunks = train.accumulate_gradients, train.data.evaluation_chunks
 
     def arm(number, of_training=True, signals=(signal.SIGTERM,)):
         calls = []
@@ -48,19 +48,18 @@ def interrupt(monkeypatch):
                 for each in signals:
                     os.kill(os.getpid(), each)
 
-        def watched_steps(*arguments):
-            for step in training_steps(*arguments):
-                if of_training:
-                    count()
-                yield step
+        def watched_step(*arguments):
+            if of_training:
+                count()
+            return accumulate_gradients(*arguments)
 
         def watched_evaluation(*arguments):
             if not of_training:
                 count()
-            return evaluation_batch(*arguments)
+            return evaluation_chunks(*arguments)
 
-        monkeypatch.setattr(train.data, "training_steps", watched_steps)
-        monkeypatch.setattr(train.data, "evaluation_batch", watched_evaluation)
+        monkeypatch.setattr(train, "accumulate_gradients", watched_step)
+        monkeypatch.setattr(train.data, "evaluation_chunks", watched_evaluation)
 
     return arm
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_lines
 
 from Config import UserError
-from data_process import BERT_RULE, cut, prepare, take, training_steps
+from data_process import BERT_RULE, cut, pack, prepare, take, training_steps
 from text import find_text, read_lines
 from vocabulary import learn_tokenizer, read_vocabulary
 
@@ -99,9 +99,9 @@ def test_every_token_of_every_line_exactly_once_an_epoch(
     for line in lines:
         expected.update(tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     seen = Counter()
-    steps = training_steps(train, vocabulary, BERT_RULE, 7, 16, 64)
+    steps = training_steps(train, vocabulary, BERT_RULE, 7, 16)
     for _ in range(math.ceil(train.number / 16)):
-        batch = next(steps).batch
+        batch = pack(next(steps).chunks, 64, vocabulary)
         seen.update(np.where(batch.labels >= 0, batch.labels, batch.input_ids)[batch.sequence_ids > 0].tolist())
     assert seen.pop(vocabulary.cls_id) == seen.pop(vocabulary.sep_id) == train.number
     assert seen == expected

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +68,14 @@ def test_what_a_run_leaves(settings, capsys):
 
 
 def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings):
-    config = settings(micro_batch_tokens=100, mlm_probability=0.5, random_replace_prob=0.2)
+    config = settings(mlm_probability=0.5, random_replace_prob=0.2)
     text = find_text(config)
     tokenizer = load_tokenizer(config, text.train, text.digest)
     vocabulary = read_vocabulary(tokenizer)
     _, test, _ = prepare(config, text, tokenizer, vocabulary)
     model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
-    ours, _ = train.evaluate(Accelerator(), PackedMaskedLM(model).train(), test, vocabulary, config, signals=[])
+    cut = partial(train.micro_batches, tokens=100, vocabulary=vocabulary, device=torch.device("cpu"))
+    ours, _ = train.evaluate(Accelerator(), PackedMaskedLM(model).train(), test, vocabulary, cut, signals=[])
 
     nll, right, masked = 0.0, 0, 0
     for chunk in range(test.number):  # one chunk at a time, every position, the stock forward
@@ -180,7 +182,7 @@ def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(sett
 
 def test_a_step_follows_the_gradient_of_the_stock_models_mean_loss(settings, monkeypatch):
     """One SGD step, which unlike Adam's shows the gradient's scale, in many micro-batches."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr=lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, **others: torch.optim.SGD(groups, lr=lr))
     config = settings(
         max_steps=1, num_warmup_steps=0, learning_rate=0.1, weight_decay=0.0, max_grad_norm=1e9, hidden_dropout=0.0,
         micro_batch_tokens=1,

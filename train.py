@@ -209,7 +209,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
             group["lr"] = learning_rate
         seeds = partial(data.noise, config.seed, DROPOUT, step)
         while (loss_sum := accumulate_gradients(accelerator, model, pieces, batch.masked_tokens, seeds)) is None:
-            if ranks > 1 or len(pieces) == len(batch.chunks.lengths):
+            if ranks > 1 or micro_batch_tokens <= config.sen_max_length:  # a row holds a chunk at least
                 raise UserError(
                     "micro_batch_tokens: out of memory. A lower one, or failing that a lower sen_max_length, needs less"
                 )

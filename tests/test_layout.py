@@ -1,13 +1,17 @@
 """Law 4: ranks and micro-batches change the speed and not the training."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from runs import LAUNCHERS, assert_close, assert_same_bits, finish, metrics, run, start
+from accelerate import Accelerator
+from runs import LAUNCHERS, assert_close, assert_same_bits, finish, metrics, run, start, weights
 
 import train
+from Config import UserError
+from model import load_model
 
 CHARACTERS = "患者服用二甲双胍治疗糖尿病和高血压医生随访三个月后下降"
 
@@ -143,3 +147,46 @@ def test_machines_with_different_text_are_refused(settings, monkeypatch):
     monkeypatch.setattr(train, "gather_object", lambda objects: [*objects, {"text": "another", "tokenizer": "another"}])
     with pytest.raises(train.UserError, match="path_datasets: text or tokenizer differ between the machines"):
         train.main(settings())
+
+
+def run_out_of_memory(monkeypatch, positions: int) -> None:
+    """Has every forward pass of more than so many positions fail as on a GPU without memory."""
+    forward = train.PackedMaskedLM.forward
+
+    def limited(self, input_ids, *arguments, **more):
+        if input_ids.numel() > positions:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(self, input_ids, *arguments, **more)
+
+    monkeypatch.setattr(train.PackedMaskedLM, "forward", limited)
+
+
+def test_a_step_out_of_memory_is_cut_finer_and_repeated(settings, monkeypatch, capsys):
+    usual = {"max_steps": 6, "hidden_dropout": 0.1}
+    small = run(settings(run_name="small", micro_batch_tokens=64, **usual))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: (train.Evaluation(1.0, 0.0, 1), False))
+    run_out_of_memory(monkeypatch, positions=64 + 32)  # a row may be longer by less than a chunk
+    capsys.readouterr()
+    cut = run(settings(run_name="cut", micro_batch_tokens=256, **usual))
+    assert weights(cut).keys() == weights(small).keys()
+    assert all(torch.equal(tensor, weights(small)[name]) for name, tensor in weights(cut).items())
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert said == [f"step 1: out of memory; repeated, and gone on with, in micro-batches of {n}" for n in (128, 64)]
+
+
+def test_a_chunk_that_does_not_fit_the_memory_is_said_plainly(settings, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: (train.Evaluation(1.0, 0.0, 1), False))
+    run_out_of_memory(monkeypatch, positions=20)
+    with pytest.raises(UserError, match="micro_batch_tokens: out of memory"):
+        run(settings(max_steps=2, micro_batch_tokens=256))
+
+
+@pytest.mark.parametrize(("positions", "expected"), [(10**6, 16 * 32), (200, 128), (1, 32)])
+def test_the_largest_micro_batch_that_fits_is_found_by_trying(settings, vocabulary, monkeypatch, positions, expected):
+    """At most a step's 16 chunks of 32 tokens, and at least one chunk."""
+    bert, _ = load_model(settings(), vocabulary.size, vocabulary.pad_id)
+    run_out_of_memory(monkeypatch, positions)
+    cut = partial(train.micro_batches, vocabulary=vocabulary, device=torch.device("cpu"), varlen=False)
+    model = train.PackedMaskedLM(bert)
+    assert train.fit_memory(Accelerator(), model, cut, vocabulary, settings()) == expected
+    assert all(parameter.grad is None for parameter in model.parameters())  # nothing of it is left

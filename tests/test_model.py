@@ -22,7 +22,7 @@ from transformers import (
 
 from Config import UserError
 from data_process import BERT_RULE, IGNORED, MaskedChunks, mask, noise, pack
-from model import PackedMaskedLM, load_model, save_model
+from model import Dropout, PackedMaskedLM, load_model, save_model
 from train import micro_batches
 
 CPU = torch.device("cpu")
@@ -141,6 +141,30 @@ def test_pack_places_every_chunk_once_between_its_own_cls_and_sep(vocabulary):
     padding = batch.sequence_ids == 0
     assert (batch.input_ids[padding] == vocabulary.pad_id).all() and (batch.labels[padding] == IGNORED).all()
     assert batch.labels.shape[1] < 256 + lengths.max() + 2 and padding.mean() < 0.05
+
+
+def test_short_chunks_leave_little_padding(vocabulary):
+    lengths = np.random.default_rng(3).integers(12, 38, 32)
+    tokens = np.full(lengths.sum(), vocabulary.unk_id)
+    padding = pack(MaskedChunks(tokens, tokens, lengths), 256, vocabulary).sequence_ids == 0
+    assert padding.mean() < 0.02
+
+
+def test_dropout_drops_its_share_and_scales_the_rest():
+    dropout, ones = Dropout(0.1), torch.ones(1001, 333, requires_grad=True)  # an odd number, as four share their bits
+    torch.manual_seed(1)
+    dropped = dropout(ones)
+    dropped.sum().backward()
+    assert torch.equal(ones.grad, dropped)
+    share, sigma = (dropped == 0).float().mean().item(), (0.1 * 0.9 / ones.numel()) ** 0.5
+    assert abs(share - 0.1) < 4 * sigma
+    assert dropped[dropped > 0].unique().tolist() == pytest.approx([1 / 0.9], rel=1e-4)
+    gaps = (dropped[:, :-1] == 0) & (dropped[:, 1:] == 0)  # neighbours are independent
+    assert abs(gaps.float().mean().item() - 0.01) < 1e-3
+    torch.manual_seed(1)
+    assert torch.equal(dropout(ones), dropped) and not torch.equal(dropout(ones), dropped)
+    assert dropout(ones.bfloat16()).dtype == torch.bfloat16
+    assert dropout.eval()(ones) is ones and Dropout(0.0)(ones) is ones
 
 
 def test_pack_of_nothing_gives_a_zero_loss(vocabulary, varlen):

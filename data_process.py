@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from heapq import heapreplace
 from importlib.metadata import version
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,13 +104,16 @@ def _write_chunks(encoder, vocabulary, body_length, lines, path):
             counts["blank"] += len(block) - len(texts)
             counts["characters"] += sum(map(len, texts))
             hashes.extend(map(line_hash, texts))
-            encoded = [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)]
-            counts["dropped"] += sum(not ids for ids in encoded)
-            tokens = np.fromiter(chain.from_iterable(encoded), dtype)
+            ids = [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)]
+            counts["dropped"] += sum(not line for line in ids)
+            tokens = np.fromiter(chain.from_iterable(ids), dtype)
             tokens.tofile(file)
             occurrences += np.bincount(tokens, minlength=vocabulary.size)
-            starts_word = np.split(~vocabulary.continues_word[tokens], np.cumsum([len(ids) for ids in encoded])[:-1])
-            lengths.extend(chain.from_iterable(cut(line, body_length) for line in starts_word))
+            for line, end in zip(ids, accumulate(map(len, ids)), strict=True):
+                if len(line) > body_length:
+                    lengths.extend(cut(~vocabulary.continues_word[tokens[end - len(line) : end]], body_length))
+                elif line:
+                    lengths.append(len(line))
     if not lengths:
         raise UserError(f"path_datasets: no line of {path.stem}*.txt holds a token to train or test on")
     counts["duplicate"] = len(hashes) - len(np.unique(hashes))
@@ -234,8 +237,9 @@ def noise(*counters: int | np.ndarray) -> np.ndarray:
     return bits
 
 
-def _uniform(bits: np.ndarray) -> np.ndarray:
-    return (bits >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+def _bound(probability: float) -> np.uint64:
+    """What 64 random bits are below with this probability. To compare integers is faster than to make fractions."""
+    return np.uint64(min(round(probability * 2**64), 2**64 - 1))
 
 
 def epoch_order(seed: int, epoch: int, number: int) -> np.ndarray:
@@ -266,21 +270,19 @@ def mask(
     if rule.whole_words:  # a word's pieces share its first piece's bits, and so its fate
         starts_word = ~vocabulary.continues_word[tokens] | (positions == 0)
         bits = own_bits[np.maximum.accumulate(np.where(starts_word, np.arange(len(tokens)), 0))]
-    draw = _uniform(bits)
-    smallest = np.repeat(np.minimum.reduceat(draw, starts), lengths)
-    chosen = np.flatnonzero((draw < rule.probability) | (draw == smallest))
+    smallest = np.repeat(np.minimum.reduceat(bits, starts), lengths)
+    chosen = np.flatnonzero((bits < _bound(rule.probability)) | (bits == smallest))
+    hidden = tokens[chosen]
 
     labels = np.full(len(tokens), IGNORED)
-    labels[chosen] = tokens[chosen]
-    fate = _uniform(noise(bits[chosen], 1))
+    labels[chosen] = hidden
+    fate = noise(bits[chosen], 1)
     ordinary = vocabulary.ordinary_ids
-    random_ids = ordinary[(_uniform(noise(own_bits[chosen], 2)) * len(ordinary)).astype(np.int64)]
+    place = (noise(own_bits[chosen], 2) >> np.uint64(32)) * np.uint64(len(ordinary)) >> np.uint64(32)
+    replaced = fate < _bound(rule.mask_share + rule.random_share)
     input_ids = tokens.copy()
-    input_ids[chosen] = np.select(
-        [fate < rule.mask_share, fate < rule.mask_share + rule.random_share],
-        [vocabulary.mask_id, random_ids],
-        default=tokens[chosen],
-    )
+    input_ids[chosen] = np.where(replaced, ordinary[place], hidden)
+    input_ids[chosen[fate < _bound(rule.mask_share)]] = vocabulary.mask_id
     return input_ids, labels
 
 

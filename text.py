@@ -16,7 +16,7 @@ from datasets import DownloadConfig, load_dataset
 
 from Config import Config, UserError
 from hub import WIKITEXT, locate, wants_wikitext
-from storage import digest, lock, whole
+from storage import digest, lock, once, whole
 
 BINARY = "a binary file, such as a Word document"
 
@@ -47,14 +47,19 @@ def find_text(config: Config) -> Text:
         return Text(partial(read_lines, train), partial(read_lines, test), digest(digests))
 
     salt = config.seed.to_bytes(8, "little")
-    hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(train) if line)))
-    if len(hashes) < 2:
-        state = "holds one line only" if len(hashes) else "is empty"
-        raise UserError(
-            f"path_datasets: train*.txt in {folder} {state}; two are needed to train on one and test on one"
-        )
-    held_out = min(max(1, round(len(hashes) * config.test_fraction)), len(hashes) - 1)
-    limit = int(hashes[held_out])
+
+    def write_limit(path):
+        hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(train) if line)))
+        if len(hashes) < 2:
+            state = "holds one line only" if len(hashes) else "is empty"
+            raise UserError(
+                f"path_datasets: train*.txt in {folder} {state}; two are needed to train on one and test on one"
+            )
+        held_out = min(max(1, round(len(hashes) * config.test_fraction)), len(hashes) - 1)
+        path.write_text(str(hashes[held_out]))
+
+    key = digest(digests, config.seed, config.test_fraction)
+    limit = int(once(Path(config.path_model_save) / ".cache" / f"held-out-{key}", write_limit).read_text())
 
     def lines(of_test):
         return (line for line in read_lines(train) if (line_hash(line, salt) < limit) == of_test)

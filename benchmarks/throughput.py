@@ -1,6 +1,6 @@
 """Real tokens a second of this project's training step, beside the loops that a user would pick instead.
 
-    python benchmarks/throughput.py --sizes mini small --lengths 25 100 --repeats 3
+    python benchmarks/throughput.py --sizes mini small --lengths 25 100 --repeats 3 --peer run_mlm_no_trainer.py
 
 Every measurement is a process of its own, and they take turns. A *real* token is one of the text's own: padding, [CLS]
 and [SEP] do not count. The *share of the peak* is the arithmetic that the model needs for those tokens, with the loss
@@ -10,6 +10,7 @@ at the masked ones alone, over what this machine does in a 2048 x 2048 matrix pr
 import argparse
 import csv
 import json
+import os
 import platform
 import random
 import resource
@@ -30,21 +31,23 @@ STEPS, WARM_UP = 12, 4  # optimizer steps; the first few are not counted
 SYSTEMS = {
     "padded lines, loss everywhere": "padded",
     "transformers.Trainer on blocks": "trainer",
+    "run_mlm_no_trainer.py": "peer",
     "this project": "ours",
 }
 
 
-def prepare(folder: Path, sizes: list[str], lengths: list[int]) -> None:
+def prepare(folder: Path, sizes: list[str], lengths: list[int], given_tokenizer: str | None) -> None:
     """Writes lines of about `lengths` tokens from the demo's corpus, and a checkpoint of random weights a size."""
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import AutoTokenizer
 
-    from Config import SCRATCH_SIZES
     from demo import write_corpus
     from vocabulary import learn_tokenizer
 
     write_corpus(folder / "corpus")
     words = (folder / "corpus" / "train.txt").read_text(encoding="utf-8").split()
     tokenizer = learn_tokenizer(lambda: iter([" ".join(words)]), 30522)
+    if given_tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(given_tokenizer)
     tokens_in = {word: len(tokenizer.tokenize(word)) for word in set(words)}
     for length in lengths:
         draw, lines, line, room = random.Random(0), [], [], 0
@@ -59,11 +62,23 @@ def prepare(folder: Path, sizes: list[str], lengths: list[int]) -> None:
             text = "".join(f"{line}\n" for line in part)
             (folder / f"lines-{length}" / f"{split}.txt").write_text(text, encoding="utf-8")
     for size in sizes:
-        layers, hidden, _ = SCRATCH_SIZES[size]
-        shape = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64}
-        config = BertConfig(vocab_size=len(tokenizer), intermediate_size=4 * hidden, **shape)
-        BertForMaskedLM(config).save_pretrained(folder / size)
-        tokenizer.save_pretrained(folder / size)
+        random_bert(folder / size, size, [" ".join(words)], given_tokenizer)
+
+
+def random_bert(folder: Path, size: str, lines: list[str], tokenizer: str | None = None) -> Path:
+    """A checkpoint of random weights, with the given vocabulary, or one up to BERT's size learned from the lines."""
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    from Config import SCRATCH_SIZES
+    from vocabulary import learn_tokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else learn_tokenizer(lambda: iter(lines), 30522)
+    layers, hidden, _ = SCRATCH_SIZES[size]
+    shape = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64}
+    config = BertConfig(vocab_size=len(vocabulary), intermediate_size=4 * hidden, **shape)
+    BertForMaskedLM(config).save_pretrained(folder)
+    vocabulary.save_pretrained(folder)
+    return folder
 
 
 def padded(model: Path, text: Path, bf16: bool) -> float:
@@ -103,11 +118,8 @@ def trainer(model: Path, text: Path, bf16: bool) -> float:
     )
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    lines = (text / "train.txt").read_text(encoding="utf-8").splitlines()
-    ids = list(chain.from_iterable(tokenizer(lines)["input_ids"]))
+    ids = joined(tokenizer, text)
     blocks = [{"input_ids": ids[i : i + BLOCK]} for i in range(0, len(ids) - BLOCK, BLOCK)]
-    special = set(tokenizer.all_special_ids)
-    real = sum(token not in special for token in ids) / len(ids)
     ended = []
 
     class Clock(TrainerCallback):
@@ -124,7 +136,50 @@ def trainer(model: Path, text: Path, bf16: bool) -> float:
             BertForMaskedLM.from_pretrained(model), arguments, train_dataset=blocks,
             data_collator=DataCollatorForLanguageModeling(tokenizer), callbacks=[Clock()],
         ).train()  # fmt: skip
-    return (STEPS - WARM_UP) * POSITIONS_PER_STEP * real / (ended[-1] - ended[WARM_UP - 1])
+    return (STEPS - WARM_UP) * POSITIONS_PER_STEP * real_share(tokenizer, ids) / (ended[-1] - ended[WARM_UP - 1])
+
+
+def joined(tokenizer, text: Path) -> list[int]:
+    """The tokens of all lines end to end, as Trainer's examples and run_mlm_no_trainer.py make blocks of them."""
+    return list(
+        chain.from_iterable(tokenizer((text / "train.txt").read_text(encoding="utf-8").splitlines())["input_ids"])
+    )
+
+
+def real_share(tokenizer, ids: list[int]) -> float:
+    special = set(tokenizer.all_special_ids)
+    return sum(token not in special for token in ids) / len(ids)
+
+
+def peer(model: Path, text: Path, bf16: bool) -> float:
+    """transformers' example script itself. Two runs, of which only the longer has STEPS steps more, tell its speed."""
+    from transformers import AutoTokenizer
+
+    seconds = []
+    for steps in (1, 1 + STEPS):
+        began = time.perf_counter()
+        run_peer(os.environ["PEER"], model, text, bf16, "--max_train_steps", str(steps))
+        seconds.append(time.perf_counter() - began)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    real = real_share(tokenizer, joined(tokenizer, text))
+    return STEPS * POSITIONS_PER_STEP * real / (seconds[1] - seconds[0])
+
+
+def run_peer(script: str, model: Path, text: Path, bf16: bool, *flags: str) -> None:
+    """run_mlm_no_trainer.py on train.txt, with an evaluation on test.txt at the end, in a process of its own."""
+    each = str(POSITIONS_PER_STEP // BLOCK)
+    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as cache:  # of the datasets library, which is to prepare the text each time
+        done = subprocess.run(
+            [
+                sys.executable, script, "--model_name_or_path", str(model), "--train_file", str(text / "train.txt"),
+                "--validation_file", str(text / "test.txt"), "--max_seq_length", str(BLOCK),
+                "--per_device_train_batch_size", each, "--per_device_eval_batch_size", each, *flags,
+            ],
+            env=environment | {"HF_DATASETS_CACHE": cache}, capture_output=True, text=True,
+        )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr)
 
 
 def ours(model: Path, text: Path, bf16: bool) -> float:
@@ -168,6 +223,12 @@ def operations_per_token(model: Path, length: int) -> float:
     return 6 * (encoder + head)
 
 
+def native_formats() -> list[str]:
+    from machine import native_precision
+
+    return ["float32", "bf16"] if native_precision() == "bf16" else ["float32"]
+
+
 def measure(arguments: list[str]) -> dict:
     """Runs this file with `--one` in a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--one", *arguments], capture_output=True, text=True)
@@ -180,27 +241,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["mini", "small"], help="of Config.py's SCRATCH_SIZES")
     parser.add_argument("--lengths", nargs="+", type=int, default=[25, 100], help="tokens a line, about")
+    parser.add_argument("--tokenizer", help="Hub name or local folder; otherwise one is learned from the text")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--formats", nargs="+", default=native_formats(), choices=["float32", "bf16"])
+    parser.add_argument(
+        "--peer", type=Path, help="transformers' examples/pytorch/language-modeling/run_mlm_no_trainer.py"
+    )
     parser.add_argument("--json", type=Path, default=Path("throughput.json"), help="receives every measurement")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # system, model, text, bf16: measure() calls it
     given = parser.parse_args()
     if given.one:
         system, model, text, bf16 = given.one
         speed = globals()[system](Path(model), Path(text), bf16 == "bf16")
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        who = resource.RUSAGE_CHILDREN if system == "peer" else resource.RUSAGE_SELF
+        memory = resource.getrusage(who).ru_maxrss / 1024
         print(json.dumps({"tokens_per_s": speed, "peak_mib": memory, "peak_flops": matrix_peak(bf16 == "bf16")}))
         return
 
+    if given.peer:
+        os.environ["PEER"] = str(given.peer.resolve())
     names = ("torch", "transformers", "accelerate")
     print(platform.platform(), *(f"{name} {version(name)}" for name in names), sep=", ", flush=True)
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder, given.sizes, given.lengths)
+        prepare(folder, given.sizes, given.lengths, given.tokenizer)
         for size in given.sizes:
             for length in given.lengths:
                 model, text = folder / size, folder / f"lines-{length}"
-                runs = {(name, dtype): [] for name in SYSTEMS for dtype in ("float32", "bf16")}
+                systems = [name for name in SYSTEMS if given.peer or SYSTEMS[name] != "peer"]
+                runs = {(name, dtype): [] for name in systems for dtype in given.formats}
                 for _ in range(given.repeats):
                     for name, dtype in runs:
                         runs[name, dtype].append(measure([SYSTEMS[name], str(model), str(text), dtype]))

@@ -1,0 +1,53 @@
+"""Tokens a second of the data path alone: order, masks, packing and tensors on one core, without a model.
+
+python benchmarks/data_path.py --batch-size 32 --length 25
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+
+from data_process import BERT_RULE, Chunks, training_steps
+from train import micro_batches
+from vocabulary import Vocabulary
+
+SIZE, STEPS = 30522, 2000  # of BERT's vocabulary; timed at a stretch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--length", type=int, default=25, help="mean tokens a line; lines have half to one and a half")
+    parser.add_argument("--repeats", type=int, default=7)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(given.length // 2, given.length * 3 // 2 + 1, 200_000)
+    tokens = draw.integers(1000, SIZE, lengths.sum(), dtype=np.uint16)
+    chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+    vocabulary = Vocabulary(101, 102, 0, 100, 103, np.arange(999, SIZE), np.zeros(SIZE, dtype=bool))
+    steps = training_steps(chunks, vocabulary, BERT_RULE, 42, given.batch_size)
+    print(platform.platform(), *(f"{name} {version(name)}" for name in ("numpy", "torch")), sep=", ")
+    for layout, varlen, tokens_each in (("rows with a mask", False, 2048), ("one row for varlen", True, 1 << 16)):
+        speeds = []
+        for _ in range(given.repeats):
+            began, seen = time.perf_counter(), 0
+            for _ in range(STEPS):
+                step = next(steps)
+                micro_batches(step.chunks, tokens_each, vocabulary, torch.device("cpu"), varlen)
+                seen += step.tokens
+            speeds.append(seen / (time.perf_counter() - began) / 1e6)
+        print(f"{layout}: {statistics.median(speeds):.1f} million tokens/s, median of {given.repeats}")
+
+
+if __name__ == "__main__":
+    main()

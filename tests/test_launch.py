@@ -77,8 +77,8 @@ def test_a_second_ctrl_c_exits_at_once(settings, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(
         "import runpy, sys, time; sys.path.insert(0, '.')\n"
-        "import data_process\n"
-        "data_process.epoch_order = lambda *arguments: time.sleep(600)\n"
+        "from accelerate import Accelerator\n"
+        "Accelerator.clip_grad_norm_ = lambda *arguments: time.sleep(600)\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
     process = start(settings(), [sys.executable, str(script)])

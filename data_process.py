@@ -27,7 +27,7 @@ from text import Text, line_hash
 from vocabulary import Vocabulary
 
 IGNORED = -100  # the label of a position where nothing is predicted, as in transformers
-MASKED_AT_ONCE = 1 << 13  # tokens: few enough for the cache
+MASKED_AT_ONCE = 1 << 14  # tokens: enough that numpy's calls cost little, few enough for the cache
 CACHE_FORMAT = 1  # raise when what the cache holds changes
 
 # ------------------------------------------------------------------------------------------------ lines -> chunks
@@ -199,20 +199,21 @@ BERT_RULE = MaskRule()
 
 
 class MaskedChunks(NamedTuple):
-    """Chunks end to end, some of their tokens hidden."""
+    """Chunks end to end, each between its own [CLS] and [SEP], some of their tokens hidden."""
 
-    input_ids: np.ndarray  # (tokens,) int64
-    labels: np.ndarray  # (tokens,) int64: the token to predict, or IGNORED
-    lengths: np.ndarray  # (n,) int64
+    input_ids: np.ndarray  # (positions,) int64
+    labels: np.ndarray  # (positions,) int64: the token to predict, or IGNORED
+    position_ids: np.ndarray  # (positions,) int64: restart at 0 with every chunk
+    lengths: np.ndarray  # (n,) int64: positions in each chunk, [CLS] and [SEP] included
 
 
-class Batch(NamedTuple):
-    """Packed rows: chunks laid end to end, each between its own [CLS] and [SEP]. All (rows, width) int64."""
+class Rows(NamedTuple):
+    """Chunks packed into rows. All (rows, width) int64."""
 
     input_ids: np.ndarray
-    position_ids: np.ndarray  # restart at 0 with every chunk
+    labels: np.ndarray
+    position_ids: np.ndarray
     sequence_ids: np.ndarray  # 1, 2, ... number the chunks; 0 is padding
-    labels: np.ndarray  # the token to predict, or IGNORED
 
 
 ORDER, MASKS = 1, 2  # streams of random numbers that must not meet
@@ -265,8 +266,7 @@ def mask(
     """
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
-    own_bits = noise(np.repeat(keys, lengths), positions)
-    bits = own_bits
+    own_bits = bits = noise(np.repeat(keys, lengths), positions)
     if rule.whole_words:  # a word's pieces share its first piece's bits, and so its fate
         starts_word = ~vocabulary.continues_word[tokens] | (positions == 0)
         bits = own_bits[np.maximum.accumulate(np.where(starts_word, np.arange(len(tokens)), 0))]
@@ -293,49 +293,82 @@ def content_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return noise(np.add.reduceat(noise(tokens, positions), starts))
 
 
-def pack(chunks: MaskedChunks, row_length: int, vocabulary: Vocabulary) -> Batch:
+def frame(input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary) -> MaskedChunks:
+    """Puts [CLS] and [SEP], which are not to be predicted, around each chunk of what `mask` returned."""
+    framed = lengths + 2
+    ends = np.cumsum(framed)
+    starts = ends - framed
+    positions = len(input_ids) + 2 * len(lengths)
+    inside = np.arange(len(input_ids)) + np.repeat(2 * np.arange(len(lengths)) + 1, lengths)
+    chunks = MaskedChunks(
+        input_ids=np.full(positions, vocabulary.sep_id),
+        labels=np.full(positions, IGNORED),
+        position_ids=np.arange(positions) - np.repeat(starts, framed),
+        lengths=framed,
+    )
+    chunks.input_ids[starts] = vocabulary.cls_id
+    chunks.input_ids[inside] = input_ids
+    chunks.labels[inside] = labels
+    return chunks
+
+
+def pack(chunks: MaskedChunks, row_length: int, vocabulary: Vocabulary) -> Rows:
     """Lays chunks end to end into as few rows as hold them, evenly: the longest first, each into the row that holds the
     least (Graham 1969, doi 10.1137/0117039), so that little is padded.
 
-    Rows hold about `row_length` tokens, less than a chunk more. With no chunk the batch is one token of padding.
+    Rows hold about `row_length` positions, less than a chunk more. With no chunk there is one position of padding.
     """
-    input_ids, labels, lengths = chunks
-    needs = lengths + 2  # [CLS] and [SEP]
-    rows = max(1, math.ceil(needs.sum() / max(row_length, needs.max(initial=1))))
-    row_of, offset_of = [0] * len(needs), [0] * len(needs)
-    emptiest = [(0, row) for row in range(rows)]  # a heap of the tokens in each row
-    longest_first = np.argsort(-needs, kind="stable")
-    for chunk, need in zip(longest_first.tolist(), needs[longest_first].tolist(), strict=True):
+    lengths = chunks.lengths
+    number = max(1, math.ceil(len(chunks.labels) / max(row_length, lengths.max(initial=1))))
+    row_of, offset_of = [0] * len(lengths), [0] * len(lengths)
+    emptiest = [(0, row) for row in range(number)]  # a heap of the positions in each row
+    longest_first = np.argsort(-lengths, kind="stable")
+    for chunk, length in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
         held, row = emptiest[0]
         row_of[chunk], offset_of[chunk] = row, held
-        heapreplace(emptiest, (held + need, row))
+        heapreplace(emptiest, (held + length, row))
 
-    offsets = np.array(offset_of, dtype=np.int64)
-    shape = (rows, int((offsets + needs).max(initial=1)))
-    batch = Batch(
+    shape = (number, max(1, max(held for held, _ in emptiest)))
+    rows = Rows(
         input_ids=np.full(shape, vocabulary.pad_id),
+        labels=np.full(shape, IGNORED),
         position_ids=np.zeros(shape, dtype=np.int64),
         sequence_ids=np.zeros(shape, dtype=np.int64),
-        labels=np.full(shape, IGNORED),
     )
-    first = np.array(row_of, dtype=np.int64) * shape[1] + offsets  # where each chunk's [CLS] goes in the flat rows
-    starts = np.cumsum(needs) - needs
-    counted = np.arange(needs.sum())
-    everywhere = counted + np.repeat(first - starts, needs)
-    batch.position_ids.reshape(-1)[everywhere] = counted - np.repeat(starts, needs)
-    batch.sequence_ids.reshape(-1)[everywhere] = np.repeat(np.arange(1, len(needs) + 1), needs)
-    batch.input_ids.reshape(-1)[first] = vocabulary.cls_id
-    batch.input_ids.reshape(-1)[first + needs - 1] = vocabulary.sep_id
-    inside = np.arange(len(input_ids)) + np.repeat(first + 1 - (np.cumsum(lengths) - lengths), lengths)
-    batch.input_ids.reshape(-1)[inside] = input_ids
-    batch.labels.reshape(-1)[inside] = labels
-    return batch
+    row_of, offset_of = np.array([row_of, offset_of], dtype=np.int64)
+    moved = row_of * shape[1] + offset_of - (np.cumsum(lengths) - lengths)
+    places = np.arange(len(chunks.labels)) + np.repeat(moved, lengths)  # (positions,) in the flattened rows
+    rows.input_ids.reshape(-1)[places] = chunks.input_ids
+    rows.labels.reshape(-1)[places] = chunks.labels
+    rows.position_ids.reshape(-1)[places] = chunks.position_ids
+    rows.sequence_ids.reshape(-1)[places] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return rows
+
+
+def split(chunks: MaskedChunks, positions: int) -> Iterator[MaskedChunks]:
+    """Cuts a sequence of chunks into parts of at most so many positions, or of one chunk that has more."""
+    bounds, first = _bounds(chunks), 0
+    while first < len(chunks.lengths):
+        after = int(np.searchsorted(bounds, bounds[first] + positions, side="right")) - 1
+        after = max(after, first + 1)
+        yield _part(chunks, bounds, first, after)
+        first = after
+
+
+def _bounds(chunks):
+    """The position at which each chunk begins, and the end of the last: (n + 1,)."""
+    return np.concatenate([[0], np.cumsum(chunks.lengths)])
+
+
+def _part(chunks, bounds, first, after):
+    inside = slice(bounds[first], bounds[after])
+    return MaskedChunks(*(array[inside] for array in chunks[:3]), chunks.lengths[first:after])
 
 
 def evaluation_chunks(chunks: Chunks, indices: np.ndarray, vocabulary: Vocabulary) -> MaskedChunks:
     """The chunks at `indices` (n,), masked by BERT's rule as each chunk's own tokens decide."""
     tokens, lengths = take(chunks, indices)
-    return MaskedChunks(*mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE), lengths)
+    return frame(*mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE), lengths, vocabulary)
 
 
 class Step(NamedTuple):
@@ -369,18 +402,16 @@ def training_steps(
         for start in range(place, steps_per_epoch, steps_at_once):
             indices = order[start * batch_size : (start + steps_at_once) * batch_size]  # (n,) of many steps
             tokens, lengths = take(chunks, indices)
-            input_ids, labels = mask(tokens, lengths, noise(seed, MASKS, epoch, indices), vocabulary, rule)
-            ends = np.cumsum(lengths)
-            for chunk in range(0, len(indices), batch_size):
-                part = slice(chunk, chunk + batch_size)
-                span = slice(ends[chunk] - lengths[chunk], ends[part][-1])
-                step_ids, step_labels, step_lengths = input_ids[span], labels[span], lengths[part]
-                masked_tokens = int(np.count_nonzero(step_labels != IGNORED))
+            keys = noise(seed, MASKS, epoch, indices)
+            drawn = frame(*mask(tokens, lengths, keys, vocabulary, rule), lengths, vocabulary)
+            bounds = _bounds(drawn)
+            for number in range(0, len(indices), batch_size):
+                batch = _part(drawn, bounds, number, min(number + batch_size, len(indices)))
+                masked_tokens = int(np.count_nonzero(batch.labels != IGNORED))
+                text_tokens = len(batch.labels) - 2 * len(batch.lengths)
                 if ranks > 1:
-                    mine = np.arange(len(step_lengths)) % ranks == rank
-                    inside = np.repeat(mine, step_lengths)
-                    step_ids, step_labels, step_lengths = step_ids[inside], step_labels[inside], step_lengths[mine]
-                yield Step(
-                    MaskedChunks(step_ids, step_labels, step_lengths), masked_tokens, int(span.stop - span.start)
-                )
+                    mine = np.arange(len(batch.lengths)) % ranks == rank
+                    inside = np.repeat(mine, batch.lengths)
+                    batch = MaskedChunks(*(array[inside] for array in batch[:3]), batch.lengths[mine])
+                yield Step(batch, masked_tokens, text_tokens)
         epoch, place = epoch + 1, 0

@@ -34,17 +34,17 @@ class PackedMaskedLM(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        sequence_ids: Tensor,
         masked: Tensor,
+        sequence_ids: Tensor | None = None,
         starts: Tensor | None = None,
         longest: int | None = None,
     ) -> Tensor:
         """Logits (masked, vocabulary) at the positions `masked`, (masked,) indices into the flattened (rows, width).
 
-        The first three are (rows, width). A token attends to those of its own row with its own sequence id, so padding
-        (id 0) attends to padding and no softmax is empty. For one row, `starts` and `longest` choose the kernels of
-        variable-length attention instead (see `attend`). The vocabulary projection, the largest product of a small
-        BERT, runs where a token is predicted and nowhere else.
+        The ids are (rows, width). A token attends to those of its own row with its own sequence id, so padding (id 0)
+        attends to padding and no softmax is empty; or, for one row, variable-length attention takes `starts` and
+        `longest` instead (see `attend`). The vocabulary projection, the largest product of a small BERT, runs where a
+        token is predicted and nowhere else.
         """
         if starts is None:  # a mask of (rows, 1, width, width)
             apart = {"attention_mask": sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]}

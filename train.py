@@ -154,7 +154,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         # DistributedDataParallel regroups the gradients after its first backward pass, and so sums over more than two
         # ranks in another order. Were that first pass a step, it would round differently in a resumed run.
         nothing = torch.zeros((1, 1), dtype=torch.long, device=device)
-        (0 * model(nothing, nothing, nothing, masked=nothing[0, :0]).sum()).backward()
+        (0 * model(nothing, nothing, masked=nothing[0, :0], sequence_ids=nothing).sum()).backward()
         optimizer.zero_grad()
 
     def record(step: int, figures: dict[str, float]) -> None:
@@ -322,29 +322,31 @@ MicroBatch = tuple[dict[str, Any], torch.Tensor]  # the model's inputs and its t
 def micro_batches(
     chunks: data.MaskedChunks, tokens: int, vocabulary: Vocabulary, device: torch.device, varlen: bool = False
 ) -> list[MicroBatch]:
-    """Packs the chunks and cuts them into micro-batches of at most `tokens` tokens, or one row, on the device.
+    """Cuts the chunks into micro-batches of at most `tokens` tokens, or one row, on the device.
 
     The targets (masked,) are the tokens to predict, at the inputs' `masked` positions of the flattened rows. With
-    `varlen` a micro-batch is one row without padding, for variable-length attention.
+    `varlen` a micro-batch is one row without padding, for variable-length attention; without, it is packed rows.
     """
-    batch = data.pack(chunks, tokens if varlen else min(ROW_TOKENS, tokens), vocabulary)
-    rows, width = batch.labels.shape
-    rows_each = 1 if varlen else max(1, tokens // width)
+    parts = []
+    if varlen and len(chunks.lengths):
+        for part in data.split(chunks, tokens):
+            starts = np.cumsum(np.append(0, part.lengths), dtype=np.int32)
+            parts.append((part, {"starts": starts}, {"longest": int(part.lengths.max())}))
+    else:
+        rows = data.pack(chunks, min(ROW_TOKENS, tokens), vocabulary)
+        number, width = rows.labels.shape
+        rows_each = max(1, tokens // width)
+        for start in range(0, number, rows_each):
+            part = data.Rows(*(array[start : start + rows_each] for array in rows))
+            parts.append((part, {"sequence_ids": part.sequence_ids}, {}))
+
     cut = []
-    for start in range(0, rows, rows_each):
-        part = data.Batch(*(array[start : start + rows_each] for array in batch))
-        if varlen:
-            filled = max(1, np.count_nonzero(part.sequence_ids))
-            part = data.Batch(*(array[:, :filled] for array in part))
+    for part, arrays, numbers in parts:
         masked = np.flatnonzero(part.labels != data.IGNORED)
-        arrays = part._asdict() | {"masked": masked}
-        if varlen:
-            arrays["starts"] = np.append(np.flatnonzero(part.position_ids == 0), filled).astype(np.int32)
-        targets = _to_device(arrays.pop("labels").reshape(-1)[masked], device)
+        arrays |= {"input_ids": np.atleast_2d(part.input_ids), "position_ids": np.atleast_2d(part.position_ids)}
+        arrays["masked"] = masked
         inputs = {name: _to_device(array, device) for name, array in arrays.items()}
-        if varlen:
-            inputs["longest"] = int(np.diff(arrays["starts"]).max())
-        cut.append((inputs, targets))
+        cut.append((inputs | numbers, _to_device(part.labels.reshape(-1)[masked], device)))
     return cut
 
 
@@ -398,7 +400,7 @@ def fit_memory(
     while True:
         ids = np.full(number * body, vocabulary.mask_id)
         labels = np.where(np.arange(len(ids)) % 4 == 0, ids, data.IGNORED)
-        chunks = data.MaskedChunks(ids, labels, np.full(number, body))
+        chunks = data.frame(ids, labels, np.full(number, body), vocabulary)
         pieces = cut(chunks, number * config.sen_max_length)
         fits = accumulate_gradients(accelerator, model, pieces, len(ids), partial(data.noise, DROPOUT)) is not None
         model.zero_grad()

@@ -39,17 +39,17 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
     (text_folder / "train.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     forward, sizes = train.PackedMaskedLM.forward, []
 
-    def watched(self, input_ids, position_ids, sequence_ids, masked):
+    def watched(self, input_ids, position_ids, masked, sequence_ids):
         if self.training:
             sizes.append(int(((position_ids == 0) & (sequence_ids > 0)).sum()))
-        return forward(self, input_ids, position_ids, sequence_ids, masked)
+        return forward(self, input_ids, position_ids, masked, sequence_ids)
 
     monkeypatch.setattr(train.PackedMaskedLM, "forward", watched)
     training_steps, drawn = train.data.training_steps, {}
 
     def drawing(*arguments):
         for step in training_steps(*arguments):
-            ids, labels = (array.reshape(-1, 6).tolist() for array in (step.chunks.input_ids, step.chunks.labels))
+            ids, labels = (array.reshape(-1, 8).tolist() for array in (step.chunks.input_ids, step.chunks.labels))
             drawn.setdefault(config.run_name, []).append((step.masked_tokens, sorted(zip(ids, labels, strict=True))))
             yield step
 

@@ -131,7 +131,7 @@ def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
 
     def masked(step_chunks):
         """The hidden tokens as (chunk, position in it, label)."""
-        ids, labels = step_chunks.input_ids.reshape(-1, 50), step_chunks.labels.reshape(-1, 50)
+        ids, labels = (array.reshape(-1, 52)[:, 1:-1] for array in (step_chunks.input_ids, step_chunks.labels))
         found = set()
         for row, position in zip(*np.nonzero(labels != IGNORED), strict=True):
             original = np.where(labels[row] != IGNORED, labels[row], ids[row])

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from Config import UserError
-from data_process import BERT_RULE, IGNORED, MaskedChunks, mask, noise, pack
+from data_process import BERT_RULE, IGNORED, frame, mask, noise, pack
 from model import Dropout, PackedMaskedLM, load_model, save_model
 from train import micro_batches
 
@@ -90,7 +90,7 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
     expected = stock(input_ids=padded, attention_mask=attention, labels=targets).loss
     expected.backward()
 
-    pieces = micro_batches(MaskedChunks(input_ids, labels, lengths), micro_batch_tokens, vocabulary, CPU, varlen)
+    pieces = micro_batches(frame(input_ids, labels, lengths, vocabulary), micro_batch_tokens, vocabulary, CPU, varlen)
     positions = sum(inputs["input_ids"].numel() for inputs, _ in pieces)
     assert positions < 0.8 * padded.numel()  # packed indeed
     if varlen:
@@ -113,7 +113,7 @@ def test_a_chunk_cannot_see_its_neighbour(vocabulary):
     labels = np.where(np.arange(18) < 10, tokens, IGNORED)  # predict the first chunk
 
     def logits(tokens):
-        (inputs, _), *rest = micro_batches(MaskedChunks(tokens, labels, lengths), 1000, vocabulary, CPU)
+        (inputs, _), *rest = micro_batches(frame(tokens, labels, lengths, vocabulary), 1000, vocabulary, CPU)
         assert not rest and inputs["input_ids"].shape == (1, 22)
         return model(**inputs)
 
@@ -125,7 +125,7 @@ def test_pack_places_every_chunk_once_between_its_own_cls_and_sep(vocabulary):
     draw = np.random.default_rng(2)
     lengths = draw.integers(1, 120, 300)
     tokens = draw.choice(vocabulary.ordinary_ids, lengths.sum())
-    batch = pack(MaskedChunks(tokens, tokens, lengths), 256, vocabulary)
+    batch = pack(frame(tokens, tokens, lengths, vocabulary), 256, vocabulary)
     found = []
     for row in range(len(batch.labels)):
         for sequence in np.setdiff1d(batch.sequence_ids[row], 0):
@@ -146,7 +146,7 @@ def test_pack_places_every_chunk_once_between_its_own_cls_and_sep(vocabulary):
 def test_short_chunks_leave_little_padding(vocabulary):
     lengths = np.random.default_rng(3).integers(12, 38, 32)
     tokens = np.full(lengths.sum(), vocabulary.unk_id)
-    padding = pack(MaskedChunks(tokens, tokens, lengths), 256, vocabulary).sequence_ids == 0
+    padding = pack(frame(tokens, tokens, lengths, vocabulary), 256, vocabulary).sequence_ids == 0
     assert padding.mean() < 0.02
 
 
@@ -169,7 +169,7 @@ def test_dropout_drops_its_share_and_scales_the_rest():
 
 def test_pack_of_nothing_gives_a_zero_loss(vocabulary, varlen):
     nothing = np.zeros(0, dtype=np.int64)
-    chunks = MaskedChunks(nothing, nothing, nothing)
+    chunks = frame(nothing, nothing, nothing, vocabulary)
     [(inputs, targets)] = micro_batches(chunks, 1000, vocabulary, CPU, varlen)
     model = BertForMaskedLM(bert_config(vocabulary))
     loss = F.cross_entropy(PackedMaskedLM(model)(**inputs), targets, reduction="sum")

@@ -1,5 +1,6 @@
 """Checkpoints and data sets by name: a local folder, the local cache or the Hub, or a plain word why not."""
 
+import os
 import threading
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,11 @@ from Config import Config, UserError
 
 WIKITEXT = {"name": "Salesforce/wikitext", "setting": "path_datasets", "file": "README.md", "repo_type": "dataset"}
 PROBE_SECONDS = 5  # a Hub that has not answered by then is out of reach
+
+# The Hub is asked for files and nothing else: not told of the programs here, nor asked to convert for everybody a model
+# whose weights are in PyTorch's format alone.
+constants.HF_HUB_DISABLE_TELEMETRY = True
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 @cache

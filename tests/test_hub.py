@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import make_lines
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +28,11 @@ class StubHub(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.do_GET()
+
+    def parse_request(self):
+        parsed = super().parse_request()
+        self.requests.append((self.command, self.path))
+        return parsed
 
     def do_POST(self):
         length = int(self.headers.get("Content-Length", 0))
@@ -96,7 +103,7 @@ def hub(tmp_path, tokenizer):
         configs += [f"  - split: {split}", f"    path: wikitext-2-raw-v1/{split}-*"]
     (wikitext / "README.md").write_text("\n".join(["---", *configs, "---"]))
     server = ThreadingHTTPServer(("127.0.0.1", 0), StubHub)
-    server.folder = folder
+    server.folder, StubHub.requests = folder, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -134,6 +141,20 @@ def test_python_train_py_fetches_the_model_and_wikitext_and_trains(hub, train):
     # What was fetched serves again with no Hub in reach.
     result, _ = train("http://127.0.0.1:9", "--max_steps", "2", "--sen_max_length", "64", "--run_name", "second")
     assert result.returncode == 0, result.stderr
+
+
+def test_the_hub_is_asked_for_files_and_for_nothing_else(hub, train):
+    """A model with weights in PyTorch's format alone is loaded as it is; no conversion of it is asked for."""
+    model = train.folder.parent / "hub" / "models" / "bert-base-uncased"
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    result, _ = train(hub, "--max_steps", "1", "--sen_max_length", "64")
+    assert result.returncode == 0, result.stderr
+    assert any(path.endswith("pytorch_model.bin") for _, path in StubHub.requests)
+    information = r"/api/(models|datasets)/[\w.-]+(/[\w.-]+)?(/(tree|revision|paths-info)/.*)?(\?.*)?"
+    for method, path in StubHub.requests:
+        assert method in ("HEAD", "GET") or "paths-info" in path, path
+        assert "/resolve/" in path or re.fullmatch(information, path), path
 
 
 @pytest.fixture

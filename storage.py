@@ -1,6 +1,7 @@
 """Files and folders that are whole or absent: made under another name beside their place, then renamed."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -62,14 +63,31 @@ def lock(path: Path, timeout_s: float = -1) -> FileLock:
 def once(path: Path, make: Callable[[Path], None]) -> Path:
     """`path`, made by one process on this machine if it is not there yet, while the others that ask for it wait.
 
-    make: writes a file or a folder by the name it is given.
+    make: writes a file or a folder by the name it is given. What has lost a file, or a part of one, is made again.
     """
-    if not path.exists():
+    if not _is_complete(path):
         with lock(path.with_name(f".{path.name}.lock")):
-            if not path.exists():
+            if not _is_complete(path):
                 with whole(path) as beside:
                     make(beside)
+                _record(path).write_text(json.dumps(_sizes(path)))
     return path
+
+
+def _record(path):
+    return path.with_name(f".{path.name}.sizes")
+
+
+def _sizes(path):
+    files = [path] if path.is_file() else path.rglob("*")
+    return {str(file.relative_to(path)): file.stat().st_size for file in files if file.is_file()}
+
+
+def _is_complete(path):
+    try:
+        return path.exists() and json.loads(_record(path).read_text()) == _sizes(path)
+    except (FileNotFoundError, ValueError):  # killed before the record, or in it
+        return False
 
 
 def digest(*parts: object) -> str:

@@ -114,3 +114,31 @@ def test_a_maker_that_was_killed_hands_over_to_the_next(tmp_path):
     maker.kill()
     maker.wait()
     assert once(tmp_path / "text", lambda path: path.write_text("whole")).read_text() == "whole"
+
+
+@pytest.mark.parametrize("loss", ["a part of a file", "a file", "the record", "a part of the record"])
+def test_what_has_lost_a_part_is_made_again(tmp_path, loss):
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        (folder / "below").mkdir(parents=True)
+        for name in ("a", "below/b"):
+            (folder / name).write_text("whole")
+
+    place = tmp_path / "text"
+    for _ in range(2):
+        assert once(place, make) == place
+    assert len(made) == 1
+    record = tmp_path / ".text.sizes"
+    if loss == "a part of a file":
+        (place / "below" / "b").write_text("who")
+    elif loss == "a file":
+        (place / "a").unlink()
+    elif loss == "the record":
+        record.unlink()
+    else:
+        record.write_text(record.read_text()[:-3])
+    for _ in range(2):
+        assert (once(place, make) / "a").read_text() == (place / "below" / "b").read_text() == "whole"
+    assert len(made) == 2

@@ -23,7 +23,6 @@ from throughput import BLOCK, POSITIONS_PER_STEP, joined, native_formats, random
 
 ROOT = Path(__file__).parent.parent
 BATCH = POSITIONS_PER_STEP // BLOCK  # lines or blocks an optimizer step
-EVALUATIONS = 8  # of ours on the way
 
 
 def peer(model: Path, text: Path, bf16: bool, rate: str, output: Path) -> None:
@@ -109,7 +108,6 @@ def main() -> None:
         folder = Path(scratch)
         lines = (given.text / "train.txt").read_text(encoding="utf-8").splitlines()
         model = random_bert(folder / "model", given.size, lines, given.tokenizer)
-        steps = -(-sum(bool(line.strip()) for line in lines) // BATCH)
         for dtype in given.formats:
             bf16 = dtype == "bf16"
             runs = {name: [] for name in [*others, "this project"]}
@@ -120,7 +118,7 @@ def main() -> None:
                     seconds = time.perf_counter() - began
                     [(_, perplexity), *_] = ours(output, given.text, bf16, "--max_steps", "1", tokenizer=model)
                     runs[name].append([(seconds, perplexity)])
-                flags = ["--num_epochs", "1", "--learning_rate", given.rate, "--eval_every", str(steps // EVALUATIONS)]
+                flags = ["--num_epochs", "1", "--learning_rate", given.rate]
                 runs["this project"].append(ours(model, given.text, bf16, *flags))
             print(f"\n{given.size}, {dtype}; medians of {given.repeats}\n")
             print("| | seconds | perplexity | this project is there after |")

@@ -58,14 +58,14 @@ class Config:
     # --- machine
     cuda_visible_devices: str = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"  # auto: the launcher's choice, else bf16 if native
-    micro_batch_tokens: int | None = None  # tokens in one forward pass on one device; unset: chosen for the device
+    micro_batch_tokens: int | None = None  # tokens in one forward pass on one device; unset: what fits a GPU's memory
 
     # --- output
     path_model_save: str = "output"  # folder that receives one folder a run, and the cache of tokenized text
     run_name: str | None = None  # name of this run's folder; unset: date, time and model
     log_every: int = 50  # steps between lines in the log and in metrics.csv
     eval_every: int | None = None  # steps between evaluations; unset: once an epoch
-    save_every: int | None = None  # steps between checkpoints, besides one at the end of each epoch; unset: no others
+    save_every: int | None = None  # steps between checkpoints, besides epochs' ends; unset: those, in 5% of the time
     keep_checkpoints: int = 2  # the newest so many stay on disk
     tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
 
@@ -111,6 +111,8 @@ def _wrong_values(config):
     whole = ("num_epochs", "max_steps", "batch_size", "micro_batch_tokens")
     whole += ("log_every", "eval_every", "save_every", "keep_checkpoints")
     yield from require(lambda value: value >= 1, "1 or more", *whole)
+    sizes = ("num_warmup_steps", "vocab_size", "sen_max_length")
+    yield from require(lambda value: value < 2**31, "below 2**31", *whole, *sizes)
     yield from require(lambda value: 0 <= value < math.inf, "0 or more", "num_warmup_steps", "weight_decay")
     yield from require(lambda value: 0 < value < math.inf, "above 0", "learning_rate", "max_grad_norm")
     yield from require(lambda value: 0 < value <= 1, "above 0 and at most 1", "mlm_probability")
@@ -120,18 +122,18 @@ def _wrong_values(config):
     yield from require(lambda value: value >= 3, "3 or more ([CLS], a token, [SEP])", "sen_max_length")
     yield from require(lambda value: value >= 6, "6 or more (five special tokens and a character)", "vocab_size")
     replaced = (config.mask_replace_prob, config.random_replace_prob)
-    if not (min(replaced) >= 0 and sum(replaced) <= 1 + 1e-9):
+    if not (min(replaced) >= 0 and max(replaced) <= 1 and sum(replaced) <= 1 + 1e-9):
         yield (
             "mask_replace_prob, random_replace_prob: must each be 0 or more and together at most 1, "
             f"not {replaced[0]} and {replaced[1]}"
         )
-    if config.num_warmup_steps >= 1 and config.num_warmup_steps != int(config.num_warmup_steps):
+    if config.num_warmup_steps >= 1 and config.num_warmup_steps % 1:
         yield f"num_warmup_steps: must be a share below 1 or a whole number of steps, not {config.num_warmup_steps}"
     if config.max_steps is not None and 0 < config.max_steps < config.num_warmup_steps:
-        yield f"num_warmup_steps, max_steps: a warm-up of {config.num_warmup_steps:g} steps is longer than training"
+        yield f"num_warmup_steps, max_steps: a warm-up of {config.num_warmup_steps} steps is longer than training"
     for name in ("initial_pretrain_model", "initial_pretrain_tokenizer", "path_datasets", "path_model_save"):
-        if not getattr(config, name).strip() or "\0" in getattr(config, name):
-            yield f"{name}: must not be empty or hold a null character"
+        if not getattr(config, name).strip() or not getattr(config, name).isprintable():
+            yield f"{name}: must not be empty or hold a character that cannot be printed"
     size = config.scratch_size
     if size is not None and size not in SCRATCH_SIZES:
         yield f"initial_pretrain_model: no size {size!r}; choose scratch:{'|'.join(SCRATCH_SIZES)}"
@@ -144,14 +146,14 @@ def _wrong_values(config):
     if config.initial_pretrain_tokenizer.startswith("scratch:"):
         yield "initial_pretrain_tokenizer: scratch: names a model; for a vocabulary learned from the text say corpus"
     devices = config.cuda_visible_devices
-    if devices and not all(device.strip() for device in devices.split(",")):
+    if devices and not (devices.isprintable() and all(device.strip() for device in devices.split(","))):
         yield f"cuda_visible_devices: must be GPUs separated by commas, such as 0,1, not {devices!r}"
     name = config.run_name
     if name is not None and (
         not name.strip() or name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in name)
     ):
         yield f"run_name: must be a plain folder name, without / or \\ or a leading dot, not {name!r}"
-    if not config.tracker.strip():
+    if not (config.tracker.strip() and config.tracker.isprintable()):
         yield "tracker: must be tensorboard, none, or the name of another tracker"
 
 

@@ -34,7 +34,8 @@ class Progress:
     rows: list[dict] = field(default_factory=list)  # of metrics.csv
     unreported: Counter = field(default_factory=Counter)  # loss, masked_tokens, tokens, seconds, steps since a row
     best_loss: float | None = None  # the lowest test loss in training
-    skipped_in_a_row: int = 0  # steps without a finite loss and gradient
+    skipped: int = 0  # steps without a finite loss and gradient
+    skipped_in_a_row: int = 0
     guesses_before: list[str] = field(default_factory=list)  # the starting checkpoint's, for the closing words
 
     def __post_init__(self):

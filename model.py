@@ -164,6 +164,11 @@ def _check_fit(config, bert_config, vocabulary_size):
         )
 
 
+def has_finite_weights(model: nn.Module) -> bool:
+    """Whether no weight is infinite or not a number."""
+    return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
+
+
 def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes a plain Hugging Face folder: config, safetensors, tokenizer, and vocab.txt for older tools."""
     model.save_pretrained(folder)

@@ -78,9 +78,17 @@ def guess(model: BertForMaskedLM, hidden: list[tuple[str, str]], tokenizer: PreT
 
 
 def closing_words(
-    before: dict, after: dict, found: dict, guesses: Iterable[tuple[tuple[str, str], str, str]], model: Path
+    before: dict,
+    after: dict,
+    found: dict,
+    skipped: int,
+    guesses: Iterable[tuple[tuple[str, str], str, str]],
+    model: Path,
 ) -> str:
-    """The end of the log: the first and the last row of metrics.csv, each hidden word with its guesses, the model."""
+    """The end of the log: the first and the last row of metrics.csv, each hidden word with its guesses, the model.
+
+    found: see data_process.prepare. skipped: steps that trained nothing.
+    """
     tokens_per_character = found["test"]["tokens"] / found["test"]["characters"]
     unigram = found["unigram_perplexity"]
     rows = [
@@ -96,5 +104,7 @@ def closing_words(
         lines += ["", f"  {line}   ({word})", f"    before  {old}", f"    after   {new}"]
     if not after["eval_loss"] < before["eval_loss"]:
         lines += ["", "warning: the test loss did not fall; the starting model serves this text as well"]
+    if skipped:
+        lines += ["", f"warning: steps skipped, as their loss or gradient was not finite: {skipped:,}"]
     call = f"""print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))"""
     return "\n".join([*lines, "", f"The model: {model}", f"  python -c 'from transformers import pipeline; {call}'"])

@@ -58,7 +58,7 @@ from tqdm import tqdm
 import data_process as data
 from checkpoint import Progress, find_checkpoint, find_run, load_checkpoint, refuse_changes, save_checkpoint
 from demo import write_corpus
-from model import PackedMaskedLM, load_model, save_model
+from model import PackedMaskedLM, has_finite_weights, load_model, save_model
 from report import Evaluation, closing_words, guess, hide_words, perplexity, write_json, write_metrics
 from storage import digest, lock, once, whole
 from text import find_text
@@ -68,6 +68,7 @@ ROW_TOKENS = 256  # in about a row, where a mask keeps the chunks of a row apart
 CPU_MICRO_BATCH_TOKENS = 2048  # more are no faster
 LARGEST_MICRO_BATCH_TOKENS = 1 << 16  # more fill no GPU better
 EVALUATION_CHUNKS = 256  # chunks packed together in an evaluation
+LARGEST_SAVE_SHARE = 0.05  # of the time that checkpoints may take at the ends of epochs
 DROPOUT = 3  # a stream of random numbers; data_process has the others
 HOPELESS_STEPS = 5  # steps in a row without a finite loss and gradient that end a run
 FP16_HALVINGS = 16  # so many more where a scaler may first have to halve its 65,536 down to 1
@@ -173,6 +174,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     upcoming = next(steps)
     queued = cut(upcoming.chunks, micro_batch_tokens)
     shown = main and sys.stderr.isatty()
+    saved, save_seconds = time.perf_counter(), 0.0
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=not shown)
     for step in range(first, config.max_steps + 1):  # in each turn `step` steps are done; the last one trains no more
         finished = step == config.max_steps
@@ -187,16 +189,22 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
                 record(step, evaluation.columns())
                 progress.evaluated = step
                 best_loss = math.inf if progress.best_loss is None else progress.best_loss
-                if step and evaluation.loss < best_loss:
+                if step and evaluation.loss < best_loss and has_finite_weights(bert):
                     progress.best_loss = evaluation.loss
                     if main:
                         with whole(folder / "best") as beside:
                             save_model(beside, bert, tokenizer)
-        hopeless = progress.skipped_in_a_row >= patience
         due = first < step < config.max_steps and 0 in (step % steps_per_epoch, step % config.save_every)
+        hopeless = progress.skipped_in_a_row >= patience
+        broken = (due or stop or finished or hopeless) and not has_finite_weights(bert)
+        hopeless = hopeless or broken
         held = checkpoint and step == first  # what a resumed run began with, and nothing was trained since
-        if main and (due or stop or hopeless) and not held:
+        costly = not given.save_every and time.perf_counter() - saved < save_seconds / LARGEST_SAVE_SHARE
+        if main and ((due and not costly) or stop or hopeless) and not (held or broken):
+            began = time.perf_counter()
             checkpoint = save_checkpoint(folder, bert, tokenizer, optimizer, progress, recipe, config.keep_checkpoints)
+            saved = time.perf_counter()
+            save_seconds = saved - began
         if finished or stop or hopeless:
             break
 
@@ -233,6 +241,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
             accelerator.scaler.update()  # fp16: halves the scale that made the gradient overflow
         optimizer.zero_grad()
         progress.step = done = step + 1
+        progress.skipped += not finite
         progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
         new = progress.unreported
         new.update(seconds=time.perf_counter() - began, steps=1)
@@ -267,12 +276,15 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     accelerator.end_training()
     if main and completed:
         guesses = zip(hidden_words, progress.guesses_before, guesses_after, strict=True)
-        say(closing_words(progress.rows[0], progress.rows[-1], found, guesses, folder / "final"))
+        say(closing_words(progress.rows[0], progress.rows[-1], found, progress.skipped, guesses, folder / "final"))
     if main and hopeless:
+        lost = f"{patience} steps in a row, up to step {step}, had no finite loss and gradient"
+        lost = f"the weights after step {step} are not finite" if broken else lost
+        kept = [f"\n  {checkpoint} holds the last weights that are"] if checkpoint else []
+        kept += [f"\n  {folder / 'best'} holds those with the lowest test loss"] if progress.best_loss else []
         raise UserError(
-            f"learning_rate: {patience} steps in a row, up to step {step}, had no finite loss and gradient; most often "
-            f"{config.learning_rate:g} is too high. Begin a new run with a lower one; {checkpoint} holds the weights "
-            "before those steps"
+            f"learning_rate: {lost}; most often {config.learning_rate:g} is too high. Begin a new run with a lower one"
+            + "".join(kept)
         )
     if stop:
         say(f"stopped after step {step}, which {checkpoint} holds. The same command with --resume goes on from there")

@@ -247,6 +247,29 @@ def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(settings, mo
         assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+def test_a_skipped_step_is_counted_to_the_end(settings, monkeypatch, capsys):
+    cross_entropy, calls = F.cross_entropy, []
+
+    def poison(*arguments, **options):
+        calls.append(torch.is_grad_enabled())
+        return cross_entropy(*arguments, **options) * (math.nan if calls.count(True) == 2 and calls[-1] else 1)
+
+    monkeypatch.setattr(F, "cross_entropy", poison)
+    run(settings(max_steps=5, micro_batch_tokens=10**6))
+    assert "warning: steps skipped, as their loss or gradient was not finite: 1\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("learning_rate", [1e10, 1e38, 1e300])
+def test_a_rate_that_blows_the_weights_up_ends_the_run_and_saves_none_that_are_not_finite(settings, learning_rate):
+    config = settings(learning_rate=learning_rate, max_steps=30, eval_every=1, save_every=1, run_name="exploded")
+    with pytest.raises(UserError, match=r"learning_rate: .* is too high"):
+        train.main(config)
+    folder = Path(config.path_model_save) / "exploded"
+    assert not (folder / "final").exists()
+    for path in folder.rglob("model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
 def test_a_taken_name_is_refused_and_nothing_saved_is_touched(settings):
     folder = run(settings(run_name="mine", max_steps=1))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

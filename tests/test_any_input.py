@@ -1,0 +1,176 @@
+"""Whatever is in the text files or the settings: it trains with laws 1 to 3 intact, or what is wrong is said plainly.
+
+More of it: EXAMPLES=1000 pytest tests/test_any_input.py
+"""
+
+import math
+import os
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, event, example, given, settings, strategies
+from transformers import BertConfig, BertForMaskedLM
+
+from Config import SCRATCH_SIZES, Config, UserError, describe
+from data_process import BERT_RULE, IGNORED, prepare, training_steps
+from model import PackedMaskedLM
+from text import find_text
+from train import learning_rate_at, micro_batches, resolve
+
+EXAMPLES = int(os.environ.get("EXAMPLES", 60))  # texts; of configurations ten times as many
+unhurried = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+
+FRAGMENTS = [
+    "given metformin", "患者服用二甲双胍", "😀", "[MASK]", "[SEP] [CLS]", "[UNK]", "ξένος", "##ing", " ",
+    "\t", "\r", "\x00", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\ufeff", "\u200b", "e\u0301", "word" * 60, "a " * 90,
+]  # fmt: skip
+TEXT = strategies.one_of(
+    strategies.lists(strategies.sampled_from(FRAGMENTS), max_size=6).map(lambda parts: "".join(parts).encode()),
+    strategies.text(max_size=60).map(lambda line: line.encode(errors="replace")),
+)
+BYTES = strategies.lists(TEXT | strategies.binary(max_size=20), max_size=12)
+LINES = strategies.one_of([strategies.lists(TEXT, min_size=2, max_size=12)] * 3 + [BYTES])
+CONTENTS = strategies.builds(
+    lambda lines, end, last, mark: mark + end.join(lines) + last,
+    LINES,
+    strategies.sampled_from([b"\n", b"\r\n"]),
+    strategies.sampled_from([b"", b"\n"]),
+    strategies.sampled_from([b"", b"", b"\xef\xbb\xbf"]),
+)
+
+
+@pytest.fixture(scope="module")
+def bert(tokenizer):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **shape)).eval()
+
+
+def reference_lines(content: bytes) -> list[str]:
+    """By one decoding of it all; raises UnicodeDecodeError."""
+    return [line.removesuffix("\r").strip() for line in content.decode("utf-8-sig").split("\n")]
+
+
+@settings(max_examples=EXAMPLES, **unhurried)
+@given(train=CONTENTS, test=strategies.none() | CONTENTS)
+@example(train=b"", test=None)
+@example(train=b"one line in all", test=None)
+@example(train=b"the same\n", test=b"the same\n")
+@example(train=b"fine\n", test=b"\n \n\x00\n")
+@example(train=b"[MASK] [SEP]\r[UNK]\n\n", test=b"\xe2\x80\xa8 \xc2\x85x\n")
+def test_any_text_trains_or_is_refused(tmp_path_factory, tokenizer, vocabulary, bert, train, test):
+    folder = tmp_path_factory.mktemp("any")
+    for name, content in (("train", train), ("test", test)):
+        if content is not None:
+            (folder / f"{name}.txt").write_bytes(content)
+    config = Config(path_datasets=str(folder), path_model_save=str(folder / "output"), sen_max_length=16)
+    given_files = {"train": train} | ({} if test is None else {"test": test})
+    try:
+        chunks, test_chunks, found = prepare(config, find_text(config), tokenizer, vocabulary)
+    except UserError as refused:
+        assert is_right_to_refuse(str(refused), given_files, tokenizer), refused
+        return event("refused")
+    event("trained")
+    lines = {name: [line for line in reference_lines(content) if line] for name, content in given_files.items()}
+    tokens = {name: tokens_of(tokenizer, of_split) for name, of_split in lines.items()}
+    if test is None:  # some distinct lines are held out
+        assert sorted([*chunks.tokens.tolist(), *test_chunks.tokens.tolist()]) == sorted(tokens["train"])
+        assert not found["test_lines_in_train"]
+    else:
+        assert chunks.tokens.tolist() == tokens["train"] and test_chunks.tokens.tolist() == tokens["test"]
+        assert bool(found["test_lines_in_train"]) == bool(set(lines["train"]) & set(lines["test"]))
+
+    seen = []
+    steps = training_steps(chunks, vocabulary, BERT_RULE, 0, batch_size=4)
+    for _ in range(-(-chunks.number // 4)):
+        step = next(steps)
+        of_chunk = np.cumsum(step.chunks.position_ids == 0)
+        chosen = step.chunks.labels != IGNORED
+        original = np.where(chosen, step.chunks.labels, step.chunks.input_ids)
+        assert set(of_chunk[chosen]) == set(of_chunk)  # law 1: every chunk teaches
+        ends = np.flatnonzero(np.diff(of_chunk, append=0))
+        assert (original[ends] == vocabulary.sep_id).all() and not chosen[ends].any()
+        assert (original[step.chunks.position_ids == 0] == vocabulary.cls_id).all()
+        text = np.setdiff1d(np.arange(len(original)), [*ends, *np.flatnonzero(step.chunks.position_ids == 0)])
+        assert step.chunks.lengths.max() <= 16 and len(text) == step.tokens and chosen.sum() == step.masked_tokens
+        seen.extend(original[text].tolist())
+        assert packed_loss(bert, step.chunks, vocabulary) == pytest.approx(padded_loss(bert, step.chunks), abs=1e-4)
+    assert sorted(seen) == sorted(chunks.tokens.tolist())  # law 2: every token exactly once an epoch
+
+
+def tokens_of(tokenizer, lines: list[str]) -> list[int]:
+    """Line by line, through the public call."""
+    ids = [tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"] for line in lines]
+    return [token for line in ids for token in line]
+
+
+def is_right_to_refuse(said: str, files: dict[str, bytes], tokenizer) -> bool:
+    if bad := re.search(r"(train|test)\.txt, line (\d+) is not UTF-8", said):
+        lines = files[bad[1]].split(b"\n")
+        reference_lines(b"\n".join(lines[: int(bad[2]) - 1]))  # those before it are
+        with pytest.raises(UnicodeDecodeError):
+            reference_lines(lines[int(bad[2]) - 1])
+        return True
+    assert said.startswith("path_datasets: ")
+    if re.search("holds one line only|is empty", said):
+        lines = {line for line in reference_lines(files["train"]) if line}
+        return len(files) == 1 and len(lines) == ("one line" in said)
+    split = re.search(r"no line of (train|test)\*\.txt holds a token to train or test on", said)[1]
+    if len(files) == 1:  # lines without a token may be all that is held out, or all that is not
+        return any(not tokens_of(tokenizer, [line]) for line in reference_lines(files["train"]))
+    return not tokens_of(tokenizer, reference_lines(files[split]))
+
+
+@torch.no_grad()
+def packed_loss(bert, chunks, vocabulary):
+    model, pieces = PackedMaskedLM(bert), micro_batches(chunks, 40, vocabulary, torch.device("cpu"))
+    return sum(F.cross_entropy(model(**inputs), wanted, reduction="sum").item() for inputs, wanted in pieces)
+
+
+@torch.no_grad()
+def padded_loss(bert, chunks):
+    """Law 3's reference: each chunk by itself."""
+    loss, ends = 0.0, np.cumsum(chunks.lengths)
+    for end, length in zip(ends, chunks.lengths, strict=True):
+        ids, labels = (torch.from_numpy(array[end - length : end])[None] for array in (chunks.input_ids, chunks.labels))
+        loss += F.cross_entropy(bert(input_ids=ids).logits[0], labels[0], reduction="sum").item()
+    return loss
+
+
+SAMPLES = ["scratch:tiny", "scratch:huge", "corpus", "auto", "bf16", "", " ", ".", "a/b", "a\0b", "\ud800", "0,1", ","]
+NUMBERS = [0, 1, 2, 3, 7, 512, -1, 0.1, 0.5, 0.9, 1.0, 1e-320, 1e300, 2**31, 2**63, 10**400, math.nan, math.inf, -0.0]
+USUAL = strategies.one_of(
+    strategies.sampled_from([*SAMPLES, *NUMBERS, None, True, False]), strategies.text(max_size=10),
+    strategies.integers(0, 10**6), strategies.floats(0, 1),
+)  # fmt: skip
+UNUSUAL = strategies.one_of(
+    strategies.integers(), strategies.floats(), strategies.binary(max_size=3), strategies.just({}),
+    strategies.lists(strategies.integers(), max_size=2), strategies.just(Path("data")),
+)  # fmt: skip
+VALUES = USUAL | USUAL | UNUSUAL
+
+
+@settings(max_examples=10 * EXAMPLES, **unhurried)
+@given(strategies.dictionaries(strategies.sampled_from([field.name for field in fields(Config)]), VALUES, max_size=2))
+@example({"num_warmup_steps": math.inf})
+@example({"tracker": "\ud800"})
+def test_any_configuration_is_accepted_or_refused_by_name(changes):
+    try:
+        config = Config(**changes)
+        resolved = resolve(config, steps_per_epoch=7, precision="no")
+    except UserError as refused:
+        accused = {name for line in str(refused).splitlines() for name in line.partition(": ")[0].split(", ")}
+        assert accused <= asdict(Config()).keys() and accused & {*changes, "max_steps"}, refused
+        return event("refused")
+    event("accepted")
+    describe(resolved, config).encode()  # it can be printed
+    assert resolved.scratch_size in (None, *SCRATCH_SIZES)
+    rates = [learning_rate_at(step, resolved) for step in {0, resolved.max_steps // 2, resolved.max_steps - 1}]
+    assert all(0 <= rate <= resolved.learning_rate for rate in rates)
+    for name in ("path_datasets", "path_model_save", "run_name"):
+        Path(getattr(config, name) or "a").exists()

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,33 @@ def test_a_rate_that_blows_the_weights_up_ends_the_run_and_saves_none_that_are_n
     assert not (folder / "final").exists()
     for path in folder.rglob("model.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+def test_checkpoints_take_a_twentieth_of_the_time_unless_more_are_asked_for(settings, monkeypatch):
+    """By a clock that a step moves by a second and a save by three."""
+    clock, saved = [0.0], []
+    accumulate_gradients = train.accumulate_gradients
+
+    def step(*arguments):
+        clock[0] += 1
+        return accumulate_gradients(*arguments)
+
+    def save(run, bert, tokenizer, optimizer, progress, recipe, keep):
+        clock[0] += 3
+        saved.append(progress.step)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(train, "accumulate_gradients", step)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: (train.Evaluation(1.0, 0.1, 10), False))
+    folder = run(settings(batch_size=64, max_steps=150))
+    epoch = json.loads((folder / "settings.json").read_text())["derived"]["steps_per_epoch"]
+    assert 1 < epoch < 20 and saved[0] == epoch and len(saved) > 1
+    for step_before, step_after in pairwise(saved):
+        assert step_after % epoch == 0 and 60 <= step_after - step_before < 60 + epoch
+    saved.clear()
+    run(settings(batch_size=64, max_steps=20, save_every=7))
+    assert saved == [done for done in range(1, 20) if done % epoch == 0 or done % 7 == 0]
 
 
 def test_a_taken_name_is_refused_and_nothing_saved_is_touched(settings):

@@ -40,6 +40,8 @@ def find_text(config: Config) -> Text:
         if wants_wikitext(config):
             _fetch_wikitext(folder)
     train, test = _files(folder, "train"), _files(folder, "test")
+    if folder.is_file():
+        raise UserError(f"path_datasets: {folder} is a file; give the folder, and name the file train.txt")
     if not train:
         raise UserError(f"path_datasets: no train*.txt in {folder}; put your text there, one example a line")
     digests = [[_file_digest(path) for path in paths] for paths in (train, test)]

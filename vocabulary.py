@@ -40,6 +40,8 @@ def load_tokenizer(
     missing = [kind for kind in ("pad", "unk", "cls", "sep", "mask") if getattr(tokenizer, f"{kind}_token_id") is None]
     if missing:
         raise UserError(f"initial_pretrain_tokenizer: {name} has no {' and no '.join(missing)} token; BERT needs one")
+    if not len(read_vocabulary(tokenizer).ordinary_ids):  # transformers makes one up where the files are missing
+        raise UserError(f"initial_pretrain_tokenizer: {name} has no vocabulary; vocab.txt or tokenizer.json is missing")
     return tokenizer
 
 

@@ -87,6 +87,11 @@ def test_missing_text_is_said_plainly(tmp_path, settings, present):
         find_text(settings(path_datasets=str(tmp_path if present == "only test.txt" else tmp_path / "none")))
 
 
+def test_a_file_in_place_of_the_folder_is_said_plainly(settings, text_folder):
+    with pytest.raises(UserError, match=r"train\.txt is a file; give the folder"):
+        find_text(settings(path_datasets=str(text_folder / "train.txt")))
+
+
 @pytest.mark.parametrize("sen_max_length", [3, 8, 32])
 def test_every_token_of_every_line_exactly_once_an_epoch(
     tmp_path, settings, text_of, tokenizer, vocabulary, sen_max_length

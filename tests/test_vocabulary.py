@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import CHINESE, ENGLISH, make_lines
+from transformers import BertConfig
 
-from vocabulary import learn_tokenizer
+from Config import UserError
+from vocabulary import learn_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,3 +35,10 @@ def test_a_learned_vocabulary_covers_its_text_and_lowers_case():
     for text in (" ".join(ENGLISH).upper(), CHINESE, "😀"):
         assert tokenizer.unk_token not in tokenizer.tokenize(text)
     assert tokenizer.tokenize("PATIENT was") == ["patient", "was"]
+
+
+def test_a_folder_without_a_vocabulary_is_said_plainly(tmp_path, settings):
+    BertConfig().save_pretrained(tmp_path)
+    config = settings(initial_pretrain_model=str(tmp_path), initial_pretrain_tokenizer=str(tmp_path))
+    with pytest.raises(UserError, match="has no vocabulary"):
+        load_tokenizer(config, None, "")

@@ -18,6 +18,8 @@ SCRATCH_SIZES = {
     "base": (12, 768, 1e-4),
 }
 
+MOST_AUTOMATIC_WORDS = 10_000  # that add_words=auto:N can ask for
+
 
 class UserError(Exception):
     """Something the user can put right. Its text is all they see: what is wrong, where, and what to do."""
@@ -33,17 +35,20 @@ class Config:
     vocab_size: int = 8192  # entries of the WordPiece vocabulary that "corpus" learns
     attention_dropout: float = 0.0  # dropout inside attention while training; 0 keeps the fast attention kernels
     hidden_dropout: float | None = None  # dropout elsewhere while training; unset: the checkpoint's own
+    add_words: str | None = None  # file of words to add to the vocabulary, one a line, or auto:N, the N it breaks most
 
     # --- text
     path_datasets: str = "data"  # folder with train*.txt and test*.txt (also .txt.gz), UTF-8, one example a line
     test_fraction: float = 0.05  # share of the distinct lines held out for testing where there is no test*.txt
     sen_max_length: int = 128  # tokens a chunk may have, [CLS] and [SEP] included; longer lines are cut into chunks
+    user_words: str | None = None  # file of words, one a line, that the Chinese segmenter is to keep whole
 
     # --- masking
     mlm_probability: float = 0.15  # probability that a token (or word) is chosen for prediction
     mask_replace_prob: float = 0.8  # share of the chosen that become [MASK]
     random_replace_prob: float = 0.1  # share of the chosen that become a random token; the rest stay as they are
-    whole_words_mask: bool = False  # choose whole words, as BERT's pre-tokenizer cuts them (a Chinese character is one)
+    whole_words_mask: bool = False  # choose whole words; Chinese ones are found by a segmenter
+    mask_span: bool = False  # choose runs of whole words, of geometric lengths, as SpanBERT does
 
     # --- optimisation
     num_epochs: int = 3  # times every line is seen
@@ -79,6 +84,12 @@ class Config:
         problems = list(_wrong_types(self)) or list(_wrong_values(self))
         if problems:
             raise UserError("\n".join(problems))
+
+    @property
+    def automatic_words(self) -> int | None:
+        """N behind `auto:N` in add_words, or None where it names a file or nothing."""
+        number = (self.add_words or "").removeprefix("auto:")
+        return int(number) if number != self.add_words and number.isdecimal() else None
 
     @property
     def scratch_size(self) -> str | None:
@@ -145,6 +156,15 @@ def _wrong_values(config):
         )
     if config.initial_pretrain_tokenizer.startswith("scratch:"):
         yield "initial_pretrain_tokenizer: scratch: names a model; for a vocabulary learned from the text say corpus"
+    for name in ("add_words", "user_words"):
+        value = getattr(config, name)
+        if value is not None and not (value.strip() and value.isprintable()):
+            yield f"{name}: must not be empty or hold a character that cannot be printed"
+    if config.mask_span and config.mlm_probability > 0.5:
+        yield f"mask_span, mlm_probability: spans cover at most 0.5 of the words, not {config.mlm_probability}"
+    most = config.automatic_words
+    if (config.add_words or "").startswith("auto:") and not (most and most <= MOST_AUTOMATIC_WORDS):
+        yield f"add_words: auto: takes a number from 1 to {MOST_AUTOMATIC_WORDS:,}, not {config.add_words[5:]!r}"
     devices = config.cuda_visible_devices
     if devices and not (devices.isprintable() and all(device.strip() for device in devices.split(","))):
         yield f"cuda_visible_devices: must be GPUs separated by commas, such as 0,1, not {devices!r}"

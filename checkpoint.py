@@ -15,13 +15,14 @@ from Config import Config, UserError
 from model import save_model
 from storage import whole
 
-FORMAT = 1  # raise when what a checkpoint holds changes
+FORMAT = 2  # raise when what a checkpoint holds changes
 
 # What a run may go on with changed: it decides where and how fast the run goes and what it shows, not its training.
-# The text has its own digest, wherever it lies.
+# What the text and the files of words hold has digests of its own, wherever they lie.
 FREE = {
-    "path_datasets", "path_model_save", "run_name", "cuda_visible_devices", "micro_batch_tokens", "log_every",
-    "eval_every", "save_every", "keep_checkpoints", "tracker", "check_only", "resume",
+    "path_datasets", "user_words", "add_words", "path_model_save", "run_name", "cuda_visible_devices",
+    "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep_checkpoints", "tracker", "check_only",
+    "resume",
 }  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def _damage(path):
 def refuse_changes(checkpoint: Path, recipe: dict) -> None:
     """Raises UserError, which names all that decides the training and is not as it was when the run began.
 
-    recipe: the resolved "settings", and a digest each of "text" and "tokenizer".
+    recipe: the resolved "settings", and a digest each of "text", "tokenizer" and "user_words".
     """
     state = _read_state(checkpoint)
     if state.get("format") != FORMAT:
@@ -158,7 +159,11 @@ def refuse_changes(checkpoint: Path, recipe: dict) -> None:
     if then["text"] != recipe["text"]:
         changed["path_datasets"] = "the text is not the one that the run began with"
     elif then["tokenizer"] != recipe["tokenizer"]:
-        changed["initial_pretrain_tokenizer"] = "the tokenizer is not the one that the run began with"
+        changed["initial_pretrain_tokenizer"] = (
+            "the tokenizer is not the one that the run began with, or add_words names others"
+        )
+    if then["user_words"] != recipe["user_words"]:
+        changed["user_words"] = "its words are not those that the run began with"
     chosen = changed.keys() - {"max_steps", "num_warmup_steps"} or changed  # which most often follow from the others
     if changed:
         lines = [f"  {name}: {changed[name]}" for name in sorted(chosen)]

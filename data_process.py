@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from heapq import heapreplace
 from importlib.metadata import version
-from itertools import accumulate, chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +21,16 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from Config import Config, UserError
+from Config import MOST_AUTOMATIC_WORDS, Config, UserError
 from storage import digest, once
 from text import Text, line_hash
-from vocabulary import Vocabulary
+from vocabulary import Vocabulary, read_vocabulary
+from words import WordCounts, describe_words, make_segmenter, read_words, tokenize
 
+SPAN_WORDS = 3.8  # the mean length of a span
 IGNORED = -100  # the label of a position where nothing is predicted, as in transformers
 MASKED_AT_ONCE = 1 << 14  # tokens: enough that numpy's calls cost little, few enough for the cache
-CACHE_FORMAT = 1  # raise when what the cache holds changes
+CACHE_FORMAT = 2  # raise when what the cache holds changes
 
 # ------------------------------------------------------------------------------------------------ lines -> chunks
 
@@ -36,7 +38,7 @@ CACHE_FORMAT = 1  # raise when what the cache holds changes
 class Chunks(NamedTuple):
     """The chunks of one split: chunk i is tokens[offsets[i]:offsets[i + 1]], one token or more."""
 
-    tokens: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped
+    tokens: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped; the highest bit: whether the token starts a word
     offsets: np.ndarray  # (chunks + 1,) int64
 
     @classmethod
@@ -65,19 +67,23 @@ def prepare(
     encoder.no_truncation()  # both are on in the tokenizers of sentence-embedding checkpoints
     encoder.no_padding()
     encoder.encode_special_tokens = True  # text that spells [MASK] is text
-    key = digest(CACHE_FORMAT, version("tokenizers"), text.digest, config.sen_max_length, encoder.to_str())
+    user_words = read_words(config.user_words, "user_words")
+    versions = [version(name) for name in ("tokenizers", "rjieba")]
+    key = digest(CACHE_FORMAT, versions, text.digest, config.sen_max_length, encoder.to_str(), user_words)
 
     def make(folder):
         folder.mkdir()
-        write = partial(_write_chunks, encoder, vocabulary, config.sen_max_length - 2)  # without [CLS] and [SEP]
-        train_counts, train_lines, train_tokens = write(text.train(), folder / "train.arrow")
-        test_counts, test_lines, test_tokens = write(text.test(), folder / "test.arrow")
+        body_length = config.sen_max_length - 2  # without [CLS] and [SEP]
+        write = partial(_write_chunks, encoder, make_segmenter(user_words), vocabulary, body_length)
+        train_counts, train_lines, train_tokens, train_words = write(text.train(), folder / "train.arrow")
+        test_counts, test_lines, test_tokens, _ = write(text.test(), folder / "test.arrow")
         log_share = np.log((train_tokens + 1) / (train_tokens + 1).sum())
         found = {
             "train": train_counts,
             "test": test_counts,
             "test_lines_in_train": int(np.isin(test_lines, train_lines).sum()),
             "unigram_perplexity": math.exp(-(test_tokens @ log_share) / test_tokens.sum()),
+            "broken_words": train_words.broken(encoder, MOST_AUTOMATIC_WORDS),
         }
         (folder / "found.json").write_text(json.dumps(found))
 
@@ -86,16 +92,17 @@ def prepare(
     return train, test, json.loads((folder / "found.json").read_text())
 
 
-def _write_chunks(encoder, vocabulary, body_length, lines, path):
+def _write_chunks(encoder, segmenter, vocabulary, body_length, lines, path):
     """Tokenizes and cuts the lines into an Arrow file: one column, one list of tokens a chunk, all in one record batch.
 
     One batch makes one flat array to index, so the tokens go to a plain file first: memory stays small for any text.
-    Returns the counts to report, the hashes of the lines that are not blank, and how often each token occurs.
+    Returns the counts to report, the hashes of the lines that are not blank, how often each token occurs, and how often
+    words do.
     """
-    dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32  # as compact as the vocabulary allows
+    dtype = np.uint16 if vocabulary.size <= 1 << 15 else np.uint32  # as compact as the vocabulary and a bit allow
     counts = dict.fromkeys(("lines", "blank", "dropped", "characters"), 0)
     hashes, lengths = array("Q"), array("q")
-    occurrences = np.zeros(vocabulary.size, dtype=np.int64)
+    occurrences, word_counts = np.zeros(vocabulary.size, dtype=np.int64), WordCounts()
     tokens_file = path.with_suffix(".tokens")
     with open(tokens_file, "wb") as file:
         for block in _blocks(lines):
@@ -104,16 +111,17 @@ def _write_chunks(encoder, vocabulary, body_length, lines, path):
             counts["blank"] += len(block) - len(texts)
             counts["characters"] += sum(map(len, texts))
             hashes.extend(map(line_hash, texts))
-            ids = [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)]
-            counts["dropped"] += sum(not line for line in ids)
-            tokens = np.fromiter(chain.from_iterable(ids), dtype)
-            tokens.tofile(file)
+            tokens, line_lengths, starts_word, words = tokenize(texts, encoder, vocabulary.continues_word, segmenter)
+            (tokens.astype(dtype) | starts_word.astype(dtype) << _highest_bit(dtype)).tofile(file)
             occurrences += np.bincount(tokens, minlength=vocabulary.size)
-            for line, end in zip(ids, accumulate(map(len, ids)), strict=True):
-                if len(line) > body_length:
-                    lengths.extend(cut(~vocabulary.continues_word[tokens[end - len(line) : end]], body_length))
-                elif line:
-                    lengths.append(len(line))
+            word_counts.update(tokens, vocabulary.continues_word, words)
+            for length, end in zip(line_lengths.tolist(), np.cumsum(line_lengths).tolist(), strict=True):
+                if length > body_length:
+                    lengths.extend(cut(starts_word[end - length : end], body_length))
+                elif length:
+                    lengths.append(length)
+                else:
+                    counts["dropped"] += 1
     if not lengths:
         raise UserError(f"path_datasets: no line of {path.stem}*.txt holds a token to train or test on")
     counts["duplicate"] = len(hashes) - len(np.unique(hashes))
@@ -126,7 +134,11 @@ def _write_chunks(encoder, vocabulary, body_length, lines, path):
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
     tokens_file.unlink()
-    return counts, hashes, occurrences
+    return counts, hashes, occurrences, word_counts
+
+
+def _highest_bit(dtype) -> int:
+    return 8 * np.dtype(dtype).itemsize - 1
 
 
 def _blocks(lines: Iterator[str], characters: int = 1 << 19) -> Iterator[list[str]]:
@@ -159,6 +171,14 @@ def cut(starts_word: np.ndarray, limit: int) -> list[int]:
     return [end - start for start, end in pairwise(cuts)]
 
 
+def words_to_add(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The words that `add_words` names: a file's, or those of the text that the tokenizer breaks most often."""
+    if config.automatic_words is None:
+        return read_words(config.add_words, "add_words")
+    _, _, found = prepare(config, text, tokenizer, read_vocabulary(tokenizer))
+    return [word for word, *_ in found["broken_words"][: config.automatic_words]]
+
+
 def describe_text(found: dict, tokenizer_name: str) -> str:
     """What `prepare` found, for people: a line a split, then warnings."""
     lines, warnings = [], []
@@ -180,7 +200,7 @@ def describe_text(found: dict, tokenizer_name: str) -> str:
     lines.append(f"   test lines that are also training lines: {overlap:,}")
     if overlap:
         warnings.append("warning: the model is tested on lines it is trained on, so its perplexity will flatter it")
-    return "\n".join(lines + warnings)
+    return "\n".join([*lines, describe_words(found["broken_words"]), *warnings])
 
 
 # --------------------------------------------------------------------------------------- chunks -> masked batches
@@ -193,6 +213,7 @@ class MaskRule(NamedTuple):
     mask_share: float = 0.8  # of the chosen: become [MASK]
     random_share: float = 0.1  # of the chosen: become a random ordinary token; the rest stay
     whole_words: bool = False
+    spans: bool = False  # of whole words
 
 
 BERT_RULE = MaskRule()
@@ -248,28 +269,41 @@ def epoch_order(seed: int, epoch: int, number: int) -> np.ndarray:
     return np.argsort(noise(seed, ORDER, epoch, np.arange(number)), kind="stable")
 
 
-def take(chunks: Chunks, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens (tokens,) int64 of some chunks end to end, and the chunks' lengths (n,)."""
+def take(chunks: Chunks, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens (tokens,) int64 of some chunks end to end, the chunks' lengths (n,), and whether each token starts a
+    word (tokens,) bool."""
     lengths = chunks.lengths(indices)
     skipped = chunks.offsets[indices] - (np.cumsum(lengths) - lengths)
-    return chunks.tokens[np.arange(lengths.sum()) + np.repeat(skipped, lengths)].astype(np.int64), lengths
+    marked = chunks.tokens[np.arange(lengths.sum()) + np.repeat(skipped, lengths)]
+    highest = _highest_bit(marked.dtype)
+    return (marked & ((1 << highest) - 1)).astype(np.int64), lengths, (marked >> highest).astype(bool)
 
 
 def mask(
-    tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray, vocabulary: Vocabulary, rule: MaskRule
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    keys: np.ndarray,
+    vocabulary: Vocabulary,
+    rule: MaskRule,
+    starts_word: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses tokens to predict and hides them.
 
     tokens (tokens,) of chunks end to end, their lengths (n,) and their keys (n,); key and position decide a token's
     mask. Each token (word) is chosen with the rule's probability by itself; a chunk without any has the one with the
-    smallest draw chosen. Returns input ids and labels, (tokens,) each.
+    smallest draw chosen. A rule for words needs starts_word (tokens,) bool. Returns input ids and labels, (tokens,)
+    each.
     """
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
     own_bits = bits = noise(np.repeat(keys, lengths), positions)
-    if rule.whole_words:  # a word's pieces share its first piece's bits, and so its fate
-        starts_word = ~vocabulary.continues_word[tokens] | (positions == 0)
-        bits = own_bits[np.maximum.accumulate(np.where(starts_word, np.arange(len(tokens)), 0))]
+    if rule.whole_words or rule.spans:  # a word's pieces share its first piece's bits, and so its fate
+        first_piece = starts_word | (positions == 0)
+        word_of = np.cumsum(first_piece) - 1  # (tokens,)
+        word_bits = own_bits[first_piece]
+        if rule.spans:
+            word_bits = _spans(word_bits, positions[first_piece] == 0, rule.probability)
+        bits = word_bits[word_of]
     smallest = np.repeat(np.minimum.reduceat(bits, starts), lengths)
     chosen = np.flatnonzero((bits < _bound(rule.probability)) | (bits == smallest))
     hidden = tokens[chosen]
@@ -284,6 +318,24 @@ def mask(
     input_ids[chosen] = np.where(replaced, ordinary[place], hidden)
     input_ids[chosen[fate < _bound(rule.mask_share)]] = vocabulary.mask_id
     return input_ids, labels
+
+
+def _spans(bits: np.ndarray, starts_chunk: np.ndarray, probability: float) -> np.ndarray:
+    """Random bits for words, (words,), by which the chosen come in spans that share their bits, and so their fate.
+
+    Along a chunk a chain of two states decides: a span goes on with the chance that makes its length geometric with
+    SpanBERT's mean (Joshi et al., arXiv 1907.10529), and begins with the one that leaves each word its probability.
+    SpanBERT's spans end after ten words at the latest; these do not, so that the probability is exact.
+    """
+    goes_on = 1 - 1 / SPAN_WORDS
+    begins = (1 - goes_on) * probability / (1 - probability)
+    is_chosen = bits < np.where(starts_chunk, _bound(probability), _bound(begins))
+    decides = starts_chunk | is_chosen | (bits >= _bound(goes_on))  # else a word does what the one before it did
+    number = np.arange(len(bits))
+    is_chosen = is_chosen[np.maximum.accumulate(np.where(decides, number, 0))]
+    follows = is_chosen & np.append(False, is_chosen[:-1]) & ~starts_chunk
+    first = np.maximum.accumulate(np.where(follows, 0, number))  # of each word's span
+    return np.where(is_chosen, bits[first], noise(bits, 3) | np.uint64(1 << 63))  # the others' are above the bound
 
 
 def content_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -367,7 +419,7 @@ def _part(chunks, bounds, first, after):
 
 def evaluation_chunks(chunks: Chunks, indices: np.ndarray, vocabulary: Vocabulary) -> MaskedChunks:
     """The chunks at `indices` (n,), masked by BERT's rule as each chunk's own tokens decide."""
-    tokens, lengths = take(chunks, indices)
+    tokens, lengths, _ = take(chunks, indices)
     return frame(*mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE), lengths, vocabulary)
 
 
@@ -401,9 +453,9 @@ def training_steps(
         order = epoch_order(seed, epoch, chunks.number)  # (chunks,)
         for start in range(place, steps_per_epoch, steps_at_once):
             indices = order[start * batch_size : (start + steps_at_once) * batch_size]  # (n,) of many steps
-            tokens, lengths = take(chunks, indices)
+            tokens, lengths, starts_word = take(chunks, indices)
             keys = noise(seed, MASKS, epoch, indices)
-            drawn = frame(*mask(tokens, lengths, keys, vocabulary, rule), lengths, vocabulary)
+            drawn = frame(*mask(tokens, lengths, keys, vocabulary, rule, starts_word), lengths, vocabulary)
             bounds = _bounds(drawn)
             for number in range(0, len(indices), batch_size):
                 batch = _part(drawn, bounds, number, min(number + batch_size, len(indices)))

@@ -1,5 +1,6 @@
 """Checkpoint -> BertForMaskedLM; logits at the masked positions alone; packed chunks kept apart in attention."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -86,10 +87,11 @@ class Dropout(nn.Dropout):
 
 
 def load_model(
-    config: Config, vocabulary_size: int, pad_id: int, checkpoint: Path | None = None
+    config: Config, vocabulary_size: int, pad_id: int, checkpoint: Path | None = None, added: Sequence[list[int]] = ()
 ) -> tuple[BertForMaskedLM, list[str]]:
     """The model in the folder `checkpoint`, or else the one that `initial_pretrain_model` names; and warnings about it.
 
+    added: the ids of the pieces of each word that was added to the end of the vocabulary; the checkpoint has them.
     In float32. Its pooler comes along untrained, so that a fine-tuned task starts from it. The dropouts of Config.py
     are set on the modules; the model's config, which is saved, keeps the model's own for whoever fine-tunes it.
     Raises UserError where the checkpoint is missing or not BERT, or does not fit the tokenizer or `sen_max_length`.
@@ -104,7 +106,9 @@ def load_model(
         bert_config = _load(AutoConfig, name)
         if bert_config.model_type != "bert" or bert_config.is_decoder:
             raise UserError(f"initial_pretrain_model: {name} is no BERT encoder but {bert_config.model_type}")
-    _check_fit(config, bert_config, vocabulary_size)
+    added = () if checkpoint else added
+    known = vocabulary_size if from_scratch else vocabulary_size - len(added)  # of the model
+    _check_fit(config, bert_config, known)
 
     torch.manual_seed(config.seed)  # of all weights, or of a head that the checkpoint lacks
     if from_scratch:
@@ -125,6 +129,8 @@ def load_model(
             # alignment: a resumed run would drift from the uninterrupted one.
             parameter.data = parameter.data.clone()
 
+    if added:
+        _add_embeddings(model, vocabulary_size, added)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
@@ -136,6 +142,18 @@ def load_model(
             # noise, which Adam would blow up into a random walk that differs between layouts.
             module.key.bias.requires_grad_(False)
     return model, warnings
+
+
+@torch.no_grad()
+def _add_embeddings(model, vocabulary_size, added):
+    """Gives each added word the mean of its pieces' embeddings and output biases; the rows of the others stay."""
+    if vocabulary_size > model.config.vocab_size:  # else the model has rows to spare
+        model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
+    embeddings = model.get_input_embeddings().weight  # (vocabulary, hidden); the output's as well, which is tied to it
+    bias = model.cls.predictions.bias  # (vocabulary,)
+    for row, pieces in enumerate(added, start=vocabulary_size - len(added)):
+        embeddings[row] = embeddings[pieces].mean(0)
+        bias[row] = bias[pieces].mean()
 
 
 def _load(kind, name, **options):

@@ -83,13 +83,13 @@ def line_hash(line: str, salt: bytes = b"") -> int:
     return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8, salt=salt).digest(), "little")
 
 
-def read_lines(files: list[Path]) -> Iterator[str]:
+def read_lines(files: list[Path], setting: str = "path_datasets") -> Iterator[str]:
     r"""The lines of UTF-8 files (.gz too), stripped of surrounding white space. Only \n and \r\n end a line.
 
-    Raises UserError, naming file and line, for bytes that are not UTF-8, and for a file that cannot be read.
+    Raises UserError, naming setting, file and line, for bytes that are not UTF-8, and for a file that cannot be read.
     """
     for path in files:
-        with _plain_errors(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with _plain_errors(path, setting), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -97,7 +97,7 @@ def read_lines(files: list[Path]) -> Iterator[str]:
                     encoding = _likely_encoding(raw + file.read(1 << 16))
                     remedy = "" if encoding == BINARY else f", for example with iconv -f {encoding} -t UTF-8"
                     raise UserError(
-                        f"path_datasets: {path}, line {number} is not UTF-8; it looks like {encoding}. "
+                        f"{setting}: {path}, line {number} is not UTF-8; it looks like {encoding}. "
                         f"Save it as plain UTF-8 text{remedy}"
                     ) from None
                 yield line.strip()
@@ -117,11 +117,11 @@ def _likely_encoding(sample: bytes) -> str:
 
 
 @contextmanager
-def _plain_errors(path):
+def _plain_errors(path, setting="path_datasets"):
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"path_datasets: cannot read {path}: {error}") from None
+        raise UserError(f"{setting}: cannot read {path}: {error}") from None
 
 
 def _fetch_wikitext(folder):

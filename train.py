@@ -63,6 +63,7 @@ from report import Evaluation, closing_words, guess, hide_words, perplexity, wri
 from storage import digest, lock, once, whole
 from text import find_text
 from vocabulary import Vocabulary, load_tokenizer, read_vocabulary
+from words import add_words, read_words
 
 ROW_TOKENS = 256  # in about a row, where a mask keeps the chunks of a row apart
 CPU_MICRO_BATCH_TOKENS = 2048  # more are no faster
@@ -90,28 +91,35 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         config = replace(config, path_datasets=str(once(corpus, write_corpus)))
     text = find_text(config)
     tokenizer = load_tokenizer(config, text.train, text.digest)
+    added = add_words(tokenizer, data.words_to_add(config, text, tokenizer))
     vocabulary = read_vocabulary(tokenizer)
     chunks, test_chunks, found = data.prepare(config, text, tokenizer, vocabulary)
     steps_per_epoch = math.ceil(chunks.number / config.batch_size)
     given, config = config, resolve(config, steps_per_epoch, accelerator.mixed_precision)
 
     recipe = {"text": text.digest, "tokenizer": digest(tokenizer.backend_tokenizer.to_str())}
+    recipe["user_words"] = digest(read_words(config.user_words, "user_words"))
     if any(other != recipe for other in gather_object([recipe])):
-        raise UserError("path_datasets: text or tokenizer differ between the machines; each needs the same files")
+        raise UserError(
+            "path_datasets: text, words or tokenizer differ between the machines; each needs the same files"
+        )
     recipe["settings"] = asdict(config)
     checkpoint, passed_over = decide_on_main(accelerator, lambda: find_checkpoint(folder))
     if checkpoint:
         refuse_changes(checkpoint, recipe)
-    bert, warnings = load_model(config, vocabulary.size, vocabulary.pad_id, checkpoint)
+    bert, warnings = load_model(config, vocabulary.size, vocabulary.pad_id, checkpoint, list(added.values()))
     derived = {
         "devices": f"{ranks} x {device.type}",
         "parameters": sum(parameter.numel() for parameter in bert.parameters()),
+        "added_words": len(added),
         "chunks": chunks.number,
         "steps_per_epoch": steps_per_epoch,
         "tokens_per_step": round(len(chunks.tokens) / steps_per_epoch),
     }
     say(f"settings (* differs from Config.py's default)\n{describe(config, given)}\n")
     say(f"text\n{data.describe_text(found, config.initial_pretrain_tokenizer)}\n")
+    if added:
+        say(f"added to the vocabulary\n   {', '.join(added)}\n")
     say("derived\n" + "".join(f"   {name:<26}  {value}\n" for name, value in derived.items()))
     for line in passed_over + warnings + hints(ranks, derived["tokens_per_step"]):
         say(line)
@@ -134,7 +142,11 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         config = replace(config, micro_batch_tokens=fit_memory(accelerator, model, cut, vocabulary, config))
         say(f"micro_batch_tokens: {config.micro_batch_tokens:,} fit the memory")
     rule = data.MaskRule(
-        config.mlm_probability, config.mask_replace_prob, config.random_replace_prob, config.whole_words_mask
+        config.mlm_probability,
+        config.mask_replace_prob,
+        config.random_replace_prob,
+        config.whole_words_mask,
+        config.mask_span,
     )
     hidden_words = hide_words(islice(text.test(), 2000), tokenizer) if main else []
     if checkpoint:

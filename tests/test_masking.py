@@ -90,26 +90,70 @@ def test_shares_follow_the_rule(vocabulary):
     assert (mask(tokens, lengths, noise(5, np.arange(2000)), vocabulary, everything)[0] == vocabulary.mask_id).all()
 
 
-def test_whole_words_share_their_fate(tokenizer, vocabulary):
-    pieces = np.flatnonzero(vocabulary.continues_word)
-    starts = np.setdiff1d(vocabulary.ordinary_ids, pieces)
+def random_words(vocabulary, words_a_chunk: int, number: int):
+    """Chunks of words of 1 to 4 tokens: tokens (tokens,), lengths (number,), word lengths (words,), and whether a token
+    starts a word (tokens,)."""
     draw = np.random.default_rng(0)
-    word_lengths = draw.integers(1, 5, 60_000)
-    words = [[draw.choice(starts), *draw.choice(pieces, length - 1)] for length in word_lengths]
-    tokens = np.concatenate(words)
-    lengths = np.add.reduceat(word_lengths, np.arange(0, len(words), 20))  # twenty words a chunk
-    rule = MaskRule(whole_words=True)
-    input_ids, labels = mask(tokens, lengths, noise(6, np.arange(len(lengths))), vocabulary, rule)
+    word_lengths = draw.integers(1, 5, number * words_a_chunk)
+    tokens = draw.choice(vocabulary.ordinary_ids, word_lengths.sum())
+    lengths = np.add.reduceat(word_lengths, np.arange(0, len(word_lengths), words_a_chunk))
     first = np.cumsum(word_lengths) - word_lengths
-    chosen = np.add.reduceat((labels != IGNORED).astype(int), first)
-    assert set(np.unique(chosen / word_lengths)) == {0.0, 1.0}  # no word is partly chosen
-    masked = np.add.reduceat((input_ids == vocabulary.mask_id).astype(int), first)
-    assert set(np.unique(masked / word_lengths)) == {0.0, 1.0}  # 80/10/10 falls on words
-    assert_share(int((chosen > 0).sum()), len(words), 0.15 + 0.85**20 / 20)
-    assert_share(int((masked > 0).sum()), int((chosen > 0).sum()), 0.8)
-    several = np.repeat((word_lengths > 1) & (chosen > 0) & (masked == 0), word_lengths)
-    changed = several & (input_ids != tokens)
+    return tokens, lengths, word_lengths, np.isin(np.arange(len(tokens)), first)
+
+
+def fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary):
+    """Which words are chosen, and which are masked: (words,) bool each. Asserts that no word is partly either."""
+    first = np.cumsum(word_lengths) - word_lengths
+    shares = []
+    for of_token in (labels != IGNORED, input_ids == vocabulary.mask_id):
+        shares.append(np.add.reduceat(of_token.astype(int), first) / word_lengths)
+        assert set(np.unique(shares[-1])) <= {0.0, 1.0}
+    assert np.array_equal(labels[labels != IGNORED], tokens[labels != IGNORED])
+    return [share == 1 for share in shares]
+
+
+def test_whole_words_share_their_fate(vocabulary):
+    tokens, lengths, word_lengths, starts_word = random_words(vocabulary, 20, 3000)
+    keys = noise(6, np.arange(len(lengths)))
+    input_ids, labels = mask(tokens, lengths, keys, vocabulary, MaskRule(whole_words=True), starts_word)
+    chosen, masked = fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary)
+    assert_share(int(chosen.sum()), len(chosen), 0.15 + 0.85**20 / 20)
+    # A word counts with its tokens, so their share varies as the words' does: by the sum of squared lengths.
+    share, spread = 0.15 + 0.85**20 / 20, sqrt(0.15 * 0.85 * (word_lengths**2).sum()) / len(tokens)
+    assert abs((labels != IGNORED).mean() - share) <= SIGMAS * spread
+    assert_share(int(masked.sum()), int(chosen.sum()), 0.8)
+    unmasked = np.repeat((word_lengths > 1) & chosen & ~masked, word_lengths)
+    changed = unmasked & (input_ids != tokens)
     assert len(np.unique(input_ids[changed])) > 0.9 * len(vocabulary.ordinary_ids)  # pieces are replaced one by one
+    words = np.repeat(np.arange(len(word_lengths)), word_lengths)
+    of_words = np.bincount(words[changed], minlength=len(word_lengths)) > 0
+    ordinary = len(vocabulary.ordinary_ids)  # a word stays as it is by chance where each draw hits its token
+    replaced = chosen & ~masked & (word_lengths > 1)
+    assert_share(int(of_words.sum()), int((chosen & (word_lengths > 1)).sum()), 0.1 * (1 - ordinary**-2.0))
+    assert of_words.sum() < replaced.sum()
+
+
+@pytest.mark.parametrize("words_a_chunk", [1, 3, 500])
+def test_spans_leave_each_word_its_probability_and_have_geometric_lengths(vocabulary, words_a_chunk):
+    tokens, lengths, word_lengths, starts_word = random_words(vocabulary, words_a_chunk, 150_000 // words_a_chunk)
+    keys = noise(8, np.arange(len(lengths)))
+    input_ids, labels = mask(tokens, lengths, keys, vocabulary, MaskRule(spans=True), starts_word)
+    chosen, masked = fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary)
+    chosen, masked = (which.reshape(-1, words_a_chunk) for which in (chosen, masked))
+    assert chosen.any(axis=1).all()
+    goes_on, p = 1 - 1 / 3.8, 0.15
+    begins = (1 - goes_on) * p / (1 - p)
+    none = (1 - p) * (1 - begins) ** (words_a_chunk - 1)
+    for column in range(0, words_a_chunk, max(1, words_a_chunk // 5)):  # no position is preferred
+        assert_share(int(chosen[:, column].sum()), len(chosen), p + none / words_a_chunk)
+    if words_a_chunk == 500:  # too many for chance to choose none
+        assert_share(int((chosen[:, :-1] & chosen[:, 1:]).sum()), int(chosen[:, :-1].sum()), goes_on)
+        two = chosen[:, :-2] & chosen[:, 1:-1]  # whatever the length so far: geometric
+        assert_share(int((two & chosen[:, 2:]).sum()), int(two.sum()), goes_on)
+        together = chosen[:, 1:] & chosen[:, :-1]
+        assert np.array_equal(masked[:, 1:][together], masked[:, :-1][together])  # a span shares its fate
+        begun = chosen & ~np.pad(chosen, ((0, 0), (1, 0)))[:, :-1]
+        assert_share(int((begun & masked).sum()), int(begun.sum()), 0.8)
 
 
 def test_masks_are_the_same_in_any_batch_and_new_in_every_epoch(vocabulary):

@@ -349,6 +349,36 @@ def test_another_tokenizer_of_the_same_name_is_refused(stopped, tokenizer, tmp_p
         train.main(stopped(resume=True, **changes))
 
 
+def test_with_words_of_ones_own_it_resumes_to_the_same_bits_and_refuses_other_words(long_settings, interrupt, tmp_path):
+    for name, words in (("add", "glimepiride\n治疗糖尿病\n"), ("user", "服用二甲双胍\n")):
+        (tmp_path / f"{name}.txt").write_text(words, encoding="utf-8")
+    changes = {f"{name}_words": str(tmp_path / f"{name}.txt") for name in ("add", "user")}
+    whole = run(long_settings(run_name="whole", mask_span=True, **changes))
+    interrupt(7)
+    with pytest.raises(SystemExit):
+        train.main(long_settings(run_name="a", mask_span=True, **changes))
+    interrupt(-1)
+    for name, message in (
+        ("add", "initial_pretrain_tokenizer: the tokenizer is not the one that the run began with, or add_words"),
+        ("user", "user_words: its words are not those"),
+    ):
+        (tmp_path / "other.txt").write_text("治疗高血压\n", encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            train.main(
+                long_settings(
+                    run_name="a",
+                    mask_span=True,
+                    resume=True,
+                    **changes | {f"{name}_words": str(tmp_path / "other.txt")},
+                )
+            )
+    for name in ("add", "user"):
+        (tmp_path / f"{name}.txt").rename(tmp_path / f"moved-{name}.txt")
+    changes = {f"{name}_words": str(tmp_path / f"moved-{name}.txt") for name in ("add", "user")}
+    train.main(long_settings(run_name="a", mask_span=True, resume=True, **changes))
+    assert_same_bits(whole, whole.parent / "a")
+
+
 def test_what_does_not_change_training_may_change(stopped, text_folder, tmp_path):
     whole = run(stopped(run_name="whole"))
     text_folder.rename(tmp_path / "elsewhere")

@@ -119,7 +119,7 @@ def test_every_token_of_every_line_exactly_once_an_epoch(
 def test_chunks_of_a_line_join_to_the_line_and_start_at_words(tmp_path, settings, text_of, tokenizer, vocabulary):
     line = " ".join(make_lines(50, seed=4))
     train, _, _ = stored_tokens(tmp_path, settings, text_of(tmp_path, line.encode()), tokenizer, vocabulary)
-    tokens, lengths = take(train, np.arange(train.number))
+    tokens, lengths, _ = take(train, np.arange(train.number))
     assert tokens.tolist() == tokenizer(line, add_special_tokens=False)["input_ids"]
     starts = np.cumsum(lengths) - lengths
     assert not any(token.startswith("##") for token in tokenizer.convert_ids_to_tokens(tokens[starts].tolist()))

@@ -80,7 +80,7 @@ def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings):
 
     nll, right, masked = 0.0, 0, 0
     for chunk in range(test.number):  # one chunk at a time, every position, the stock forward
-        tokens, lengths = take(test, np.array([chunk]))
+        tokens, lengths, _ = take(test, np.array([chunk]))
         input_ids, labels = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
         ids = torch.tensor([[vocabulary.cls_id, *input_ids.tolist(), vocabulary.sep_id]])
         targets = torch.tensor([[IGNORED, *labels.tolist(), IGNORED]])
@@ -159,7 +159,8 @@ def test_the_optimizer_gets_clipped_gradients_scheduled_rates_and_no_decay_for_b
     assert len(steps) == 6
 
 
-def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(settings, monkeypatch):
+@pytest.mark.parametrize(("setting", "words"), [("whole_words_mask", (True, False)), ("mask_span", (False, True))])
+def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(settings, monkeypatch, setting, words):
     take, training_steps, taken = train.data.take, train.data.training_steps, []
 
     def watched_take(chunks, indices):
@@ -167,12 +168,12 @@ def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(sett
         return take(chunks, indices)
 
     def watched_steps(chunks, vocabulary, rule, seed, batch_size, *more):
-        assert seed == 5 and batch_size == 7 and rule == (0.3, 0.6, 0.2, True)
+        assert seed == 5 and batch_size == 7 and rule == (0.3, 0.6, 0.2, *words)
         return training_steps(chunks, vocabulary, rule, seed, batch_size, *more)
 
     monkeypatch.setattr(train.data, "take", watched_take)
     monkeypatch.setattr(train.data, "training_steps", watched_steps)
-    shares = {"mlm_probability": 0.3, "mask_replace_prob": 0.6, "random_replace_prob": 0.2, "whole_words_mask": True}
+    shares = {"mlm_probability": 0.3, "mask_replace_prob": 0.6, "random_replace_prob": 0.2, setting: True}
     folder = run(settings(seed=5, num_epochs=2, batch_size=7, **shares))
     number = json.loads((folder / "settings.json").read_text())["derived"]["chunks"]
     assert number % 7  # the last batch of an epoch is smaller
@@ -196,7 +197,7 @@ def test_a_step_follows_the_gradient_of_the_stock_models_mean_loss(settings, mon
     chunks, _, _ = prepare(config, text, tokenizer, vocabulary)
     model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
     indices = epoch_order(config.seed, 0, chunks.number)[: config.batch_size]
-    tokens, lengths = take(chunks, indices)
+    tokens, lengths, _ = take(chunks, indices)
     input_ids, labels = mask(tokens, lengths, noise(config.seed, MASKS, 0, indices), vocabulary, BERT_RULE)
     padded = torch.full((len(lengths), int(lengths.max()) + 2), vocabulary.pad_id)
     targets, attention = torch.full_like(padded, IGNORED), torch.zeros_like(padded)

@@ -1,0 +1,180 @@
+"""Words: where they start, as the raw text shows; those that the vocabulary breaks; new ones for the vocabulary."""
+
+import re
+from collections import Counter
+from itertools import chain, compress
+from operator import not_
+from pathlib import Path
+
+import numpy as np
+import rjieba
+from tokenizers import AddedToken, Encoding, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from Config import UserError
+from text import read_lines
+
+HAN = (("\u3400", "\u4dbf"), ("\u4e00", "\u9fff"), ("\uf900", "\ufaff"), ("\U00020000", "\U0003ffff"))
+HAN_CHARACTER = re.compile(f"[{''.join(f'{first}-{last}' for first, last in HAN)}]")
+ASCII = (("0", "9"), ("A", "Z"), ("a", "z"))
+MANY_PIECES = 3  # a word of so many is broken
+COUNTED_WORDS = 1 << 18  # of more distinct ones the rarer half is forgotten, so that memory stays small
+SHOWN_WORDS = 30  # broken ones, the most frequent
+
+# ---------------------------------------------------------------------------------------------- where words start
+
+
+def read_words(path: str | None, setting: str) -> list[str]:
+    """The distinct lines that are not blank, none where there is no path. Raises UserError, which names `setting`."""
+    if path is None:
+        return []
+    if not Path(path).is_file():
+        raise UserError(f"{setting}: there is no file {path}; it should hold one word a line, in UTF-8")
+    return list(dict.fromkeys(filter(None, read_lines([Path(path)], setting))))
+
+
+def make_segmenter(user_words: list[str]) -> rjieba.Jieba:
+    """A segmenter for Chinese that keeps the given words whole. A frequency and a tag behind a word, as in jieba's own
+    files, are passed over."""
+    segmenter = rjieba.Jieba()
+    for line in user_words:
+        segmenter.add_word(line.split()[0], None, None)
+    return segmenter
+
+
+def tokenize(
+    lines: list[str], encoder: Tokenizer, continues_word: np.ndarray, segmenter: rjieba.Jieba
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Token ids of the lines end to end (tokens,) int64, the lines' lengths (lines,) in tokens, whether each token
+    starts a word (tokens,) bool, and the segmenter's words in the lines that hold Chinese.
+
+    Words are what the tokenizer's own pre-tokenizer cuts, at spaces and punctuation. Beside a Chinese character the
+    segmenter decides instead: characters, ASCII letters and digits that it leaves together are one word. No token is
+    cut or joined for it. continues_word: (vocabulary,) bool, for pieces such as ##ing.
+    """
+    chinese = [HAN_CHARACTER.search(line) is not None for line in lines]
+    located = encoder.encode_batch(list(compress(lines, chinese)), add_special_tokens=False)
+    others = encoder.encode_batch_fast(list(compress(lines, map(not_, chinese))), add_special_tokens=False)
+    in_order = {True: iter(located), False: iter(others)}
+    ids = [next(in_order[is_chinese]).ids for is_chinese in chinese]
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    tokens = np.fromiter(chain.from_iterable(ids), np.int64, lengths.sum())
+    starts_word = ~continues_word[tokens]
+    starts_word[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+    words = []
+    if located:
+        text = "".join(f"{line}\n" for line in compress(lines, chinese))
+        words = segmenter.cut(text)
+        inside = np.repeat(chinese, lengths)
+        starts_word[inside] = _segmented(starts_word[inside], text, words, located)
+    return tokens, lengths, starts_word, words
+
+
+def _segmented(starts_word: np.ndarray, text: str, words: list[str], located: list[Encoding]) -> np.ndarray:
+    """`starts_word` (tokens,) of the lines of `text`, corrected beside Chinese characters by the segmenter's words."""
+    characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)  # (characters,)
+    line_starts = np.flatnonzero(np.concatenate([[True], characters[:-1] == ord("\n")]))  # (lines,)
+    spans = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in located))
+    spans = np.fromiter(spans, np.int64, 2 * len(starts_word)).reshape(-1, 2)  # (tokens, 2): first, past the last
+    spans += np.repeat(line_starts, [len(encoding) for encoding in located])[:, None]
+    cut = np.zeros(len(characters) + 1, dtype=bool)  # whether the segmenter cuts before a character
+    cut[np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))] = True
+    before, after = spans[:-1, 1] - 1, spans[1:, 0]  # the characters on either side of a token's start
+    han = _is_in(HAN, characters)
+    joins = han | _is_in(ASCII, characters)
+    together = (before + 1 == after) & joins[before] & joins[after] & ~cut[after]
+    return np.append(starts_word[:1], np.where(han[before] | han[after], ~together, starts_word[1:]))
+
+
+def _is_in(ranges, characters):
+    return np.logical_or.reduce([(characters >= ord(low)) & (characters <= ord(high)) for low, high in ranges])
+
+
+# ---------------------------------------------------------------------------------- words that the vocabulary breaks
+
+
+class WordCounts:
+    """How often words occur that may be broken. A word that was rare at first may be counted low."""
+
+    def __init__(self):
+        self.pieces = Counter()  # words by the bytes of their ids (pieces,) int64
+        self.chinese = Counter()  # the segmenter's words
+
+    def update(self, tokens: np.ndarray, continues_word: np.ndarray, words: list[str]) -> None:
+        """Counts the words in tokens (tokens,) int64 and those of the segmenter."""
+        starts = np.append(np.flatnonzero(~continues_word[tokens]), len(tokens))
+        many = np.flatnonzero(np.diff(starts) >= MANY_PIECES)
+        content = tokens.tobytes()
+        bounds = zip((8 * starts[many]).tolist(), (8 * starts[many + 1]).tolist(), strict=True)
+        self.pieces.update(content[first:after] for first, after in bounds)
+        self.chinese.update(words)
+        for counter in (self.pieces, self.chinese):
+            if len(counter) > COUNTED_WORDS:
+                kept = counter.most_common(COUNTED_WORDS // 2)
+                counter.clear()
+                counter.update(dict(kept))
+
+    def broken(self, encoder: Tokenizer, most: int) -> list[tuple[str, int, list[str]]]:
+        """At most so many broken words, the most frequent first: as the vocabulary spells it, its count, its pieces.
+
+        A word of the pre-tokenizer's is broken that has a letter and `MANY_PIECES`; a word of the segmenter's, all of
+        whose Chinese characters are pieces of their own, that has an unknown or a rare character.
+        """
+        prefix = encoder.model.continuing_subword_prefix
+        found = []
+        for content, count in self.pieces.most_common(2 * most):
+            pieces = [encoder.id_to_token(index) for index in np.frombuffer(content, np.int64)]
+            word = pieces[0] + "".join(piece.removeprefix(prefix) for piece in pieces[1:])
+            if any(map(str.isalpha, word)):
+                found.append((word, count, pieces))
+        unknown = encoder.model.unk_token
+        for word, count in self.chinese.items():
+            if len(word) > 1 and HAN_CHARACTER.search(word):
+                pieces = encoder.encode(word, add_special_tokens=False).tokens
+                if len(pieces) > 1 and (unknown in pieces or not all(map(_is_common, word))):
+                    found.append((word, count, pieces))
+        return sorted(found, key=lambda word: (-word[1], word[0]))[:most]
+
+
+def _is_common(character: str) -> bool:
+    """Whether a character is among the commonest: the first of the two levels of GB 2312 (3,755 characters, simplified)
+    or of Big5 (5,401, traditional), or no Chinese one."""
+    simplified, traditional = (character.encode(name, "ignore")[:1] for name in ("gb2312", "big5"))
+    is_common = b"\xb0" <= simplified <= b"\xd7" or b"\xa4" <= traditional <= b"\xc6"
+    return is_common or not HAN_CHARACTER.match(character)
+
+
+def describe_words(broken: list[tuple[str, int, list[str]]]) -> str:
+    """The most frequent of `WordCounts.broken` for people: a heading, then count, word and pieces."""
+    shown = broken[:SHOWN_WORDS]
+    heading = f"   words in {MANY_PIECES} pieces or more, or Chinese with a rare or unknown character: "
+    lines = [f"   {count:>9,}  {word}   {' '.join(pieces)}" for word, count, pieces in shown]
+    return "\n".join([heading + ("the most frequent" if shown else "none"), *lines])
+
+
+# --------------------------------------------------------------------------------------- words for the vocabulary
+
+
+def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str, list[int]]:
+    """Adds the words that are not one token already: each with the ids of the pieces that it was until now.
+
+    Their own ids follow the vocabulary's, in this order. A word is found where nothing but spaces and punctuation is
+    beside it; one with a Chinese character, anywhere.
+    """
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    distinct = {}
+    for word in words:  # "Insulin" and "insulin" may be the same
+        distinct.setdefault(normalizer.normalize_str(word) if normalizer else word, word)
+    added = {}
+    for word in distinct.values():
+        pieces = tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(pieces) > 1 or pieces == [tokenizer.unk_token_id]:
+            added[word] = pieces
+    tokenizer.add_tokens([_as_token(word) for word in added])
+    return added
+
+
+def _as_token(word):
+    """BERT's normalizer puts spaces around each Chinese character; a word of these alone is found without it."""
+    all_chinese, any_chinese = all(map(HAN_CHARACTER.match, word)), HAN_CHARACTER.search(word)
+    return AddedToken(word, single_word=not any_chinese, normalized=not all_chinese)

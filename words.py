@@ -146,10 +146,9 @@ def _is_common(character: str) -> bool:
 
 def describe_words(broken: list[tuple[str, int, list[str]]]) -> str:
     """The most frequent of `WordCounts.broken` for people: a heading, then count, word and pieces."""
-    shown = broken[:SHOWN_WORDS]
-    heading = f"   words in {MANY_PIECES} pieces or more, or Chinese with a rare or unknown character: "
-    lines = [f"   {count:>9,}  {word}   {' '.join(pieces)}" for word, count, pieces in shown]
-    return "\n".join([heading + ("the most frequent" if shown else "none"), *lines])
+    broken_how = f"{MANY_PIECES} pieces or more; Chinese: a rare or unknown character"
+    lines = [f"   {count:>9,}  {word}   {' '.join(pieces)}" for word, count, pieces in broken[:SHOWN_WORDS]]
+    return "\n".join([f"   words that the vocabulary breaks ({broken_how}):", *(lines or ["        none"])])
 
 
 # --------------------------------------------------------------------------------------- words for the vocabulary

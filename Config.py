@@ -63,6 +63,7 @@ class Config:
     # --- machine
     cuda_visible_devices: str = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"  # auto: the launcher's choice, else bf16 if native
+    compile: bool = False  # by torch.compile: the start takes minutes longer; meant for long runs on a GPU
     micro_batch_tokens: int | None = None  # tokens in one forward pass on one device; unset: what fits a GPU's memory
 
     # --- output

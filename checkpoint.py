@@ -20,7 +20,7 @@ FORMAT = 2  # raise when what a checkpoint holds changes
 # What a run may go on with changed: it decides where and how fast the run goes and what it shows, not its training.
 # What the text and the files of words hold has digests of its own, wherever they lie.
 FREE = {
-    "path_datasets", "user_words", "add_words", "path_model_save", "run_name", "cuda_visible_devices",
+    "path_datasets", "user_words", "add_words", "path_model_save", "run_name", "cuda_visible_devices", "compile",
     "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep_checkpoints", "tracker", "check_only",
     "resume",
 }  # fmt: skip

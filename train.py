@@ -127,6 +127,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         return say("Settings and text are in order.")
 
     model = PackedMaskedLM(bert)
+    if config.compile:
+        model.compile(dynamic=True)  # once for all sizes of batches
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices, others = ([p for p in trained if (p.ndim > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -586,6 +588,9 @@ def main(config: Config) -> None:
     except torch.OutOfMemoryError as error:
         raise UserError(f"micro_batch_tokens, sen_max_length: out of memory; lower ones need less. {error}") from None
     except RuntimeError as error:
+        if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason = " ".join(f"{error}".splitlines()[:2])
+            raise UserError(f"compile: the model cannot be compiled here; leave it out. {reason}") from None
         if not (isinstance(error, DistBackendError) or "gloo" in str(error)):
             raise
         print(

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from runs import metrics, newest_run, run
+from runs import metrics, newest_run, run, weights
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import train
@@ -180,6 +181,30 @@ def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(sett
     trained = [index for size, indices in taken if size == number for index in indices]
     epochs = trained[:number], trained[number:]
     assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(number))
+
+
+def test_a_compiled_model_trains_alike_and_is_not_compiled_anew_for_every_batch(settings, monkeypatch):
+    plain = run(settings(max_steps=20, hidden_dropout=0.0, run_name="plain"))
+    compile_in_place, compiled = torch.nn.Module.compile, CompileCounter()
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_in_place(self, backend=compiled, **options)
+    )
+    folder = run(settings(max_steps=20, hidden_dropout=0.0, compile=True))
+    assert 2 <= compiled.frame_count <= 3  # with and without gradients; and perhaps where a batch is one row
+    for name, weight in weights(plain).items():
+        torch.testing.assert_close(weights(folder)[name], weight, atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_model_that_cannot_be_compiled_is_said_plainly(settings, monkeypatch):
+    def fail(graph, inputs):
+        raise ValueError("no compiler")
+
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_in_place(self, backend=fail, **options)
+    )
+    with pytest.raises(UserError, match=r"compile: the model cannot be compiled here; .*no compiler"):
+        train.main(settings(compile=True))
 
 
 def test_a_step_follows_the_gradient_of_the_stock_models_mean_loss(settings, monkeypatch):

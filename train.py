@@ -37,6 +37,7 @@ from itertools import islice
 from pathlib import Path
 from platform import python_version
 from typing import Any
+from warnings import filterwarnings
 
 import numpy as np
 import torch
@@ -556,6 +557,7 @@ def main(config: Config) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     transformers.logging.set_verbosity_error()  # what it would warn of is said by load_model
     transformers.logging.disable_progress_bar()
+    filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # accelerate passes it on by its old name
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and tracker not in map(str, get_available_trackers()):
         raise UserError(f"tracker: {tracker} is not installed, or not one that accelerate knows")

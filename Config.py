@@ -1,6 +1,5 @@
 """Every setting of a run: its type, default, unit and meaning on one line. Edit the defaults here, or pass flags."""
 
-import math
 import sys
 import typing
 from collections.abc import Iterator
@@ -89,8 +88,8 @@ class Config:
     @property
     def automatic_words(self) -> int | None:
         """N behind `auto:N` in add_words, or None where it names a file or nothing."""
-        number = (self.add_words or "").removeprefix("auto:")
-        return int(number) if number != self.add_words and number.isdecimal() else None
+        prefix, _, number = (self.add_words or "").partition(":")
+        return int(number) if prefix == "auto" and number.isdecimal() and len(number) < 10 else None
 
     @property
     def scratch_size(self) -> str | None:
@@ -125,8 +124,9 @@ def _wrong_values(config):
     yield from require(lambda value: value >= 1, "1 or more", *whole)
     sizes = ("num_warmup_steps", "vocab_size", "sen_max_length")
     yield from require(lambda value: value < 2**31, "below 2**31", *whole, *sizes)
-    yield from require(lambda value: 0 <= value < math.inf, "0 or more", "num_warmup_steps", "weight_decay")
-    yield from require(lambda value: 0 < value < math.inf, "above 0", "learning_rate", "max_grad_norm")
+    largest = sys.float_info.max  # which infinity exceeds, and so may a whole number
+    yield from require(lambda value: 0 <= value <= largest, "0 or more", "num_warmup_steps", "weight_decay")
+    yield from require(lambda value: 0 < value <= largest, "above 0", "learning_rate", "max_grad_norm")
     yield from require(lambda value: 0 < value <= 1, "above 0 and at most 1", "mlm_probability")
     yield from require(lambda value: 0 < value < 1, "above 0 and below 1", "test_fraction")
     yield from require(lambda value: 0 <= value < 1, "0 or more and below 1", "attention_dropout", "hidden_dropout")

@@ -148,7 +148,25 @@ def padded_loss(bert, chunks):
     return loss
 
 
-SAMPLES = ["scratch:tiny", "scratch:huge", "corpus", "auto", "bf16", "", " ", ".", "a/b", "a\0b", "\ud800", "0,1", ","]
+SAMPLES = [
+    "auto:3",
+    "auto:0",
+    "auto:" + "9" * 5000,
+    "auto:²",
+    "scratch:tiny",
+    "scratch:huge",
+    "corpus",
+    "auto",
+    "bf16",
+    "",
+    " ",
+    ".",
+    "a/b",
+    "a\0b",
+    "\ud800",
+    "0,1",
+    ",",
+]
 NUMBERS = [0, 1, 2, 3, 7, 512, -1, 0.1, 0.5, 0.9, 1.0, 1e-320, 1e300, 2**31, 2**63, 10**400, math.nan, math.inf, -0.0]
 USUAL = strategies.one_of(
     strategies.sampled_from([*SAMPLES, *NUMBERS, None, True, False]), strategies.text(max_size=10),
@@ -165,6 +183,8 @@ VALUES = USUAL | USUAL | UNUSUAL
 @given(strategies.dictionaries(strategies.sampled_from([field.name for field in fields(Config)]), VALUES, max_size=2))
 @example({"num_warmup_steps": math.inf})
 @example({"tracker": "\ud800"})
+@example({"learning_rate": 10**400})
+@example({"add_words": "auto:" + "9" * 5000})
 def test_any_configuration_is_accepted_or_refused_by_name(changes):
     try:
         config = Config(**changes)

@@ -149,23 +149,9 @@ def padded_loss(bert, chunks):
 
 
 SAMPLES = [
-    "auto:3",
-    "auto:0",
-    "auto:²",
-    "scratch:tiny",
-    "scratch:huge",
-    "corpus",
-    "auto",
-    "bf16",
-    "",
-    " ",
-    ".",
-    "a/b",
-    "a\0b",
-    "\ud800",
-    "0,1",
-    ",",
-]
+    "auto:3", "auto:0", "auto:²", "scratch:tiny", "scratch:huge", "corpus", "auto", "bf16", "", " ", ".", "a/b", "a\0b",
+    "\ud800", "0,1", ",",
+]  # fmt: skip
 NUMBERS = [0, 1, 2, 3, 7, 512, -1, 0.1, 0.5, 0.9, 1.0, 1e-320, 1e300, 2**31, 2**63, 10**400, math.nan, math.inf, -0.0]
 USUAL = strategies.one_of(
     strategies.sampled_from([*SAMPLES, *NUMBERS, None, True, False]), strategies.text(max_size=10),

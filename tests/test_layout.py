@@ -145,7 +145,7 @@ def test_three_ranks_resume_with_the_same_bits(layout_settings, stopping_script)
 
 def test_machines_with_different_text_are_refused(settings, monkeypatch):
     monkeypatch.setattr(train, "gather_object", lambda objects: [*objects, {"text": "another", "tokenizer": "another"}])
-    with pytest.raises(train.UserError, match="path_datasets: text or tokenizer differ between the machines"):
+    with pytest.raises(train.UserError, match="path_datasets: text, words or tokenizer differ between the machines"):
         train.main(settings())
 
 

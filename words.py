@@ -60,7 +60,6 @@ def tokenize(
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     tokens = np.fromiter(chain.from_iterable(ids), np.int64, lengths.sum())
     starts_word = ~continues_word[tokens]
-    starts_word[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
     words = []
     if located:
         text = "".join(f"{line}\n" for line in compress(lines, chinese))

@@ -35,11 +35,12 @@ def read(path: Path) -> list[tuple[str, int]]:
     return [(title, int(label)) for title, label in rows]
 
 
-def pretrain(text: Path, output: Path, masking: str, seed: int, size: str, epochs: int) -> tuple[Path, float]:
+def pretrain(text: Path, output: Path, masking: str, seed: int, given: argparse.Namespace) -> tuple[Path, float]:
     """train.py's final folder, and its perplexity on the test titles."""
     flags = {
-        "initial_pretrain_model": f"scratch:{size}", "initial_pretrain_tokenizer": "corpus", "path_datasets": text,
-        "path_model_save": output, "run_name": f"{masking} {seed}", "seed": seed, "num_epochs": epochs,
+        "initial_pretrain_model": f"scratch:{given.size}", "initial_pretrain_tokenizer": "corpus",
+        "path_datasets": text, "path_model_save": output, "run_name": f"{masking} {seed}", "seed": seed,
+        "num_epochs": given.epochs, "learning_rate": given.rate,
         "eval_every": 10**6, "tracker": "none", "hidden_dropout": 0.0,
     }  # fmt: skip
     command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in flags.items()), *MASKINGS[masking]]
@@ -91,9 +92,10 @@ def main() -> None:
     parser.add_argument("--titles", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--size", default="tiny", help="of scratch:")
-    parser.add_argument("--epochs", type=int, default=20, help="of the pre-training")
+    parser.add_argument("--epochs", type=int, default=30, help="of the pre-training")
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the pre-training")
     parser.add_argument("--labelled", type=int, default=2000, help="titles to fine-tune on")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, default=Path("masking.json"), help="receives every measurement")
     given = parser.parse_args()
 
@@ -110,10 +112,10 @@ def main() -> None:
         for split, of_split in (("train", rows), ("test", test)):
             lines = [f"{title}\n" for title, _ in of_split]
             (text / f"{split}.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
-        for seed in range(given.seeds):
+        for seed in given.seeds:
             labelled = random.Random(seed).sample(rows, given.labelled)
             for masking in MASKINGS:
-                final, perplexity = pretrain(text, output, masking, seed, given.size, given.epochs)
+                final, perplexity = pretrain(text, output, masking, seed, given)
                 right = accuracy(final, labelled, test, seed, fresh=False)
                 found.append({"masking": masking, "seed": seed, "perplexity": perplexity, "accuracy": right})
                 print(found[-1], flush=True)

@@ -81,7 +81,7 @@ def _segmented(starts_word: np.ndarray, text: str, words: list[str], located: li
     before, after = spans[:-1, 1] - 1, spans[1:, 0]  # the characters on either side of a token's start
     han = _is_in(HAN, characters)
     joins = han | _is_in(ASCII, characters)
-    together = (before + 1 == after) & joins[before] & joins[after] & ~cut[after]
+    together = joins[before] & joins[after] & ~cut[after]
     return np.append(starts_word[:1], np.where(han[before] | han[after], ~together, starts_word[1:]))
 
 
@@ -128,7 +128,7 @@ class WordCounts:
                 found.append((word, count, pieces))
         unknown = encoder.model.unk_token
         for word, count in self.chinese.items():
-            if len(word) > 1 and HAN_CHARACTER.search(word):
+            if HAN_CHARACTER.search(word):
                 pieces = encoder.encode(word, add_special_tokens=False).tokens
                 if len(pieces) > 1 and (unknown in pieces or not all(map(_is_common, word))):
                     found.append((word, count, pieces))

@@ -131,6 +131,8 @@ def test_whole_words_share_their_fate(vocabulary):
     replaced = chosen & ~masked & (word_lengths > 1)
     assert_share(int(of_words.sum()), int((chosen & (word_lengths > 1)).sum()), 0.1 * (1 - ordinary**-2.0))
     assert of_words.sum() < replaced.sum()
+    both = changed[1:] & changed[:-1] & (words[1:] == words[:-1])
+    assert_share(int((input_ids[1:] == input_ids[:-1])[both].sum()), int(both.sum()), 1 / ordinary)  # each its own draw
 
 
 @pytest.mark.parametrize("words_a_chunk", [1, 3, 500])
@@ -156,17 +158,26 @@ def test_spans_leave_each_word_its_probability_and_have_geometric_lengths(vocabu
         assert_share(int((begun & masked).sum()), int(begun.sum()), 0.8)
 
 
-def test_masks_are_the_same_in_any_batch_and_new_in_every_epoch(vocabulary):
-    tokens, lengths = chunks_of(50, 40, vocabulary)
-    keys = noise(42, 2, 0, np.arange(40))
-    together = mask(tokens, lengths, keys, vocabulary, BERT_RULE)
-    for chunk in (0, 7, 39):
-        inside = slice(chunk * 50, chunk * 50 + 50)
-        alone = mask(tokens[inside], lengths[chunk : chunk + 1], keys[chunk : chunk + 1], vocabulary, BERT_RULE)
+@pytest.mark.parametrize("kind", ["tokens", "whole_words", "spans"])
+def test_masks_are_the_same_in_any_batch(vocabulary, kind):
+    rule = BERT_RULE if kind == "tokens" else BERT_RULE._replace(**{kind: True})
+    tokens, lengths = chunks_of(50, 400, vocabulary)
+    starts_word = np.random.default_rng(0).random(len(tokens)) < 0.7
+    keys = noise(42, 2, 0, np.arange(400))
+    together = mask(tokens, lengths, keys, vocabulary, rule, starts_word)
+    for chunk in range(400):
+        inside, own = slice(chunk * 50, chunk * 50 + 50), slice(chunk, chunk + 1)
+        alone = mask(tokens[inside], lengths[own], keys[own], vocabulary, rule, starts_word[inside])
         assert np.array_equal(together[0][inside], alone[0]) and np.array_equal(together[1][inside], alone[1])
-    next_epoch = mask(tokens, lengths, noise(42, 2, 1, np.arange(40)), vocabulary, BERT_RULE)
-    both = (together[1] != IGNORED) & (next_epoch[1] != IGNORED)
-    assert_share(int(both.sum()), both.size, 0.15**2)
+
+
+def test_masks_are_new_in_every_epoch(vocabulary):
+    tokens, lengths = chunks_of(50, 40, vocabulary)
+    one, other = (
+        mask(tokens, lengths, noise(42, 2, epoch, np.arange(40)), vocabulary, BERT_RULE)[1] != IGNORED
+        for epoch in (0, 1)
+    )
+    assert_share(int((one & other).sum()), one.size, 0.15**2)
 
 
 def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):

@@ -17,7 +17,7 @@ from vocabulary import learn_tokenizer, read_vocabulary
 from words import HAN_CHARACTER, WordCounts, add_words, make_segmenter, read_words, tokenize
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-PIECES = "met ##form ##in lower ##s blood sugar doesn t it bid ok cafe naive 500 ##mg 3 14 1 000 5 https a cn b x c ##k"
+PIECES = "##0 met ##form ##in lower ##s blood sugar doesn t it bid ok cafe naive 500 ##mg 3 14 1 000 5 https a cn b x c"
 KANA = "ひ ##ら ##か ##な ##て ##す を す"
 KOREAN = "안 ##녕 세 ##계"
 HAN = "我来到北京清华大学二甲双胍恤和卡拉日本語話糖尿病了增长左右见喝吧工程师服用"
@@ -145,7 +145,7 @@ def test_broken_words_are_counted_by_hand():
     tokenizer, counts = hand_made(), WordCounts()
     vocabulary, segmenter = read_vocabulary(tokenizer), make_segmenter(["二甲双胍", "北京"])
     for lines in (
-        ["Metformin lowers 500mg", "metformin 服用二甲双胍"],
+        ["Metformin lowers 500mg 50000", "metformin 服用二甲双胍"],
         ["我来到北京 metforms", "二甲双胍，ひらがな", "饕餮"],
     ):
         ids, _, _, words = tokenize(lines, tokenizer.backend_tokenizer, vocabulary.continues_word, segmenter)
@@ -201,6 +201,7 @@ def test_added_words_are_one_token_wherever_they_stand_alone(tmp_path, tokenizer
         ids, again = (each(line, add_special_tokens=False)["input_ids"] for each in (tokenizer, loaded))
         assert [index - before for index in ids if index in new] == found, line
         assert ids == again
+    assert tokenizer.decode(new[1]) == tokenizer.convert_ids_to_tokens(new[1]) == "二甲双胍"
     vocabulary = read_vocabulary(loaded)
     assert vocabulary.size == before + 5 and set(new) <= set(vocabulary.ordinary_ids.tolist())
 

@@ -138,6 +138,28 @@ def test_long_chinese_lines_are_cut_at_words_and_masked_by_them(tmp_path, settin
     assert np.flatnonzero(starts_word).tolist() == [0, *np.cumsum([len(word) for word in words])[:-1]]
 
 
+def test_other_user_words_are_other_words_of_the_same_text(tmp_path, settings, text_of, tokenizer, vocabulary):
+    text, file = text_of(tmp_path, "服用二甲双胍片\n".encode()), tmp_path / "user.txt"
+    found = []
+    for words in ("二甲双胍", "二甲双胍片", "二甲双胍"):  # found in the cache or not
+        file.write_text(words, encoding="utf-8")
+        chunks, _, _ = prepare(settings(user_words=str(file)), text, tokenizer, vocabulary)
+        found.append(np.flatnonzero(take(chunks, np.arange(1))[2]).tolist())
+    assert found == [[0, 2, 6], [0, 2], [0, 2, 6]]
+
+
+@pytest.mark.parametrize("size", [2**15, 2**15 + 1, 2**16 + 1])
+def test_tokens_and_word_starts_are_kept_whatever_the_size_of_the_vocabulary(tmp_path, settings, text_of, size):
+    tokens = [*SPECIAL, *(f"w{i}" for i in range(size - 7)), "metform", "##in"]
+    tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
+    text = text_of(tmp_path, f"metformin w0 w{size - 8} metform".encode())
+    chunks, _, _ = prepare(settings(), text, tokenizer, read_vocabulary(tokenizer))
+    ids, _, starts_word = take(chunks, np.arange(1))
+    assert ids.tolist() == [size - 2, size - 1, 5, size - 3, size - 2]
+    assert starts_word.tolist() == [True, False, True, True, True]
+    assert chunks.tokens.dtype == (np.uint16 if size <= 2**15 else np.uint32)
+
+
 # ------------------------------------------------------------------------------------------------------ the report
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/time_to_perplexity.py --text folder/with/train.txt/and/test.txt --peer run_mlm_no_trainer.py
 
-The others train for one epoch; what they end with is the perplexity to reach. Every model is scored by this project's
-evaluation: BERT's masking, masks that depend on the text alone. All begin with the same random weights and vocabulary.
+The others train for one epoch; what they end with is the perplexity to reach. This project trains for one epoch too,
+and for the shorter runs that --steps names. Every model is scored by this project's evaluation: BERT's masking, masks
+that depend on the text alone. All begin with the same random weights and vocabulary.
 """
 
 import argparse
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="Hub name or local folder; otherwise one is learned from the text")
     parser.add_argument("--size", default="mini", help="of Config.py's SCRATCH_SIZES")
     parser.add_argument("--rate", default="5e-4", help="peak learning rate, for all")
+    parser.add_argument("--steps", nargs="*", default=[], help="of more runs of this project, shorter than an epoch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--formats", nargs="+", default=native_formats(), choices=["float32", "bf16"])
     parser.add_argument("--json", type=Path, default=Path("time_to_perplexity.json"), help="receives every measurement")
@@ -110,7 +112,9 @@ def main() -> None:
         model = random_bert(folder / "model", given.size, lines, given.tokenizer)
         for dtype in given.formats:
             bf16 = dtype == "bf16"
-            runs = {name: [] for name in [*others, "this project"]}
+            lengths = {f"this project, {steps} steps": ["--max_steps", steps] for steps in given.steps}
+            lengths["this project"] = ["--num_epochs", "1"]
+            runs = {name: [] for name in [*others, *lengths]}
             for number in range(given.repeats):
                 for name, train in others.items():
                     output, began = folder / f"{name}-{dtype}-{number}", time.perf_counter()
@@ -118,16 +122,13 @@ def main() -> None:
                     seconds = time.perf_counter() - began
                     [(_, perplexity), *_] = ours(output, given.text, bf16, "--max_steps", "1", tokenizer=model)
                     runs[name].append([(seconds, perplexity)])
-                flags = ["--num_epochs", "1", "--learning_rate", given.rate]
-                runs["this project"].append(ours(model, given.text, bf16, *flags))
+                for name, flags in lengths.items():
+                    runs[name].append(ours(model, given.text, bf16, "--learning_rate", given.rate, *flags))
             print(f"\n{given.size}, {dtype}; medians of {given.repeats}\n")
-            print("| | seconds | perplexity | this project is there after |")
-            print("| --- | ---: | ---: | ---: |")
+            print("| | seconds | perplexity |\n| --- | ---: | ---: |")
             for name, each in runs.items():
                 seconds, perplexity = (statistics.median(run[-1][i] for run in each) for i in (0, 1))
-                reached = [[s for s, p in run if p <= perplexity] for run in runs["this project"]]
-                there = f"{statistics.median(times[0] for times in reached):.0f} s" if all(reached) else "never"
-                print(f"| {name} | {seconds:.0f} | {perplexity:,.1f} | {there} |", flush=True)
+                print(f"| {name} | {seconds:.0f} | {perplexity:,.1f} |", flush=True)
             found.append({"size": given.size, "dtype": dtype, "runs": runs})
     given.json.write_text(json.dumps(found, indent=1))
 

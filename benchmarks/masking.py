@@ -3,8 +3,9 @@
     python benchmarks/masking.py --titles dev.txt --test test.txt
 
 Both files hold `title<TAB>class` a line. train.py trains a model from scratch on the titles of --titles, one run a
-masking and seed; each is scored by the same evaluation on the titles of --test (BERT's token masking), then fine-tuned
-to tell the class from some labelled titles, and tested on --test. One more model is fine-tuned from random weights.
+masking and seed; each is scored by the same evaluation on the titles of --test (BERT's token masking), then with whole
+words masked there, then fine-tuned to tell the class from some labelled titles, and tested on --test. One more model is
+fine-tuned from random weights.
 """
 
 import argparse
@@ -21,8 +22,17 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM, logging
+
+import data_process as data
+from model import PackedMaskedLM
+from train import micro_batches
+from vocabulary import read_vocabulary
+from words import make_segmenter, tokenize
 
 ROOT = Path(__file__).parent.parent
 MASKINGS = {"tokens": [], "whole words": ["--whole_words_mask"], "spans of words": ["--mask_span"]}
@@ -49,6 +59,26 @@ def pretrain(text: Path, output: Path, masking: str, seed: int, given: argparse.
     with open(folder / "metrics.csv", newline="") as file:
         [*_, last] = csv.DictReader(file)
     return folder / "final", float(last["perplexity"])
+
+
+@torch.no_grad()
+def perplexity_of_words(final: Path, titles: list[str]) -> float:
+    """The perplexity on titles in which whole words are masked, on masks that depend on the titles alone."""
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    vocabulary = read_vocabulary(tokenizer)
+    model = PackedMaskedLM(BertForMaskedLM.from_pretrained(final)).eval()
+    tokens, lengths, starts_word, _ = tokenize(
+        titles, tokenizer.backend_tokenizer, vocabulary.continues_word, make_segmenter([])
+    )
+    lengths, rule = lengths[lengths > 0], data.MaskRule(whole_words=True)
+    masked = data.mask(tokens, lengths, data.content_keys(tokens, lengths), vocabulary, rule, starts_word)
+    loss = number = 0
+    for inputs, targets in micro_batches(
+        data.frame(*masked, lengths, vocabulary), 4096, vocabulary, torch.device("cpu")
+    ):
+        loss += F.cross_entropy(model(**inputs), targets, reduction="sum").item()
+        number += len(targets)
+    return math.exp(loss / number)
 
 
 def accuracy(model: Path, train: list[tuple[str, int]], test: list[tuple[str, int]], seed: int, fresh: bool) -> float:
@@ -117,17 +147,19 @@ def main() -> None:
             for masking in MASKINGS:
                 final, perplexity = pretrain(text, output, masking, seed, given)
                 right = accuracy(final, labelled, test, seed, fresh=False)
-                found.append({"masking": masking, "seed": seed, "perplexity": perplexity, "accuracy": right})
+                of_words = perplexity_of_words(final, [title for title, _ in test])
+                scores = {"perplexity": perplexity, "of_words": of_words, "accuracy": right}
+                found.append({"masking": masking, "seed": seed} | scores)
                 print(found[-1], flush=True)
             right = accuracy(final, labelled, test, seed, fresh=True)
             found.append({"masking": "no pre-training", "seed": seed, "accuracy": right})
             print(found[-1], flush=True)
             given.json.write_text(json.dumps(found, indent=1))
 
-    print("\n| masked in training | perplexity | accuracy |\n| --- | ---: | ---: |")
+    print("\n| masked in training | perplexity | with whole words masked | accuracy |\n| --- | ---: | ---: | ---: |")
     for masking in [*MASKINGS, "no pre-training"]:
         cells = []
-        for kind, form in (("perplexity", "{:.1f}"), ("accuracy", "{:.2%}")):
+        for kind, form in (("perplexity", "{:.1f}"), ("of_words", "{:.1f}"), ("accuracy", "{:.2%}")):
             values = [each[kind] for each in found if each["masking"] == masking and kind in each]
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
             cells.append(f"{form} ± {form}".format(statistics.mean(values), spread) if values else "")

@@ -248,12 +248,13 @@ def _mix(bits: np.ndarray) -> np.ndarray:
     return bits ^ (bits >> np.uint64(31))
 
 
-def noise(*counters: int | np.ndarray) -> np.ndarray:
+def noise(*counters: int | np.ndarray, after: np.ndarray | None = None) -> np.ndarray:
     """64 random bits for each tuple of counters, which broadcast against each other. No state: a hash, chained.
 
     A mask drawn from (seed, epoch, chunk, position) is the same whatever the batch, the device or an interruption.
+    noise(a, b) is noise(b, after=noise(a)).
     """
-    bits = np.zeros(1, dtype=np.uint64)
+    bits = np.zeros(1, dtype=np.uint64) if after is None else after
     for counter in counters:
         bits = _mix(bits + np.uint64(0x9E3779B97F4A7C15) + np.asarray(counter).astype(np.uint64))
     return bits
@@ -296,7 +297,7 @@ def mask(
     """
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
-    own_bits = bits = noise(np.repeat(keys, lengths), positions)
+    own_bits = bits = noise(positions, after=np.repeat(noise(keys), lengths))
     if rule.whole_words or rule.spans:  # a word's pieces share its first piece's bits, and so its fate
         first_piece = starts_word | (positions == 0)
         word_of = np.cumsum(first_piece) - 1  # (tokens,)
@@ -304,8 +305,8 @@ def mask(
         if rule.spans:
             word_bits = _spans(word_bits, positions[first_piece] == 0, rule.probability)
         bits = word_bits[word_of]
-    smallest = np.repeat(np.minimum.reduceat(bits, starts), lengths)
-    chosen = np.flatnonzero((bits < _bound(rule.probability)) | (bits == smallest))
+    bounds = np.maximum(_bound(rule.probability), np.minimum.reduceat(bits, starts) + np.uint64(1))  # (n,)
+    chosen = np.flatnonzero(bits < np.repeat(bounds, lengths))
     hidden = tokens[chosen]
 
     labels = np.full(len(tokens), IGNORED)
@@ -399,17 +400,22 @@ def pack(chunks: MaskedChunks, row_length: int, vocabulary: Vocabulary) -> Rows:
 
 def split(chunks: MaskedChunks, positions: int) -> Iterator[MaskedChunks]:
     """Cuts a sequence of chunks into parts of at most so many positions, or of one chunk that has more."""
-    bounds, first = _bounds(chunks), 0
+    if len(chunks.labels) <= positions:  # which most batches do
+        yield chunks
+        return
+    begins, first = chunk_bounds(chunks.lengths), 0
     while first < len(chunks.lengths):
-        after = int(np.searchsorted(bounds, bounds[first] + positions, side="right")) - 1
+        after = int(np.searchsorted(begins, begins[first] + positions, side="right")) - 1
         after = max(after, first + 1)
-        yield _part(chunks, bounds, first, after)
+        yield _part(chunks, begins, first, after)
         first = after
 
 
-def _bounds(chunks):
-    """The position at which each chunk begins, and the end of the last: (n + 1,)."""
-    return np.concatenate([[0], np.cumsum(chunks.lengths)])
+def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
+    """The position at which each chunk begins, and the end of the last: (n + 1,) int64 for lengths (n,)."""
+    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    return bounds
 
 
 def _part(chunks, bounds, first, after):
@@ -456,7 +462,7 @@ def training_steps(
             tokens, lengths, starts_word = take(chunks, indices)
             keys = noise(seed, MASKS, epoch, indices)
             drawn = frame(*mask(tokens, lengths, keys, vocabulary, rule, starts_word), lengths, vocabulary)
-            bounds = _bounds(drawn)
+            bounds = chunk_bounds(drawn.lengths)
             for number in range(0, len(indices), batch_size):
                 batch = _part(drawn, bounds, number, min(number + batch_size, len(indices)))
                 masked_tokens = int(np.count_nonzero(batch.labels != IGNORED))

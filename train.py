@@ -357,7 +357,7 @@ def micro_batches(
     parts = []
     if varlen and len(chunks.lengths):
         for part in data.split(chunks, tokens):
-            starts = np.cumsum(np.append(0, part.lengths), dtype=np.int32)
+            starts = data.chunk_bounds(part.lengths).astype(np.int32)
             parts.append((part, {"starts": starts}, {"longest": int(part.lengths.max())}))
     else:
         rows = data.pack(chunks, min(ROW_TOKENS, tokens), vocabulary)

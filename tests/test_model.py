@@ -66,7 +66,7 @@ def varlen(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [1, 100, 100_000])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 100, 1000, 100_000])
 def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, varlen, micro_batch_tokens):
     torch.manual_seed(0)
     stock = BertForMaskedLM(bert_config(vocabulary))
@@ -95,6 +95,9 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
     assert positions < 0.8 * padded.numel()  # packed indeed
     if varlen:
         assert positions == lengths.sum() + 2 * 40  # nothing is padded
+        sizes = [inputs["input_ids"].numel() for inputs, _ in pieces]
+        alone = [len(inputs["starts"]) == 2 for inputs, _ in pieces]
+        assert all(size <= micro_batch_tokens or one for size, one in zip(sizes, alone, strict=True))
     masked_tokens, loss = int((labels != IGNORED).sum()), 0.0
     for inputs, wanted in pieces:
         part = F.cross_entropy(PackedMaskedLM(ours)(**inputs), wanted, reduction="sum") / masked_tokens

@@ -28,8 +28,7 @@ from vocabulary import Vocabulary, read_vocabulary
 from words import WordCounts, describe_words, make_segmenter, read_words, tokenize
 
 SPAN_WORDS = 3.8  # the mean length of a span
-IGNORED = -100  # the label of a position where nothing is predicted, as in transformers
-MASKED_AT_ONCE = 1 << 14  # tokens: enough that numpy's calls cost little, few enough for the cache
+MASKED_AT_ONCE = 1 << 15  # tokens: enough that numpy's calls cost little, few enough for the cache
 CACHE_FORMAT = 2  # raise when what the cache holds changes
 
 # ------------------------------------------------------------------------------------------------ lines -> chunks
@@ -223,18 +222,20 @@ class MaskedChunks(NamedTuple):
     """Chunks end to end, each between its own [CLS] and [SEP], some of their tokens hidden."""
 
     input_ids: np.ndarray  # (positions,) int64
-    labels: np.ndarray  # (positions,) int64: the token to predict, or IGNORED
     position_ids: np.ndarray  # (positions,) int64: restart at 0 with every chunk
+    masked: np.ndarray  # (masked,) int64, ascending: where a token is to be predicted
+    targets: np.ndarray  # (masked,) int64: that token
     lengths: np.ndarray  # (n,) int64: positions in each chunk, [CLS] and [SEP] included
 
 
 class Rows(NamedTuple):
-    """Chunks packed into rows. All (rows, width) int64."""
+    """Chunks packed into rows of one width."""
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-    sequence_ids: np.ndarray  # 1, 2, ... number the chunks; 0 is padding
+    input_ids: np.ndarray  # (rows, width) int64
+    position_ids: np.ndarray  # (rows, width) int64
+    sequence_ids: np.ndarray  # (rows, width) int64: 1, 2, ... number the chunks; 0 is padding
+    masked: np.ndarray  # (masked,) int64, ascending: indices into the flattened rows
+    targets: np.ndarray  # (masked,) int64
 
 
 ORDER, MASKS = 1, 2  # streams of random numbers that must not meet
@@ -287,13 +288,13 @@ def mask(
     vocabulary: Vocabulary,
     rule: MaskRule,
     starts_word: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Chooses tokens to predict and hides them.
 
     tokens (tokens,) of chunks end to end, their lengths (n,) and their keys (n,); key and position decide a token's
     mask. Each token (word) is chosen with the rule's probability by itself; a chunk without any has the one with the
-    smallest draw chosen. A rule for words needs starts_word (tokens,) bool. Returns input ids and labels, (tokens,)
-    each.
+    smallest draw chosen. A rule for words needs starts_word (tokens,) bool. Returns the input ids (tokens,), the chosen
+    tokens' indices (masked,), ascending, and these tokens (masked,).
     """
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
@@ -307,18 +308,16 @@ def mask(
         bits = word_bits[word_of]
     bounds = np.maximum(_bound(rule.probability), np.minimum.reduceat(bits, starts) + np.uint64(1))  # (n,)
     chosen = np.flatnonzero(bits < np.repeat(bounds, lengths))
-    hidden = tokens[chosen]
+    targets = tokens[chosen]
 
-    labels = np.full(len(tokens), IGNORED)
-    labels[chosen] = hidden
     fate = noise(bits[chosen], 1)
     ordinary = vocabulary.ordinary_ids
     place = (noise(own_bits[chosen], 2) >> np.uint64(32)) * np.uint64(len(ordinary)) >> np.uint64(32)
     replaced = fate < _bound(rule.mask_share + rule.random_share)
     input_ids = tokens.copy()
-    input_ids[chosen] = np.where(replaced, ordinary[place], hidden)
+    input_ids[chosen] = np.where(replaced, ordinary[place], targets)
     input_ids[chosen[fate < _bound(rule.mask_share)]] = vocabulary.mask_id
-    return input_ids, labels
+    return input_ids, chosen, targets
 
 
 def _spans(bits: np.ndarray, starts_chunk: np.ndarray, probability: float) -> np.ndarray:
@@ -346,8 +345,10 @@ def content_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return noise(np.add.reduceat(noise(tokens, positions), starts))
 
 
-def frame(input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary) -> MaskedChunks:
-    """Puts [CLS] and [SEP], which are not to be predicted, around each chunk of what `mask` returned."""
+def frame(
+    input_ids: np.ndarray, masked: np.ndarray, targets: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary
+) -> MaskedChunks:
+    """Puts [CLS] and [SEP], which are not to be predicted, around each chunk (n,) of what `mask` returned."""
     framed = lengths + 2
     ends = np.cumsum(framed)
     starts = ends - framed
@@ -355,13 +356,13 @@ def frame(input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, vocabu
     inside = np.arange(len(input_ids)) + np.repeat(2 * np.arange(len(lengths)) + 1, lengths)
     chunks = MaskedChunks(
         input_ids=np.full(positions, vocabulary.sep_id),
-        labels=np.full(positions, IGNORED),
         position_ids=np.arange(positions) - np.repeat(starts, framed),
+        masked=inside[masked],
+        targets=targets,
         lengths=framed,
     )
     chunks.input_ids[starts] = vocabulary.cls_id
     chunks.input_ids[inside] = input_ids
-    chunks.labels[inside] = labels
     return chunks
 
 
@@ -372,7 +373,7 @@ def pack(chunks: MaskedChunks, row_length: int, vocabulary: Vocabulary) -> Rows:
     Rows hold about `row_length` positions, less than a chunk more. With no chunk there is one position of padding.
     """
     lengths = chunks.lengths
-    number = max(1, math.ceil(len(chunks.labels) / max(row_length, lengths.max(initial=1))))
+    number = max(1, math.ceil(len(chunks.input_ids) / max(row_length, lengths.max(initial=1))))
     row_of, offset_of = [0] * len(lengths), [0] * len(lengths)
     emptiest = [(0, row) for row in range(number)]  # a heap of the positions in each row
     longest_first = np.argsort(-lengths, kind="stable")
@@ -382,17 +383,19 @@ def pack(chunks: MaskedChunks, row_length: int, vocabulary: Vocabulary) -> Rows:
         heapreplace(emptiest, (held + length, row))
 
     shape = (number, max(1, max(held for held, _ in emptiest)))
-    rows = Rows(
-        input_ids=np.full(shape, vocabulary.pad_id),
-        labels=np.full(shape, IGNORED),
-        position_ids=np.zeros(shape, dtype=np.int64),
-        sequence_ids=np.zeros(shape, dtype=np.int64),
-    )
     row_of, offset_of = np.array([row_of, offset_of], dtype=np.int64)
     moved = row_of * shape[1] + offset_of - (np.cumsum(lengths) - lengths)
-    places = np.arange(len(chunks.labels)) + np.repeat(moved, lengths)  # (positions,) in the flattened rows
+    places = np.arange(len(chunks.input_ids)) + np.repeat(moved, lengths)  # (positions,) in the flattened rows
+    masked = places[chunks.masked]
+    ascending = np.argsort(masked)
+    rows = Rows(
+        input_ids=np.full(shape, vocabulary.pad_id),
+        position_ids=np.zeros(shape, dtype=np.int64),
+        sequence_ids=np.zeros(shape, dtype=np.int64),
+        masked=masked[ascending],
+        targets=chunks.targets[ascending],
+    )
     rows.input_ids.reshape(-1)[places] = chunks.input_ids
-    rows.labels.reshape(-1)[places] = chunks.labels
     rows.position_ids.reshape(-1)[places] = chunks.position_ids
     rows.sequence_ids.reshape(-1)[places] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     return rows
@@ -400,7 +403,7 @@ def pack(chunks: MaskedChunks, row_length: int, vocabulary: Vocabulary) -> Rows:
 
 def split(chunks: MaskedChunks, positions: int) -> Iterator[MaskedChunks]:
     """Cuts a sequence of chunks into parts of at most so many positions, or of one chunk that has more."""
-    if len(chunks.labels) <= positions:  # which most batches do
+    if len(chunks.input_ids) <= positions:  # which most batches do
         yield chunks
         return
     begins, first = chunk_bounds(chunks.lengths), 0
@@ -419,8 +422,27 @@ def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
 
 
 def _part(chunks, bounds, first, after):
-    inside = slice(bounds[first], bounds[after])
-    return MaskedChunks(*(array[inside] for array in chunks[:3]), chunks.lengths[first:after])
+    begin, end = bounds[first], bounds[after]
+    some = slice(*chunks.masked.searchsorted((begin, end)))
+    return MaskedChunks(
+        input_ids=chunks.input_ids[begin:end],
+        position_ids=chunks.position_ids[begin:end],
+        masked=chunks.masked[some] - begin,
+        targets=chunks.targets[some],
+        lengths=chunks.lengths[first:after],
+    )
+
+
+def split_rows(rows: Rows, positions: int) -> Iterator[Rows]:
+    """Cuts rows evenly into parts of at most so many positions, or of one row that has more."""
+    number, width = rows.input_ids.shape
+    parts = math.ceil(number / max(1, positions // width))
+    each = math.ceil(number / parts)
+    for first in range(0, number, each):
+        begin = first * width
+        some = slice(*rows.masked.searchsorted((begin, begin + each * width)))
+        ids = (array[first : first + each] for array in rows[:3])
+        yield Rows(*ids, rows.masked[some] - begin, rows.targets[some])
 
 
 def evaluation_chunks(chunks: Chunks, indices: np.ndarray, vocabulary: Vocabulary) -> MaskedChunks:
@@ -457,19 +479,18 @@ def training_steps(
     epoch, place = divmod(first, steps_per_epoch)
     while True:
         order = epoch_order(seed, epoch, chunks.number)  # (chunks,)
+        keys_of_epoch = noise(seed, MASKS, epoch)
         for start in range(place, steps_per_epoch, steps_at_once):
             indices = order[start * batch_size : (start + steps_at_once) * batch_size]  # (n,) of many steps
             tokens, lengths, starts_word = take(chunks, indices)
-            keys = noise(seed, MASKS, epoch, indices)
+            keys = noise(indices, after=keys_of_epoch)
             drawn = frame(*mask(tokens, lengths, keys, vocabulary, rule, starts_word), lengths, vocabulary)
             bounds = chunk_bounds(drawn.lengths)
-            for number in range(0, len(indices), batch_size):
-                batch = _part(drawn, bounds, number, min(number + batch_size, len(indices)))
-                masked_tokens = int(np.count_nonzero(batch.labels != IGNORED))
-                text_tokens = len(batch.labels) - 2 * len(batch.lengths)
+            for begin in range(0, len(indices), batch_size):
+                number = min(batch_size, len(indices) - begin)
+                share = batch = _part(drawn, bounds, begin, begin + number)
                 if ranks > 1:
-                    mine = np.arange(len(batch.lengths)) % ranks == rank
-                    inside = np.repeat(mine, batch.lengths)
-                    batch = MaskedChunks(*(array[inside] for array in batch[:3]), batch.lengths[mine])
-                yield Step(batch, masked_tokens, text_tokens)
+                    first, after = (begin + number * each // ranks for each in (rank, rank + 1))
+                    share = _part(drawn, bounds, first, after)
+                yield Step(share, len(batch.targets), len(batch.input_ids) - 2 * number)
         epoch, place = epoch + 1, 0

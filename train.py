@@ -67,7 +67,7 @@ from vocabulary import Vocabulary, load_tokenizer, read_vocabulary
 from words import add_words, read_words
 
 ROW_TOKENS = 256  # in about a row, where a mask keeps the chunks of a row apart
-CPU_MICRO_BATCH_TOKENS = 2048  # more are no faster
+CPU_MICRO_BATCH_TOKENS = 3072  # more slow large models down, fewer small ones
 LARGEST_MICRO_BATCH_TOKENS = 1 << 16  # more fill no GPU better
 EVALUATION_CHUNKS = 256  # chunks packed together in an evaluation
 LARGEST_SAVE_SHARE = 0.05  # of the time that checkpoints may take at the ends of epochs
@@ -357,23 +357,19 @@ def micro_batches(
     parts = []
     if varlen and len(chunks.lengths):
         for part in data.split(chunks, tokens):
-            starts = data.chunk_bounds(part.lengths).astype(np.int32)
-            parts.append((part, {"starts": starts}, {"longest": int(part.lengths.max())}))
+            arrays = {"input_ids": part.input_ids[None], "position_ids": part.position_ids[None]}
+            arrays["starts"] = data.chunk_bounds(part.lengths).astype(np.int32)
+            arrays |= {"masked": part.masked, "targets": part.targets}
+            parts.append((arrays, {"longest": int(part.lengths.max())}))
     else:
         rows = data.pack(chunks, min(ROW_TOKENS, tokens), vocabulary)
-        number, width = rows.labels.shape
-        rows_each = max(1, tokens // width)
-        for start in range(0, number, rows_each):
-            part = data.Rows(*(array[start : start + rows_each] for array in rows))
-            parts.append((part, {"sequence_ids": part.sequence_ids}, {}))
+        parts = [(part._asdict(), {}) for part in data.split_rows(rows, tokens)]
 
     cut = []
-    for part, arrays, numbers in parts:
-        masked = np.flatnonzero(part.labels != data.IGNORED)
-        arrays |= {"input_ids": np.atleast_2d(part.input_ids), "position_ids": np.atleast_2d(part.position_ids)}
-        arrays["masked"] = masked
-        inputs = {name: _to_device(array, device) for name, array in arrays.items()}
-        cut.append((inputs | numbers, _to_device(part.labels.reshape(-1)[masked], device)))
+    for arrays, numbers in parts:
+        tensors = {name: _to_device(array, device) for name, array in arrays.items()}
+        targets = tensors.pop("targets")
+        cut.append((tensors | numbers, targets))
     return cut
 
 
@@ -426,8 +422,8 @@ def fit_memory(
     number = max(1, min(most, LARGEST_MICRO_BATCH_TOKENS // config.sen_max_length))
     while True:
         ids = np.full(number * body, vocabulary.mask_id)
-        labels = np.where(np.arange(len(ids)) % 4 == 0, ids, data.IGNORED)
-        chunks = data.frame(ids, labels, np.full(number, body), vocabulary)
+        masked = np.arange(0, len(ids), 4)
+        chunks = data.frame(ids, masked, ids[masked], np.full(number, body), vocabulary)
         pieces = cut(chunks, number * config.sen_max_length)
         fits = accumulate_gradients(accelerator, model, pieces, len(ids), partial(data.noise, DROPOUT)) is not None
         model.zero_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "ACCELERATE_USE_CPU": "true"}
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -38,6 +39,7 @@ ENGLISH = [
     "three",
     "months",
 ]
+IGNORED = -100  # the label of a position where nothing is predicted, in transformers
 CHINESE = "患者服用二甲双胍治疗糖尿病和高血压医生随访三个月后血糖下降明显"
 
 
@@ -52,6 +54,14 @@ def make_lines(number: int, seed: int = 0) -> list[str]:
             line = "".join(draw.choices(CHINESE, k=draw.randint(1, 60))) + "。"
         lines.append(line + draw.choice(["", " 😀", " 👍🏽!"]))
     return lines
+
+
+def labelled(input_ids: np.ndarray, masked: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The input ids, and labels of their shape as the stock models take them."""
+    assert (np.diff(masked) > 0).all()
+    labels = np.full(input_ids.size, IGNORED)
+    labels[masked] = targets
+    return input_ids, labels.reshape(input_ids.shape)
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import IGNORED, labelled
 from hypothesis import HealthCheck, event, example, given, settings, strategies
 from transformers import BertConfig, BertForMaskedLM
 
 from Config import SCRATCH_SIZES, Config, UserError, describe
-from data_process import BERT_RULE, IGNORED, MaskRule, prepare, take, training_steps
+from data_process import BERT_RULE, MaskRule, prepare, take, training_steps
 from model import PackedMaskedLM
 from text import find_text
 from train import learning_rate_at, micro_batches, resolve
@@ -92,8 +93,9 @@ def test_any_text_trains_or_is_refused(tmp_path_factory, tokenizer, vocabulary, 
     for _ in range(-(-chunks.number // 4)):
         step = next(steps)
         of_chunk = np.cumsum(step.chunks.position_ids == 0)
-        chosen = step.chunks.labels != IGNORED
-        original = np.where(chosen, step.chunks.labels, step.chunks.input_ids)
+        input_ids, labels = labelled(step.chunks.input_ids, step.chunks.masked, step.chunks.targets)
+        chosen = labels != IGNORED
+        original = np.where(chosen, labels, input_ids)
         assert set(of_chunk[chosen]) == set(of_chunk)  # law 1: every chunk teaches
         ends = np.flatnonzero(np.diff(of_chunk, append=0))
         assert (original[ends] == vocabulary.sep_id).all() and not chosen[ends].any()
@@ -142,8 +144,9 @@ def packed_loss(bert, chunks, vocabulary):
 def padded_loss(bert, chunks):
     """Law 3's reference: each chunk by itself."""
     loss, ends = 0.0, np.cumsum(chunks.lengths)
+    both = labelled(chunks.input_ids, chunks.masked, chunks.targets)
     for end, length in zip(ends, chunks.lengths, strict=True):
-        ids, labels = (torch.from_numpy(array[end - length : end])[None] for array in (chunks.input_ids, chunks.labels))
+        ids, labels = (torch.from_numpy(array[end - length : end])[None] for array in both)
         loss += F.cross_entropy(bert(input_ids=ids).logits[0], labels[0], reduction="sum").item()
     return loss
 

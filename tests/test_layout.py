@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import labelled
 from runs import LAUNCHERS, assert_close, assert_same_bits, finish, metrics, run, start, weights
 
 import train
@@ -49,8 +50,9 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
 
     def drawing(*arguments):
         for step in training_steps(*arguments):
-            ids, labels = (array.reshape(-1, 8).tolist() for array in (step.chunks.input_ids, step.chunks.labels))
-            drawn.setdefault(config.run_name, []).append((step.masked_tokens, sorted(zip(ids, labels, strict=True))))
+            both = labelled(step.chunks.input_ids, step.chunks.masked, step.chunks.targets)
+            rows = zip(*(array.reshape(-1, 8).tolist() for array in both), strict=True)
+            drawn.setdefault(config.run_name, []).append((step.masked_tokens, sorted(rows)))
             yield step
 
     monkeypatch.setattr(train.data, "training_steps", drawing)

@@ -4,11 +4,11 @@ from math import sqrt
 
 import numpy as np
 import pytest
+from conftest import IGNORED, labelled
 
 import data_process
 from data_process import (
     BERT_RULE,
-    IGNORED,
     Chunks,
     MaskRule,
     content_keys,
@@ -36,7 +36,7 @@ def chunks_of(length: int, number: int, vocabulary, seed: int = 0):
 def test_chosen_share_of_a_chunk_of_n_tokens(vocabulary, length):
     p, number = 0.15, 200_000 // length
     tokens, lengths = chunks_of(length, number, vocabulary)
-    _, labels = mask(tokens, lengths, noise(1, np.arange(number)), vocabulary, BERT_RULE)
+    _, labels = labelled(*mask(tokens, lengths, noise(1, np.arange(number)), vocabulary, BERT_RULE))
     chosen = (labels != IGNORED).reshape(number, length)
     assert chosen.any(axis=1).all()  # every chunk teaches
     assert np.array_equal(labels[labels != IGNORED], tokens[labels != IGNORED])
@@ -47,7 +47,7 @@ def test_chosen_share_of_a_chunk_of_n_tokens(vocabulary, length):
 
 def test_tokens_are_chosen_independently(vocabulary):
     tokens, lengths = chunks_of(100, 5000, vocabulary)
-    _, labels = mask(tokens, lengths, noise(2, np.arange(5000)), vocabulary, BERT_RULE)
+    _, labels = labelled(*mask(tokens, lengths, noise(2, np.arange(5000)), vocabulary, BERT_RULE))
     chosen = (labels != IGNORED).reshape(5000, 100)
     for distance in (1, 2, 7, 50):
         both = chosen[:, :-distance] & chosen[:, distance:]
@@ -56,7 +56,7 @@ def test_tokens_are_chosen_independently(vocabulary):
 
 def test_eighty_ten_ten_and_what_random_tokens_are(vocabulary):
     tokens, lengths = chunks_of(100, 20_000, vocabulary)
-    input_ids, labels = mask(tokens, lengths, noise(3, np.arange(20_000)), vocabulary, BERT_RULE)
+    input_ids, labels = labelled(*mask(tokens, lengths, noise(3, np.arange(20_000)), vocabulary, BERT_RULE))
     chosen = labels != IGNORED
     assert np.array_equal(input_ids[~chosen], tokens[~chosen])
     masked = chosen & (input_ids == vocabulary.mask_id)
@@ -75,14 +75,14 @@ def test_special_and_unused_tokens_are_never_drawn_and_unknown_may_be_chosen(tok
     assert not never & set(vocabulary.ordinary_ids.tolist())
     assert len(vocabulary.ordinary_ids) == vocabulary.size - len(never)
     tokens, lengths = np.full(10_000, vocabulary.unk_id), np.array([10_000])
-    _, labels = mask(tokens, lengths, noise(4, np.arange(1)), vocabulary, BERT_RULE)
+    _, labels = labelled(*mask(tokens, lengths, noise(4, np.arange(1)), vocabulary, BERT_RULE))
     assert_share(int((labels == vocabulary.unk_id).sum()), 10_000, 0.15)
 
 
 def test_shares_follow_the_rule(vocabulary):
     tokens, lengths = chunks_of(100, 2000, vocabulary)
     rule = MaskRule(probability=0.4, mask_share=0.5, random_share=0.5)
-    input_ids, labels = mask(tokens, lengths, noise(5, np.arange(2000)), vocabulary, rule)
+    input_ids, labels = labelled(*mask(tokens, lengths, noise(5, np.arange(2000)), vocabulary, rule))
     chosen = labels != IGNORED
     assert_share(int(chosen.sum()), tokens.size, 0.4)
     assert_share(int((input_ids[chosen] == vocabulary.mask_id).sum()), int(chosen.sum()), 0.5)
@@ -115,7 +115,7 @@ def fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary):
 def test_whole_words_share_their_fate(vocabulary):
     tokens, lengths, word_lengths, starts_word = random_words(vocabulary, 20, 3000)
     keys = noise(6, np.arange(len(lengths)))
-    input_ids, labels = mask(tokens, lengths, keys, vocabulary, MaskRule(whole_words=True), starts_word)
+    input_ids, labels = labelled(*mask(tokens, lengths, keys, vocabulary, MaskRule(whole_words=True), starts_word))
     chosen, masked = fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary)
     assert_share(int(chosen.sum()), len(chosen), 0.15 + 0.85**20 / 20)
     # A word counts with its tokens, so their share varies as the words' does: by the sum of squared lengths.
@@ -139,7 +139,7 @@ def test_whole_words_share_their_fate(vocabulary):
 def test_spans_leave_each_word_its_probability_and_have_geometric_lengths(vocabulary, words_a_chunk):
     tokens, lengths, word_lengths, starts_word = random_words(vocabulary, words_a_chunk, 150_000 // words_a_chunk)
     keys = noise(8, np.arange(len(lengths)))
-    input_ids, labels = mask(tokens, lengths, keys, vocabulary, MaskRule(spans=True), starts_word)
+    input_ids, labels = labelled(*mask(tokens, lengths, keys, vocabulary, MaskRule(spans=True), starts_word))
     chosen, masked = fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary)
     chosen, masked = (which.reshape(-1, words_a_chunk) for which in (chosen, masked))
     assert chosen.any(axis=1).all()
@@ -164,17 +164,17 @@ def test_masks_are_the_same_in_any_batch(vocabulary, kind):
     tokens, lengths = chunks_of(50, 400, vocabulary)
     starts_word = np.random.default_rng(0).random(len(tokens)) < 0.7
     keys = noise(42, 2, 0, np.arange(400))
-    together = mask(tokens, lengths, keys, vocabulary, rule, starts_word)
+    together = labelled(*mask(tokens, lengths, keys, vocabulary, rule, starts_word))
     for chunk in range(400):
         inside, own = slice(chunk * 50, chunk * 50 + 50), slice(chunk, chunk + 1)
-        alone = mask(tokens[inside], lengths[own], keys[own], vocabulary, rule, starts_word[inside])
+        alone = labelled(*mask(tokens[inside], lengths[own], keys[own], vocabulary, rule, starts_word[inside]))
         assert np.array_equal(together[0][inside], alone[0]) and np.array_equal(together[1][inside], alone[1])
 
 
 def test_masks_are_new_in_every_epoch(vocabulary):
     tokens, lengths = chunks_of(50, 40, vocabulary)
     one, other = (
-        mask(tokens, lengths, noise(42, 2, epoch, np.arange(40)), vocabulary, BERT_RULE)[1] != IGNORED
+        np.isin(np.arange(2000), mask(tokens, lengths, noise(42, 2, epoch, np.arange(40)), vocabulary, BERT_RULE)[1])
         for epoch in (0, 1)
     )
     assert_share(int((one & other).sum()), one.size, 0.15**2)
@@ -186,7 +186,8 @@ def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
 
     def masked(step_chunks):
         """The hidden tokens as (chunk, position in it, label)."""
-        ids, labels = (array.reshape(-1, 52)[:, 1:-1] for array in (step_chunks.input_ids, step_chunks.labels))
+        ids_and_labels = labelled(step_chunks.input_ids, step_chunks.masked, step_chunks.targets)
+        ids, labels = (array.reshape(-1, 52)[:, 1:-1] for array in ids_and_labels)
         found = set()
         for row, position in zip(*np.nonzero(labels != IGNORED), strict=True):
             original = np.where(labels[row] != IGNORED, labels[row], ids[row])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import IGNORED, labelled
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from Config import UserError
-from data_process import BERT_RULE, IGNORED, frame, mask, noise, pack
+from data_process import BERT_RULE, frame, mask, noise, pack
 from model import Dropout, PackedMaskedLM, load_model, save_model
 from train import micro_batches
 
@@ -75,7 +76,8 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
     draw = np.random.default_rng(0)
     lengths = draw.integers(1, 60, 40)
     tokens = draw.choice(vocabulary.ordinary_ids, lengths.sum())
-    input_ids, labels = mask(tokens, lengths, noise(0, np.arange(40)), vocabulary, BERT_RULE)
+    hidden = mask(tokens, lengths, noise(0, np.arange(40)), vocabulary, BERT_RULE)
+    input_ids, labels = labelled(*hidden)
 
     # The stock model: one chunk a row, padded, the loss a mean over the masked tokens.
     starts, width = np.cumsum(lengths) - lengths, lengths.max() + 2
@@ -90,7 +92,7 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
     expected = stock(input_ids=padded, attention_mask=attention, labels=targets).loss
     expected.backward()
 
-    pieces = micro_batches(frame(input_ids, labels, lengths, vocabulary), micro_batch_tokens, vocabulary, CPU, varlen)
+    pieces = micro_batches(frame(*hidden, lengths, vocabulary), micro_batch_tokens, vocabulary, CPU, varlen)
     positions = sum(inputs["input_ids"].numel() for inputs, _ in pieces)
     assert positions < 0.8 * padded.numel()  # packed indeed
     if varlen:
@@ -113,10 +115,10 @@ def test_a_chunk_cannot_see_its_neighbour(vocabulary):
     draw = np.random.default_rng(1)
     lengths = np.array([10, 8])
     tokens = draw.choice(vocabulary.ordinary_ids, 18)
-    labels = np.where(np.arange(18) < 10, tokens, IGNORED)  # predict the first chunk
 
     def logits(tokens):
-        (inputs, _), *rest = micro_batches(frame(tokens, labels, lengths, vocabulary), 1000, vocabulary, CPU)
+        chunks = frame(tokens, np.arange(10), tokens[:10], lengths, vocabulary)  # predict the first
+        (inputs, _), *rest = micro_batches(chunks, 1000, vocabulary, CPU)
         assert not rest and inputs["input_ids"].shape == (1, 22)
         return model(**inputs)
 
@@ -128,28 +130,30 @@ def test_pack_places_every_chunk_once_between_its_own_cls_and_sep(vocabulary):
     draw = np.random.default_rng(2)
     lengths = draw.integers(1, 120, 300)
     tokens = draw.choice(vocabulary.ordinary_ids, lengths.sum())
-    batch = pack(frame(tokens, tokens, lengths, vocabulary), 256, vocabulary)
+    batch = pack(frame(tokens, np.arange(len(tokens)), tokens, lengths, vocabulary), 256, vocabulary)
+    _, labels = labelled(batch.input_ids, batch.masked, batch.targets)
     found = []
-    for row in range(len(batch.labels)):
+    for row in range(len(labels)):
         for sequence in np.setdiff1d(batch.sequence_ids[row], 0):
             inside = np.flatnonzero(batch.sequence_ids[row] == sequence)
             assert np.array_equal(inside, np.arange(inside[0], inside[-1] + 1))
             assert np.array_equal(batch.position_ids[row, inside], np.arange(len(inside)))
             ids = batch.input_ids[row, inside].tolist()
             assert ids[0] == vocabulary.cls_id and ids[-1] == vocabulary.sep_id
-            assert batch.labels[row, inside].tolist() == [IGNORED, *ids[1:-1], IGNORED]
+            assert labels[row, inside].tolist() == [IGNORED, *ids[1:-1], IGNORED]
             found.append(tuple(ids[1:-1]))
     ends = np.cumsum(lengths)
     assert sorted(found) == sorted(tuple(tokens[end - n : end].tolist()) for end, n in zip(ends, lengths, strict=True))
     padding = batch.sequence_ids == 0
-    assert (batch.input_ids[padding] == vocabulary.pad_id).all() and (batch.labels[padding] == IGNORED).all()
-    assert batch.labels.shape[1] < 256 + lengths.max() + 2 and padding.mean() < 0.05
+    assert (batch.input_ids[padding] == vocabulary.pad_id).all() and (labels[padding] == IGNORED).all()
+    assert labels.shape[1] < 256 + lengths.max() + 2 and padding.mean() < 0.05
 
 
 def test_short_chunks_leave_little_padding(vocabulary):
     lengths = np.random.default_rng(3).integers(12, 38, 32)
     tokens = np.full(lengths.sum(), vocabulary.unk_id)
-    padding = pack(frame(tokens, tokens, lengths, vocabulary), 256, vocabulary).sequence_ids == 0
+    chunks = frame(tokens, np.arange(len(tokens)), tokens, lengths, vocabulary)
+    padding = pack(chunks, 256, vocabulary).sequence_ids == 0
     assert padding.mean() < 0.02
 
 
@@ -172,7 +176,7 @@ def test_dropout_drops_its_share_and_scales_the_rest():
 
 def test_pack_of_nothing_gives_a_zero_loss(vocabulary, varlen):
     nothing = np.zeros(0, dtype=np.int64)
-    chunks = frame(nothing, nothing, nothing, vocabulary)
+    chunks = frame(nothing, nothing, nothing, nothing, vocabulary)
     [(inputs, targets)] = micro_batches(chunks, 1000, vocabulary, CPU, varlen)
     model = BertForMaskedLM(bert_config(vocabulary))
     loss = F.cross_entropy(PackedMaskedLM(model)(**inputs), targets, reduction="sum")

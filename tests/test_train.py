@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import IGNORED, labelled
 from runs import metrics, newest_run, run, weights
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
@@ -21,7 +22,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import train
 from Config import UserError
-from data_process import BERT_RULE, IGNORED, MASKS, content_keys, epoch_order, mask, noise, prepare, take
+from data_process import BERT_RULE, MASKS, content_keys, epoch_order, mask, noise, prepare, take
 from model import PackedMaskedLM, load_model
 from text import find_text
 from vocabulary import load_tokenizer, read_vocabulary
@@ -82,7 +83,7 @@ def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings):
     nll, right, masked = 0.0, 0, 0
     for chunk in range(test.number):  # one chunk at a time, every position, the stock forward
         tokens, lengths, _ = take(test, np.array([chunk]))
-        input_ids, labels = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
+        input_ids, labels = labelled(*mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE))
         ids = torch.tensor([[vocabulary.cls_id, *input_ids.tolist(), vocabulary.sep_id]])
         targets = torch.tensor([[IGNORED, *labels.tolist(), IGNORED]])
         with torch.no_grad():
@@ -223,7 +224,8 @@ def test_a_step_follows_the_gradient_of_the_stock_models_mean_loss(settings, mon
     model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
     indices = epoch_order(config.seed, 0, chunks.number)[: config.batch_size]
     tokens, lengths, _ = take(chunks, indices)
-    input_ids, labels = mask(tokens, lengths, noise(config.seed, MASKS, 0, indices), vocabulary, BERT_RULE)
+    keys = noise(config.seed, MASKS, 0, indices)
+    input_ids, labels = labelled(*mask(tokens, lengths, keys, vocabulary, BERT_RULE))
     padded = torch.full((len(lengths), int(lengths.max()) + 2), vocabulary.pad_id)
     targets, attention = torch.full_like(padded, IGNORED), torch.zeros_like(padded)
     for row, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):

@@ -18,14 +18,13 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from Config import MOST_AUTOMATIC_WORDS, Config, UserError
 from storage import digest, once
 from text import Text, line_hash
 from vocabulary import Vocabulary, read_vocabulary
-from words import WordCounts, describe_words, make_segmenter, read_words, tokenize
+from words import WordCounts, describe_words, make_encoders, make_segmenter, read_words, tokenize
 
 SPAN_WORDS = 3.8  # the mean length of a span
 MASKED_AT_ONCE = 1 << 15  # tokens: enough that numpy's calls cost little, few enough for the cache
@@ -62,18 +61,15 @@ def prepare(
     Tokenized and cut once for each text, tokenizer and `sen_max_length`, and kept on disk. Raises UserError where a
     split holds no token.
     """
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()  # both are on in the tokenizers of sentence-embedding checkpoints
-    encoder.no_padding()
-    encoder.encode_special_tokens = True  # text that spells [MASK] is text
+    encoders = make_encoders(tokenizer)
     user_words = read_words(config.user_words, "user_words")
     versions = [version(name) for name in ("tokenizers", "rjieba")]
-    key = digest(CACHE_FORMAT, versions, text.digest, config.sen_max_length, encoder.to_str(), user_words)
+    key = digest(CACHE_FORMAT, versions, text.digest, config.sen_max_length, encoders.any_line.to_str(), user_words)
 
     def make(folder):
         folder.mkdir()
         body_length = config.sen_max_length - 2  # without [CLS] and [SEP]
-        write = partial(_write_chunks, encoder, make_segmenter(user_words), vocabulary, body_length)
+        write = partial(_write_chunks, encoders, make_segmenter(user_words), vocabulary, body_length)
         train_counts, train_lines, train_tokens, train_words = write(text.train(), folder / "train.arrow")
         test_counts, test_lines, test_tokens, _ = write(text.test(), folder / "test.arrow")
         log_share = np.log((train_tokens + 1) / (train_tokens + 1).sum())
@@ -82,7 +78,7 @@ def prepare(
             "test": test_counts,
             "test_lines_in_train": int(np.isin(test_lines, train_lines).sum()),
             "unigram_perplexity": math.exp(-(test_tokens @ log_share) / test_tokens.sum()),
-            "broken_words": train_words.broken(encoder, MOST_AUTOMATIC_WORDS),
+            "broken_words": train_words.broken(encoders.any_line, MOST_AUTOMATIC_WORDS),
         }
         (folder / "found.json").write_text(json.dumps(found))
 
@@ -91,7 +87,7 @@ def prepare(
     return train, test, json.loads((folder / "found.json").read_text())
 
 
-def _write_chunks(encoder, segmenter, vocabulary, body_length, lines, path):
+def _write_chunks(encoders, segmenter, vocabulary, body_length, lines, path):
     """Tokenizes and cuts the lines into an Arrow file: one column, one list of tokens a chunk, all in one record batch.
 
     One batch makes one flat array to index, so the tokens go to a plain file first: memory stays small for any text.
@@ -110,7 +106,7 @@ def _write_chunks(encoder, segmenter, vocabulary, body_length, lines, path):
             counts["blank"] += len(block) - len(texts)
             counts["characters"] += sum(map(len, texts))
             hashes.extend(map(line_hash, texts))
-            tokens, line_lengths, starts_word, words = tokenize(texts, encoder, vocabulary.continues_word, segmenter)
+            tokens, line_lengths, starts_word, words = tokenize(texts, encoders, vocabulary.continues_word, segmenter)
             (tokens.astype(dtype) | starts_word.astype(dtype) << _highest_bit(dtype)).tofile(file)
             occurrences += np.bincount(tokens, minlength=vocabulary.size)
             word_counts.update(tokens, vocabulary.continues_word, words)

@@ -66,7 +66,7 @@ from text import find_text
 from vocabulary import Vocabulary, load_tokenizer, read_vocabulary
 from words import add_words, read_words
 
-ROW_TOKENS = 256  # in about a row, where a mask keeps the chunks of a row apart
+ROW_TOKENS = 192  # in about a row, where a mask keeps the chunks of a row apart
 CPU_MICRO_BATCH_TOKENS = 3072  # more slow large models down, fewer small ones
 LARGEST_MICRO_BATCH_TOKENS = 1 << 16  # more fill no GPU better
 EVALUATION_CHUNKS = 256  # chunks packed together in an evaluation

@@ -3,12 +3,13 @@
 import re
 from collections import Counter
 from itertools import chain, compress
-from operator import not_
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import rjieba
 from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers.normalizers import BertNormalizer
 from transformers import PreTrainedTokenizerBase
 
 from Config import UserError
@@ -42,8 +43,28 @@ def make_segmenter(user_words: list[str]) -> rjieba.Jieba:
     return segmenter
 
 
+class Encoders(NamedTuple):
+    """A tokenizer that only encodes, and what gives the same tokens faster where a line is ASCII."""
+
+    any_line: Tokenizer
+    ascii_line: Tokenizer
+
+
+def make_encoders(tokenizer: PreTrainedTokenizerBase) -> Encoders:
+    """Encoders without limit or padding, to which text that spells [MASK] is text."""
+    encoders = Encoders(*(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()) for _ in Encoders._fields))
+    for encoder in encoders:
+        encoder.no_truncation()  # both are on in the tokenizers of sentence-embedding checkpoints
+        encoder.no_padding()
+        encoder.encode_special_tokens = True
+    normalizer = encoders.ascii_line.normalizer
+    if isinstance(normalizer, BertNormalizer):  # ASCII has no accents and no Chinese characters to look for
+        normalizer.strip_accents = normalizer.handle_chinese_chars = False
+    return encoders
+
+
 def tokenize(
-    lines: list[str], encoder: Tokenizer, continues_word: np.ndarray, segmenter: rjieba.Jieba
+    lines: list[str], encoders: Encoders, continues_word: np.ndarray, segmenter: rjieba.Jieba
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Token ids of the lines end to end (tokens,) int64, the lines' lengths (lines,) in tokens, whether each token
     starts a word (tokens,) bool, and the segmenter's words in the lines that hold Chinese.
@@ -52,20 +73,28 @@ def tokenize(
     segmenter decides instead: characters, ASCII letters and digits that it leaves together are one word. No token is
     cut or joined for it. continues_word: (vocabulary,) bool, for pieces such as ##ing.
     """
-    chinese = [HAN_CHARACTER.search(line) is not None for line in lines]
-    located = encoder.encode_batch(list(compress(lines, chinese)), add_special_tokens=False)
-    others = encoder.encode_batch_fast(list(compress(lines, map(not_, chinese))), add_special_tokens=False)
-    in_order = {True: iter(located), False: iter(others)}
-    ids = [next(in_order[is_chinese]).ids for is_chinese in chinese]
+    kinds = ["ascii" if line.isascii() else "chinese" if HAN_CHARACTER.search(line) else "other" for line in lines]
+    encode = {
+        "ascii": encoders.ascii_line.encode_batch_fast,
+        "other": encoders.any_line.encode_batch_fast,
+        "chinese": encoders.any_line.encode_batch,  # which says where a token stands in its line, too
+    }
+    encoded = {}
+    for kind, encode_batch in encode.items():
+        of_kind = [line for line, each in zip(lines, kinds, strict=True) if each == kind]
+        encoded[kind] = encode_batch(of_kind, add_special_tokens=False)
+    in_order = {kind: iter(encodings) for kind, encodings in encoded.items()}
+    ids = [next(in_order[kind]).ids for kind in kinds]
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     tokens = np.fromiter(chain.from_iterable(ids), np.int64, lengths.sum())
     starts_word = ~continues_word[tokens]
     words = []
-    if located:
+    if encoded["chinese"]:
+        chinese = np.array(kinds) == "chinese"  # (lines,)
         text = "".join(f"{line}\n" for line in compress(lines, chinese))
         words = segmenter.cut(text)
         inside = np.repeat(chinese, lengths)
-        starts_word[inside] = _segmented(starts_word[inside], text, words, located)
+        starts_word[inside] = _segmented(starts_word[inside], text, words, encoded["chinese"])
     return tokens, lengths, starts_word, words
 
 

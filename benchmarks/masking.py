@@ -32,7 +32,7 @@ import data_process as data
 from model import PackedMaskedLM
 from train import micro_batches
 from vocabulary import read_vocabulary
-from words import make_segmenter, tokenize
+from words import make_encoders, make_segmenter, tokenize
 
 ROOT = Path(__file__).parent.parent
 MASKINGS = {"tokens": [], "whole words": ["--whole_words_mask"], "spans of words": ["--mask_span"]}
@@ -68,7 +68,7 @@ def perplexity_of_words(final: Path, titles: list[str]) -> float:
     vocabulary = read_vocabulary(tokenizer)
     model = PackedMaskedLM(BertForMaskedLM.from_pretrained(final)).eval()
     tokens, lengths, starts_word, _ = tokenize(
-        titles, tokenizer.backend_tokenizer, vocabulary.continues_word, make_segmenter([])
+        titles, make_encoders(tokenizer), vocabulary.continues_word, make_segmenter([])
     )
     lengths, rule = lengths[lengths > 0], data.MaskRule(whole_words=True)
     masked = data.mask(tokens, lengths, data.content_keys(tokens, lengths), vocabulary, rule, starts_word)

@@ -27,21 +27,20 @@ import data_process
 from Config import Config
 from text import Text, read_lines
 from vocabulary import learn_tokenizer, read_vocabulary
-from words import HAN_CHARACTER, make_segmenter, tokenize
+from words import HAN_CHARACTER, make_encoders, make_segmenter, tokenize
 
 
 def check(lines: list[str], tokenizer) -> tuple[int, int, Counter, dict[str, list[str]]]:
     """Numbers of words and of the segmenter's Chinese ones, and the exceptions: counts and examples by reason."""
     vocabulary, segmenter = read_vocabulary(tokenizer), make_segmenter([])
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
-    tokens, lengths, starts_word, _ = tokenize(lines, backend, vocabulary.continues_word, segmenter)
+    encoders = make_encoders(tokenizer)
+    tokens, lengths, starts_word, _ = tokenize(lines, encoders, vocabulary.continues_word, segmenter)
     plain = [tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"] for line in lines]
     assert tokens.tolist() == list(chain.from_iterable(plain)), "words changed the tokens"
 
     chinese, reasons, examples = 0, Counter(), defaultdict(list)
     for line, end, length in zip(lines, np.cumsum(lengths), lengths, strict=True):
-        spans = backend.encode(line, add_special_tokens=False).offsets
+        spans = encoders.any_line.encode(line, add_special_tokens=False).offsets
         assert len(spans) == length
         starts = np.flatnonzero(starts_word[end - length : end]).tolist()
         assert not length or starts[0] == 0, "a token belongs to no word"

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from Config import UserError
-from data_process import BERT_RULE, frame, mask, noise, pack
+from data_process import BERT_RULE, frame, mask, noise, pack, split_rows
 from model import Dropout, PackedMaskedLM, load_model, save_model
 from train import micro_batches
 
@@ -155,6 +155,16 @@ def test_short_chunks_leave_little_padding(vocabulary):
     chunks = frame(tokens, np.arange(len(tokens)), tokens, lengths, vocabulary)
     padding = pack(chunks, 256, vocabulary).sequence_ids == 0
     assert padding.mean() < 0.02
+
+
+def test_rows_are_cut_evenly(vocabulary):
+    lengths, tokens = np.full(10, 98), np.full(980, vocabulary.unk_id)
+    rows = pack(frame(tokens, np.arange(980), tokens, lengths, vocabulary), 200, vocabulary)
+    assert rows.input_ids.shape == (5, 200)
+    for positions, parts in ((1000, [5]), (999, [3, 2]), (800, [3, 2]), (400, [2, 2, 1]), (399, [1] * 5), (1, [1] * 5)):
+        cut = list(split_rows(rows, positions))
+        assert [len(part.input_ids) for part in cut] == parts
+        assert [len(part.targets) for part in cut] == [196 * part for part in parts]
 
 
 def test_dropout_drops_its_share_and_scales_the_rest():

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from Config import UserError
 from data_process import prepare, take
 from model import load_model, save_model
 from vocabulary import learn_tokenizer, read_vocabulary
-from words import HAN_CHARACTER, WordCounts, add_words, make_segmenter, read_words, tokenize
+from words import HAN_CHARACTER, WordCounts, add_words, make_encoders, make_segmenter, read_words, tokenize
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PIECES = "##0 met ##form ##in lower ##s blood sugar doesn t it bid ok cafe naive 500 ##mg 3 14 1 000 5 https a cn b x c"
@@ -32,7 +33,7 @@ def hand_made(lower: bool = True) -> BertTokenizer:
 def tokenized(lines: list[str], tokenizer: BertTokenizer, user_words: tuple = ()):
     """What `tokenize` makes of the lines: their words as lists of tokens, a list a line; and the ids (tokens,)."""
     continues = read_vocabulary(tokenizer).continues_word
-    ids, lengths, starts, _ = tokenize(lines, tokenizer.backend_tokenizer, continues, make_segmenter(user_words))
+    ids, lengths, starts, _ = tokenize(lines, make_encoders(tokenizer), continues, make_segmenter(user_words))
     tokens, found, place = tokenizer.convert_ids_to_tokens(ids.tolist()), [], 0
     for length in lengths:
         found.append([])
@@ -104,7 +105,7 @@ def random_lines(number: int) -> list[str]:
 
 def test_words_are_as_in_a_reference_of_one_line_at_a_time_and_tokens_as_without_words(tokenizer):
     lines = [*make_lines(300, seed=6), *random_lines(300), ""]
-    backend, segmenter = tokenizer.backend_tokenizer, make_segmenter([])
+    backend, segmenter = make_encoders(tokenizer).any_line, make_segmenter([])
     words, ids = tokenized(lines, tokenizer)
     plain = [backend.encode(line, add_special_tokens=False) for line in lines]
     assert ids.tolist() == [index for encoding in plain for index in encoding.ids]
@@ -160,6 +161,19 @@ def test_tokens_and_word_starts_are_kept_whatever_the_size_of_the_vocabulary(tmp
     assert chunks.tokens.dtype == (np.uint16 if size <= 2**15 else np.uint32)
 
 
+@pytest.mark.parametrize("lower", [True, False])
+def test_ascii_lines_have_the_tokens_that_the_tokenizer_itself_gives_them(lower):
+    tokenizer, draw = hand_made(lower), random.Random(0)
+    add_words(tokenizer, ["Metformin", "café", "pro-drug"])
+    known = [*tokenizer.get_vocab(), "MetFormin", "cafe", "[MASK]", "é"]
+    pieces = [*map(chr, range(10)), *map(chr, range(11, 128)), " ", *(piece.removeprefix("##") for piece in known)]
+    lines = ["".join(draw.choices(pieces, k=20)) for _ in range(300)]
+    lines += [line.encode("ascii", "ignore").decode() for line in lines]
+    assert 300 <= sum(map(str.isascii, lines)) < 600
+    ids = [tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"] for line in lines]
+    assert tokenized(lines, tokenizer)[1].tolist() == list(chain.from_iterable(ids))
+
+
 # ------------------------------------------------------------------------------------------------------ the report
 
 
@@ -170,7 +184,7 @@ def test_broken_words_are_counted_by_hand():
         ["Metformin lowers 500mg 50000", "metformin 服用二甲双胍"],
         ["我来到北京 metforms", "二甲双胍，ひらがな", "饕餮"],
     ):
-        ids, _, _, words = tokenize(lines, tokenizer.backend_tokenizer, vocabulary.continues_word, segmenter)
+        ids, _, _, words = tokenize(lines, make_encoders(tokenizer), vocabulary.continues_word, segmenter)
         counts.update(ids, vocabulary.continues_word, words)
     broken = counts.broken(tokenizer.backend_tokenizer, 10)
     kana = ["ひ", "##ら", "##か", "##な"]

@@ -67,6 +67,7 @@ def prepare(folder: Path, sizes: list[str], lengths: list[int], given_tokenizer:
 
 def random_bert(folder: Path, size: str, lines: list[str], tokenizer: str | None = None) -> Path:
     """A checkpoint of random weights, with the given vocabulary, or one up to BERT's size learned from the lines."""
+    import torch
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
     from Config import SCRATCH_SIZES
@@ -76,6 +77,7 @@ def random_bert(folder: Path, size: str, lines: list[str], tokenizer: str | None
     layers, hidden, _ = SCRATCH_SIZES[size]
     shape = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64}
     config = BertConfig(vocab_size=len(vocabulary), intermediate_size=4 * hidden, **shape)
+    torch.manual_seed(0)
     BertForMaskedLM(config).save_pretrained(folder)
     vocabulary.save_pretrained(folder)
     return folder

@@ -4,7 +4,8 @@
 
 The others train for one epoch; what they end with is the perplexity to reach. This project trains for one epoch too,
 and for the shorter runs that --steps names. Every model is scored by this project's evaluation: BERT's masking, masks
-that depend on the text alone. All begin with the same random weights and vocabulary.
+that depend on the text alone. All begin with the same random weights and vocabulary, each repeat with a seed of its own
+for what else is random.
 """
 
 import argparse
@@ -26,19 +27,19 @@ ROOT = Path(__file__).parent.parent
 BATCH = POSITIONS_PER_STEP // BLOCK  # lines or blocks an optimizer step
 
 
-def peer(model: Path, text: Path, bf16: bool, rate: str, output: Path) -> None:
+def peer(model: Path, text: Path, bf16: bool, rate: str, seed: str, output: Path) -> None:
     """run_mlm_no_trainer.py, which evaluates once at the end."""
-    flags = ["--num_train_epochs", "1", "--learning_rate", rate, "--output_dir", str(output)]
+    flags = ["--num_train_epochs", "1", "--learning_rate", rate, "--seed", seed, "--output_dir", str(output)]
     run_peer(os.environ["PEER"], model, text, bf16, *flags)
 
 
-def trainer(model: Path, text: Path, bf16: bool, rate: str, output: Path) -> None:
+def trainer(model: Path, text: Path, bf16: bool, rate: str, seed: str, output: Path) -> None:
     """transformers.Trainer on blocks; in a process of its own, as this file's `--trainer`."""
-    command = [sys.executable, __file__, "--trainer", model, text, str(int(bf16)), rate, output]
+    command = [sys.executable, __file__, "--trainer", model, text, str(int(bf16)), rate, seed, output]
     subprocess.run(command, check=True, capture_output=True)
 
 
-def train_by_trainer(model: str, text: str, bf16: str, rate: str, output: str) -> None:
+def train_by_trainer(model: str, text: str, bf16: str, rate: str, seed: str, output: str) -> None:
     from transformers import (
         AutoTokenizer,
         BertForMaskedLM,
@@ -52,7 +53,7 @@ def train_by_trainer(model: str, text: str, bf16: str, rate: str, output: str) -
     blocks = [{"input_ids": ids[i : i + BLOCK]} for i in range(0, len(ids) - BLOCK, BLOCK)]
     arguments = TrainingArguments(
         output, num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=float(rate), bf16=bf16 == "1",
-        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True,
+        seed=int(seed), report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True,
     )  # fmt: skip
     made = Trainer(
         BertForMaskedLM.from_pretrained(model), arguments, train_dataset=blocks,
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--formats", nargs="+", default=native_formats(), choices=["float32", "bf16"])
     parser.add_argument("--json", type=Path, default=Path("time_to_perplexity.json"), help="receives every measurement")
-    parser.add_argument("--trainer", nargs=5, help=argparse.SUPPRESS)  # trainer() calls it
+    parser.add_argument("--trainer", nargs=6, help=argparse.SUPPRESS)  # trainer() calls it
     given = parser.parse_args()
     if given.trainer:
         return train_by_trainer(*given.trainer)
@@ -118,12 +119,13 @@ def main() -> None:
             for number in range(given.repeats):
                 for name, train in others.items():
                     output, began = folder / f"{name}-{dtype}-{number}", time.perf_counter()
-                    train(model, given.text, bf16, given.rate, output)
+                    train(model, given.text, bf16, given.rate, str(number), output)
                     seconds = time.perf_counter() - began
                     [(_, perplexity), *_] = ours(output, given.text, bf16, "--max_steps", "1", tokenizer=model)
                     runs[name].append([(seconds, perplexity)])
                 for name, flags in lengths.items():
-                    runs[name].append(ours(model, given.text, bf16, "--learning_rate", given.rate, *flags))
+                    drawn = ["--learning_rate", given.rate, "--seed", str(number)]
+                    runs[name].append(ours(model, given.text, bf16, *drawn, *flags))
             print(f"\n{given.size}, {dtype}; medians of {given.repeats}\n")
             print("| | seconds | perplexity |\n| --- | ---: | ---: |")
             for name, each in runs.items():

@@ -1,11 +1,11 @@
 """Every setting of a run: its type, default, unit and meaning on one line. Edit the defaults here, or pass flags."""
 
 import sys
-import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from mlm.settings import check_settings, parse_flags_onto, require
 
 # Layers, hidden size and a peak learning rate that suits training from random weights at a batch of 32 chunks.
 # Sizes: Turc et al., Well-Read Students Learn Better (arXiv 1908.08962).
@@ -18,10 +18,6 @@ SCRATCH_SIZES = {
 }
 
 MOST_AUTOMATIC_WORDS = 10_000  # that add_words=auto:N can ask for
-
-
-class UserError(Exception):
-    """Something the user can put right. Its text is all they see: what is wrong, where, and what to do."""
 
 
 @dataclass
@@ -39,7 +35,7 @@ class Config:
     # --- text
     path_datasets: str = "data"  # folder with train*.txt and test*.txt (also .txt.gz), UTF-8, one example a line
     test_fraction: float = 0.05  # share of the distinct lines held out for testing where there is no test*.txt
-    sen_max_length: int = 128  # tokens a chunk may have, [CLS] and [SEP] included; longer lines are cut into chunks
+    sen_max_length: int = 128  # positions of a chunk: tokens, [CLS] and [SEP]; longer lines are cut into chunks
     user_words: str | None = None  # file of words, one a line, that the Chinese segmenter is to keep whole
 
     # --- masking
@@ -62,28 +58,26 @@ class Config:
     # --- machine
     cuda_visible_devices: str = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"  # auto: the launcher's choice, else bf16 if native
-    compile: bool = False  # by torch.compile: the start takes minutes longer; meant for long runs on a GPU
-    micro_batch_tokens: int | None = None  # tokens in one forward pass on one device; unset: what fits a GPU's memory
+    compile: bool = False  # use torch.compile: the start takes minutes longer; meant for long runs on a GPU
+    micro_batch_tokens: int | None = None  # positions, with padding, of a forward pass on a device; unset: what fits
 
     # --- output
     path_model_save: str = "output"  # folder that receives one folder a run, and the cache of tokenized text
     run_name: str | None = None  # name of this run's folder; unset: date, time and model
     log_every: int = 50  # steps between lines in the log and in metrics.csv
     eval_every: int | None = None  # steps between evaluations; unset: once an epoch
-    save_every: int | None = None  # steps between checkpoints, besides epochs' ends; unset: those, in 5% of the time
-    keep_checkpoints: int = 2  # the newest so many stay on disk
+    save_every: int | None = None  # steps between checkpoints, beside epochs' ends; unset: those, in 5% of the time
+    keep_checkpoints: int = 2  # how many stay on disk: the newest
     tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
 
     # --- mode
-    resume: bool = False  # go on with the newest unfinished run, or run_name's, from its newest checkpoint
+    resume: bool = False  # resume the newest unfinished run, or run_name's, from its newest checkpoint
     demo: bool = False  # train a small BERT on the documentation of your own Python; downloads nothing
     check_only: bool = False  # check settings and text, prepare the text, then stop
 
     def __post_init__(self):
         """Raises UserError that names every field whose value, or combination of values, cannot work."""
-        problems = list(_wrong_types(self)) or list(_wrong_values(self))
-        if problems:
-            raise UserError("\n".join(problems))
+        check_settings(self, lambda: [*_wrong_numbers(self), *_wrong_names(self), *_wrong_combinations(self)])
 
     @property
     def automatic_words(self) -> int | None:
@@ -98,84 +92,69 @@ class Config:
         return size if prefix == "scratch" else None
 
 
-def _wrong_types(config):
-    hints = typing.get_type_hints(Config)
-    for field in fields(Config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        if typing.get_origin(hint) is Literal:
-            right, rule = value in typing.get_args(hint), f"one of {', '.join(typing.get_args(hint))}"
-        else:
-            kinds = typing.get_args(hint) or (hint,)
-            right = type(value) in kinds or (type(value) is int and float in kinds)  # True is no number
-            rule = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        if not right:
-            yield f"{field.name}: must be {rule}, not {type(value).__name__} {value!r}"
-
-
-def _wrong_values(config):
-    def require(allowed, rule, *names):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not allowed(value):  # written so that NaN is refused
-                yield f"{name}: must be {rule}, not {value}"
-
-    whole = ("num_epochs", "max_steps", "batch_size", "micro_batch_tokens")
-    whole += ("log_every", "eval_every", "save_every", "keep_checkpoints")
-    yield from require(lambda value: value >= 1, "1 or more", *whole)
+def _wrong_numbers(config: Config) -> Iterator[str]:
+    counts = ("num_epochs", "max_steps", "batch_size", "micro_batch_tokens")
+    counts += ("log_every", "eval_every", "save_every", "keep_checkpoints")
     sizes = ("num_warmup_steps", "vocab_size", "sen_max_length")
-    yield from require(lambda value: value < 2**31, "below 2**31", *whole, *sizes)
     largest = sys.float_info.max  # which infinity exceeds, and so may a whole number
-    yield from require(lambda value: 0 <= value <= largest, "0 or more", "num_warmup_steps", "weight_decay")
-    yield from require(lambda value: 0 < value <= largest, "above 0", "learning_rate", "max_grad_norm")
-    yield from require(lambda value: 0 < value <= 1, "above 0 and at most 1", "mlm_probability")
-    yield from require(lambda value: 0 < value < 1, "above 0 and below 1", "test_fraction")
-    yield from require(lambda value: 0 <= value < 1, "0 or more and below 1", "attention_dropout", "hidden_dropout")
-    yield from require(lambda value: 0 <= value < 2**63, "0 or more and below 2**63", "seed")
-    yield from require(lambda value: value >= 3, "3 or more ([CLS], a token, [SEP])", "sen_max_length")
-    yield from require(lambda value: value >= 6, "6 or more (five special tokens and a character)", "vocab_size")
+    yield from require(config, lambda value: value >= 1, "1 or more", *counts)
+    yield from require(config, lambda value: value < 2**31, "below 2**31", *counts, *sizes)
+    yield from require(config, lambda value: 0 <= value <= largest, "0 or more", "num_warmup_steps", "weight_decay")
+    yield from require(config, lambda value: 0 < value <= largest, "above 0", "learning_rate", "max_grad_norm")
+    yield from require(config, lambda value: 0 < value <= 1, "above 0 and at most 1", "mlm_probability")
+    yield from require(config, lambda value: 0 < value < 1, "above 0 and below 1", "test_fraction")
+    dropouts = ("attention_dropout", "hidden_dropout")
+    yield from require(config, lambda value: 0 <= value < 1, "0 or more and below 1", *dropouts)
+    yield from require(config, lambda value: 0 <= value < 2**63, "0 or more and below 2**63", "seed")
+    yield from require(config, lambda value: value >= 3, "3 or more ([CLS], a token, [SEP])", "sen_max_length")
+    smallest_vocabulary = "6 or more (five special tokens and a character)"
+    yield from require(config, lambda value: value >= 6, smallest_vocabulary, "vocab_size")
+    if config.num_warmup_steps >= 1 and config.num_warmup_steps % 1:
+        yield f"num_warmup_steps: must be a share below 1 or a whole number of steps, not {config.num_warmup_steps}"
+
+
+def _wrong_names(config: Config) -> Iterator[str]:
+    paths = ("initial_pretrain_model", "initial_pretrain_tokenizer", "path_datasets", "path_model_save")
+    for name in (*paths, "add_words", "user_words"):
+        value = getattr(config, name)
+        if value is not None and not (value.strip() and value.isprintable()):
+            yield f"{name}: must not be empty or hold a character that cannot be printed"
+    if config.scratch_size is not None and config.scratch_size not in SCRATCH_SIZES:
+        yield f"initial_pretrain_model: no size {config.scratch_size!r}; choose scratch:{'|'.join(SCRATCH_SIZES)}"
+    if config.initial_pretrain_tokenizer.startswith("scratch:"):
+        yield "initial_pretrain_tokenizer: scratch: names a model; for a vocabulary learned from the text say corpus"
+    automatic = config.automatic_words
+    if (config.add_words or "").startswith("auto:") and not (automatic and automatic <= MOST_AUTOMATIC_WORDS):
+        yield f"add_words: auto: takes a number from 1 to {MOST_AUTOMATIC_WORDS:,}, not {config.add_words[5:]!r}"
+    devices = config.cuda_visible_devices
+    if devices and not (devices.isprintable() and all(device.strip() for device in devices.split(","))):
+        yield f"cuda_visible_devices: must be GPUs separated by commas, such as 0,1, not {devices!r}"
+    folder = config.run_name
+    if folder is not None and (
+        not folder.strip() or folder.startswith(".") or any(c in "/\\" or not c.isprintable() for c in folder)
+    ):
+        yield f"run_name: must be a plain folder name, without / or \\ or a leading dot, not {folder!r}"
+    if not (config.tracker.strip() and config.tracker.isprintable()):
+        yield "tracker: must be tensorboard, none, or the name of another tracker"
+
+
+def _wrong_combinations(config: Config) -> Iterator[str]:
     replaced = (config.mask_replace_prob, config.random_replace_prob)
     if not (min(replaced) >= 0 and max(replaced) <= 1 and sum(replaced) <= 1 + 1e-9):
         yield (
             "mask_replace_prob, random_replace_prob: must each be 0 or more and together at most 1, "
             f"not {replaced[0]} and {replaced[1]}"
         )
-    if config.num_warmup_steps >= 1 and config.num_warmup_steps % 1:
-        yield f"num_warmup_steps: must be a share below 1 or a whole number of steps, not {config.num_warmup_steps}"
+    if config.mask_span and config.mlm_probability > 0.5:
+        yield f"mask_span, mlm_probability: spans cover at most 0.5 of the words, not {config.mlm_probability}"
     if config.max_steps is not None and 0 < config.max_steps < config.num_warmup_steps:
         yield f"num_warmup_steps, max_steps: a warm-up of {config.num_warmup_steps} steps is longer than training"
-    for name in ("initial_pretrain_model", "initial_pretrain_tokenizer", "path_datasets", "path_model_save"):
-        if not getattr(config, name).strip() or not getattr(config, name).isprintable():
-            yield f"{name}: must not be empty or hold a character that cannot be printed"
-    size = config.scratch_size
-    if size is not None and size not in SCRATCH_SIZES:
-        yield f"initial_pretrain_model: no size {size!r}; choose scratch:{'|'.join(SCRATCH_SIZES)}"
-    if config.initial_pretrain_tokenizer == "corpus" and size is None:
+    if config.initial_pretrain_tokenizer == "corpus" and config.scratch_size is None:
         yield (
             "initial_pretrain_tokenizer: a vocabulary learned from the text (corpus) means nothing to the pre-trained "
             f"weights of initial_pretrain_model, {config.initial_pretrain_model}; give the model's own tokenizer, "
             "or train from scratch (scratch:small)"
         )
-    if config.initial_pretrain_tokenizer.startswith("scratch:"):
-        yield "initial_pretrain_tokenizer: scratch: names a model; for a vocabulary learned from the text say corpus"
-    for name in ("add_words", "user_words"):
-        value = getattr(config, name)
-        if value is not None and not (value.strip() and value.isprintable()):
-            yield f"{name}: must not be empty or hold a character that cannot be printed"
-    if config.mask_span and config.mlm_probability > 0.5:
-        yield f"mask_span, mlm_probability: spans cover at most 0.5 of the words, not {config.mlm_probability}"
-    most = config.automatic_words
-    if (config.add_words or "").startswith("auto:") and not (most and most <= MOST_AUTOMATIC_WORDS):
-        yield f"add_words: auto: takes a number from 1 to {MOST_AUTOMATIC_WORDS:,}, not {config.add_words[5:]!r}"
-    devices = config.cuda_visible_devices
-    if devices and not (devices.isprintable() and all(device.strip() for device in devices.split(","))):
-        yield f"cuda_visible_devices: must be GPUs separated by commas, such as 0,1, not {devices!r}"
-    name = config.run_name
-    if name is not None and (
-        not name.strip() or name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in name)
-    ):
-        yield f"run_name: must be a plain folder name, without / or \\ or a leading dot, not {name!r}"
-    if not (config.tracker.strip() and config.tracker.isprintable()):
-        yield "tracker: must be tensorboard, none, or the name of another tracker"
 
 
 def demo_config() -> Config:
@@ -195,29 +174,6 @@ def parse_flags(arguments: list[str] | None = None) -> Config:
 
     `--help` and unknown or ill-typed flags are answered by tyro, with exit status 0 and 2. Raises UserError.
     """
-    import tyro  # here, so that whoever builds a Config in code does without it
-
     arguments = sys.argv[1:] if arguments is None else arguments
     default = demo_config() if "--demo" in arguments or Config.demo else Config()
-    return tyro.cli(Config, prog="train.py", args=arguments, default=default, use_underscores=True)
-
-
-def describe(config: Config, given: Config) -> str:
-    """The resolved settings, one a line; those that were given, and not as Config.py's default, are starred."""
-    width = max(len(field.name) for field in fields(Config))
-    lines = []
-    for field in fields(Config):
-        value = getattr(config, field.name)
-        star = " " if getattr(given, field.name) == field.default else "*"
-        lines.append(f" {star} {field.name:<{width}}  {'unset' if value is None or value == '' else value}")
-    return "\n".join(lines)
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Turns an error that the user can put right into its text on the terminal and exit status 2."""
-    try:
-        yield
-    except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that cannot be written
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    return parse_flags_onto(default, "train.py", arguments)

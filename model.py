@@ -13,14 +13,14 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from Config import SCRATCH_SIZES, Config, UserError
-from hub import locate
+from Config import SCRATCH_SIZES, Config
+from mlm.errors import UserError
+from mlm.hub import locate
 
 
 class PackedMaskedLM(nn.Module):
@@ -185,12 +185,3 @@ def _check_fit(config, bert_config, vocabulary_size):
 def has_finite_weights(model: nn.Module) -> bool:
     """Whether no weight is infinite or not a number."""
     return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
-
-
-def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes a plain Hugging Face folder: config, safetensors, tokenizer, and vocab.txt for older tools."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
-    by_id = (tokens.get(index, f"[unused-id-{index}]") for index in range(max(tokens) + 1))  # a line's number is its id
-    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in by_id), encoding="utf-8", newline="\n")

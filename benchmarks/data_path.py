@@ -16,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-from data_process import BERT_RULE, Chunks, training_steps
-from train import micro_batches
-from vocabulary import Vocabulary
+from data_process import training_steps
+from mlm.batches import make_micro_batches
+from mlm.chunks import Chunks
+from mlm.masking import BERT_RULE
+from mlm.vocabulary import Vocabulary
 
 SIZE, STEPS = 30522, 2000  # of BERT's vocabulary; timed at a stretch
 
@@ -43,7 +45,7 @@ def main() -> None:
             began, seen = time.perf_counter(), 0
             for _ in range(STEPS):
                 step = next(steps)
-                micro_batches(step.chunks, tokens_each, vocabulary, torch.device("cpu"), varlen)
+                make_micro_batches(step.chunks, tokens_each, vocabulary, torch.device("cpu"), varlen)
                 seen += step.tokens
             speeds.append(seen / (time.perf_counter() - began) / 1e6)
         print(f"{layout}: {statistics.median(speeds):.1f} million tokens/s, median of {given.repeats}")

@@ -30,8 +30,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+import data_process
 import train
-from Config import Config, plain_errors
+from Config import Config
+from mlm import training
+from mlm.errors import plain_errors
 
 ROOT = Path(__file__).parent.parent
 STEPS = 36  # of a run; a kill may fall into any of them
@@ -162,22 +165,22 @@ def stop_any_moment(folder: Path, draw: random.Random, seconds: float) -> list[s
 
 
 def kill_in_step(folder: Path, draw: random.Random, seconds: float) -> list[str]:
-    arm = partial(at_call, train, "accumulate_gradients", draw.randint(1, STEPS), signal.SIGKILL)
+    arm = partial(at_call, training, "accumulate_gradients", draw.randint(1, STEPS), signal.SIGKILL)
     return check(*launch(folder, arm), KILLED)
 
 
 def stop_in_step(folder: Path, draw: random.Random, seconds: float) -> list[str]:
-    arm = partial(at_call, train, "accumulate_gradients", draw.randint(1, STEPS), signal.SIGTERM)
+    arm = partial(at_call, training, "accumulate_gradients", draw.randint(1, STEPS), signal.SIGTERM)
     return check(*launch(folder, arm), STOPPED, words="stopped after step")
 
 
 def kill_in_evaluation(folder: Path, draw: random.Random, seconds: float) -> list[str]:
-    arm = partial(at_call, train.data, "evaluation_chunks", draw.randint(1, 5), signal.SIGKILL)
+    arm = partial(at_call, data_process, "content_keys", draw.randint(1, 5), signal.SIGKILL)
     return check(*launch(folder, arm), KILLED)
 
 
 def stop_in_evaluation(folder: Path, draw: random.Random, seconds: float) -> list[str]:
-    arm = partial(at_call, train.data, "evaluation_chunks", draw.randint(1, 5), signal.SIGTERM)
+    arm = partial(at_call, data_process, "content_keys", draw.randint(1, 5), signal.SIGTERM)
     return check(*launch(folder, arm), STOPPED, words="stopped after step")
 
 
@@ -208,7 +211,7 @@ def damage_cache(folder: Path, draw: random.Random, seconds: float) -> list[str]
     if not files:
         raise Unharmed
     damage(draw.choice(files), draw, ["cut", "missing"])
-    return check(*launch(folder, partial(at_call, train, "accumulate_gradients", 1, signal.SIGKILL)), KILLED)
+    return check(*launch(folder, partial(at_call, training, "accumulate_gradients", 1, signal.SIGKILL)), KILLED)
 
 
 def damage_checkpoint(folder: Path, draw: random.Random, seconds: float) -> list[str]:
@@ -217,7 +220,7 @@ def damage_checkpoint(folder: Path, draw: random.Random, seconds: float) -> list
         raise Unharmed
     file = draw.choice(sorted(checkpoints[-1].iterdir()))
     damage(file, draw, ["cut", "missing", "a bit flipped"])
-    arm = partial(at_call, train, "accumulate_gradients", 1, signal.SIGKILL)
+    arm = partial(at_call, training, "accumulate_gradients", 1, signal.SIGKILL)
     return check(*launch(folder, arm), KILLED, words=f"warning: {checkpoints[-1]} is passed over")
 
 

@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM, logging
 
-import data_process as data
+from mlm.batches import frame, make_micro_batches
+from mlm.masking import MaskRule, content_keys, mask
+from mlm.vocabulary import read_vocabulary
+from mlm.words import make_encoders, make_segmenter, tokenize
 from model import PackedMaskedLM
-from train import micro_batches
-from vocabulary import read_vocabulary
-from words import make_encoders, make_segmenter, tokenize
 
 ROOT = Path(__file__).parent.parent
 MASKINGS = {"tokens": [], "whole words": ["--whole_words_mask"], "spans of words": ["--mask_span"]}
@@ -70,11 +70,11 @@ def perplexity_of_words(final: Path, titles: list[str]) -> float:
     tokens, lengths, starts_word, _ = tokenize(
         titles, make_encoders(tokenizer), vocabulary.continues_word, make_segmenter([])
     )
-    lengths, rule = lengths[lengths > 0], data.MaskRule(whole_words=True)
-    masked = data.mask(tokens, lengths, data.content_keys(tokens, lengths), vocabulary, rule, starts_word)
+    lengths, rule = lengths[lengths > 0], MaskRule(whole_words=True)
+    masked = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, rule, starts_word)
     loss = number = 0
-    for inputs, targets in micro_batches(
-        data.frame(*masked, lengths, vocabulary), 4096, vocabulary, torch.device("cpu")
+    for inputs, targets in make_micro_batches(
+        frame(*masked, lengths, vocabulary), 4096, vocabulary, torch.device("cpu")
     ):
         loss += F.cross_entropy(model(**inputs), targets, reduction="sum").item()
         number += len(targets)

@@ -23,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-import data_process
 from Config import Config
-from text import Text, read_lines
-from vocabulary import learn_tokenizer, read_vocabulary
-from words import HAN_CHARACTER, make_encoders, make_segmenter, tokenize
+from data_process import prepare
+from mlm import chunks
+from mlm.text import Text, read_lines
+from mlm.vocabulary import learn_tokenizer, read_vocabulary
+from mlm.words import HAN_CHARACTER, TokenizedLines, make_encoders, make_segmenter, tokenize
 
 
 def check(lines: list[str], tokenizer) -> tuple[int, int, Counter, dict[str, list[str]]]:
@@ -73,16 +74,17 @@ def prepare_s(lines: list[str], tokenizer, with_words: bool) -> float:
     """Seconds to prepare the lines, without caches."""
     vocabulary = read_vocabulary(tokenizer)
 
-    def by_tokens(texts, encoder, continues_word, segmenter):
-        ids = [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)]
-        tokens = np.fromiter(chain.from_iterable(ids), np.int64)
-        return tokens, np.array([len(line) for line in ids]), ~continues_word[tokens], []
+    def by_tokens(texts, encoders, continues_word, segmenter):
+        encoded = encoders.any_line.encode_batch_fast(texts, add_special_tokens=False)
+        lengths = np.array([len(encoding) for encoding in encoded])
+        tokens = np.fromiter(chain.from_iterable(encoding.ids for encoding in encoded), np.int64)
+        return TokenizedLines(tokens, lengths, ~continues_word[tokens], [])
 
-    data_process.tokenize = tokenize if with_words else by_tokens
+    chunks.tokenize = tokenize if with_words else by_tokens
     with tempfile.TemporaryDirectory() as output:
         text = Text(partial(iter, lines), partial(iter, lines[:100]), "")
         began = time.perf_counter()
-        data_process.prepare(Config(path_model_save=output), text, tokenizer, vocabulary)
+        prepare(Config(path_model_save=output), text, tokenizer, vocabulary)
         return time.perf_counter() - began
 
 

@@ -13,8 +13,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from Config import Config
-from text import Text, read_lines
-from vocabulary import learn_tokenizer, read_vocabulary
+from mlm.text import Text, read_lines
+from mlm.vocabulary import learn_tokenizer, read_vocabulary
 
 ENGLISH = [
     "the",

@@ -17,11 +17,16 @@ from conftest import IGNORED, labelled
 from hypothesis import HealthCheck, event, example, given, settings, strategies
 from transformers import BertConfig, BertForMaskedLM
 
-from Config import SCRATCH_SIZES, Config, UserError, describe
-from data_process import BERT_RULE, MaskRule, prepare, take, training_steps
+from Config import SCRATCH_SIZES, Config
+from data_process import prepare, training_steps
+from mlm.batches import make_micro_batches
+from mlm.chunks import take
+from mlm.errors import UserError
+from mlm.masking import BERT_RULE, MaskRule
+from mlm.settings import describe_settings
+from mlm.text import find_text
+from mlm.training import learning_rate_at, resolve
 from model import PackedMaskedLM
-from text import find_text
-from train import learning_rate_at, micro_batches, resolve
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 60))  # texts; of configurations ten times as many
 unhurried = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
@@ -83,14 +88,14 @@ def test_any_text_trains_or_is_refused(tmp_path_factory, tokenizer, vocabulary, 
     tokens = {name: tokens_of(tokenizer, of_split) for name, of_split in lines.items()}
     if test is None:  # some distinct lines are held out
         assert sorted(stored(chunks) + stored(test_chunks)) == sorted(tokens["train"])
-        assert not found["test_lines_in_train"]
+        assert not found.test_lines_in_train
     else:
         assert stored(chunks) == tokens["train"] and stored(test_chunks) == tokens["test"]
-        assert bool(found["test_lines_in_train"]) == bool(set(lines["train"]) & set(lines["test"]))
+        assert bool(found.test_lines_in_train) == bool(set(lines["train"]) & set(lines["test"]))
 
     seen = []
     steps = training_steps(chunks, vocabulary, rule, 0, batch_size=4)
-    for _ in range(-(-chunks.number // 4)):
+    for _ in range(-(-len(chunks) // 4)):
         step = next(steps)
         of_chunk = np.cumsum(step.chunks.position_ids == 0)
         input_ids, labels = labelled(step.chunks.input_ids, step.chunks.masked, step.chunks.targets)
@@ -108,7 +113,7 @@ def test_any_text_trains_or_is_refused(tmp_path_factory, tokenizer, vocabulary, 
 
 
 def stored(chunks) -> list[int]:
-    return take(chunks, np.arange(chunks.number))[0].tolist()
+    return take(chunks, np.arange(len(chunks)))[0].tolist()
 
 
 def tokens_of(tokenizer, lines: list[str]) -> list[int]:
@@ -136,7 +141,7 @@ def is_right_to_refuse(said: str, files: dict[str, bytes], tokenizer) -> bool:
 
 @torch.no_grad()
 def packed_loss(bert, chunks, vocabulary):
-    model, pieces = PackedMaskedLM(bert), micro_batches(chunks, 40, vocabulary, torch.device("cpu"))
+    model, pieces = PackedMaskedLM(bert), make_micro_batches(chunks, 40, vocabulary, torch.device("cpu"))
     return sum(F.cross_entropy(model(**inputs), wanted, reduction="sum").item() for inputs, wanted in pieces)
 
 
@@ -182,7 +187,7 @@ def test_any_configuration_is_accepted_or_refused_by_name(changes):
         assert accused <= asdict(Config()).keys() and accused & {*changes, "max_steps"}, refused
         return event("refused")
     event("accepted")
-    describe(resolved, config).encode()  # it can be printed
+    describe_settings(resolved, config).encode()  # it can be printed
     assert resolved.scratch_size in (None, *SCRATCH_SIZES)
     rates = [learning_rate_at(step, resolved) for step in {0, resolved.max_steps // 2, resolved.max_steps - 1}]
     assert all(0 <= rate <= resolved.learning_rate for rate in rates)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from Config import Config, UserError, parse_flags
+from Config import Config, parse_flags
+from mlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

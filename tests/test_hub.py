@@ -116,6 +116,7 @@ def train(tmp_path):
     copy.mkdir()
     for file in [*ROOT.glob("*.py"), ROOT / "run.sh"]:
         shutil.copy(file, copy)
+    shutil.copytree(ROOT / "mlm", copy / "mlm")
 
     def start(endpoint, *flags, command=(sys.executable, "train.py"), **environment):
         environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), **environment}

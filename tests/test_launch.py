@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from runs import LAUNCHERS, finish, metrics, read_until, run, start
 
-from checkpoint import find_checkpoint
+from mlm.checkpoint import find_checkpoint
 
 TWO_RANKS = """\
 compute_environment: LOCAL_MACHINE

@@ -11,7 +11,10 @@ from conftest import labelled
 from runs import LAUNCHERS, assert_close, assert_same_bits, finish, metrics, run, start, weights
 
 import train
-from Config import UserError
+from mlm import training
+from mlm.batches import make_micro_batches
+from mlm.errors import UserError
+from mlm.evaluation import Evaluation
 from model import load_model
 
 CHARACTERS = "患者服用二甲双胍治疗糖尿病和高血压医生随访三个月后下降"
@@ -46,7 +49,7 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
         return forward(self, input_ids, position_ids, masked, sequence_ids)
 
     monkeypatch.setattr(train.PackedMaskedLM, "forward", watched)
-    training_steps, drawn = train.data.training_steps, {}
+    training_steps, drawn = train.training_steps, {}
 
     def drawing(*arguments):
         for step in training_steps(*arguments):
@@ -55,7 +58,7 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
             drawn.setdefault(config.run_name, []).append((step.masked_tokens, sorted(rows)))
             yield step
 
-    monkeypatch.setattr(train.data, "training_steps", drawing)
+    monkeypatch.setattr(train, "training_steps", drawing)
     folders = []
     for chunks in (1, 4, 32):
         config = settings(
@@ -146,7 +149,9 @@ def test_three_ranks_resume_with_the_same_bits(layout_settings, stopping_script)
 
 
 def test_machines_with_different_text_are_refused(settings, monkeypatch):
-    monkeypatch.setattr(train, "gather_object", lambda objects: [*objects, {"text": "another", "tokenizer": "another"}])
+    monkeypatch.setattr(
+        "mlm.start.gather_object", lambda objects: [*objects, {"text": "another", "tokenizer": "another"}]
+    )
     with pytest.raises(train.UserError, match="path_datasets: text, words or tokenizer differ between the machines"):
         train.main(settings())
 
@@ -166,18 +171,18 @@ def run_out_of_memory(monkeypatch, positions: int) -> None:
 def test_a_step_out_of_memory_is_cut_finer_and_repeated(settings, monkeypatch, capsys):
     usual = {"max_steps": 6, "hidden_dropout": 0.1}
     small = run(settings(run_name="small", micro_batch_tokens=64, **usual))
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (train.Evaluation(1.0, 0.0, 1), False))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: (Evaluation(1.0, 0.0, 1), False))
     run_out_of_memory(monkeypatch, positions=64 + 32)  # a row may be longer by less than a chunk
     capsys.readouterr()
     cut = run(settings(run_name="cut", micro_batch_tokens=256, **usual))
     assert weights(cut).keys() == weights(small).keys()
     assert all(torch.equal(tensor, weights(small)[name]) for name, tensor in weights(cut).items())
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
-    assert said == [f"step 1: out of memory; repeated, and gone on with, in micro-batches of {n}" for n in (128, 64)]
+    assert said == [f"step 1: out of memory; this and all later steps use micro-batches of {n}" for n in (128, 64)]
 
 
 def test_a_chunk_that_does_not_fit_the_memory_is_said_plainly(settings, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (train.Evaluation(1.0, 0.0, 1), False))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: (Evaluation(1.0, 0.0, 1), False))
     run_out_of_memory(monkeypatch, positions=20)
     with pytest.raises(UserError, match="micro_batch_tokens: out of memory"):
         run(settings(max_steps=2, micro_batch_tokens=256))
@@ -188,7 +193,7 @@ def test_the_largest_micro_batch_that_fits_is_found_by_trying(settings, vocabula
     """At most a step's 16 chunks of 32 tokens, and at least one chunk."""
     bert, _ = load_model(settings(), vocabulary.size, vocabulary.pad_id)
     run_out_of_memory(monkeypatch, positions)
-    cut = partial(train.micro_batches, vocabulary=vocabulary, device=torch.device("cpu"), varlen=False)
+    divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"), varlen=False)
     model = train.PackedMaskedLM(bert)
-    assert train.fit_memory(Accelerator(), model, cut, vocabulary, settings()) == expected
+    assert training.fit_memory(Accelerator(), model, divide, vocabulary, settings()) == expected
     assert all(parameter.grad is None for parameter in model.parameters())  # nothing of it is left

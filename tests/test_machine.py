@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-import machine
-from Config import Config, UserError
+from Config import Config
+from mlm import machine
+from mlm.errors import UserError
 
 
 @pytest.mark.parametrize(

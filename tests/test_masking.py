@@ -7,17 +7,10 @@ import pytest
 from conftest import IGNORED, labelled
 
 import data_process
-from data_process import (
-    BERT_RULE,
-    Chunks,
-    MaskRule,
-    content_keys,
-    epoch_order,
-    evaluation_chunks,
-    mask,
-    noise,
-    training_steps,
-)
+from data_process import evaluation_batches, training_steps
+from mlm.chunks import Chunks
+from mlm.masking import BERT_RULE, MaskRule, content_keys, mask
+from mlm.randomness import epoch_order, random_bits
 
 SIGMAS = 5  # a counted share lies so many standard deviations around the true one with probability 1 - 6e-7
 
@@ -36,7 +29,7 @@ def chunks_of(length: int, number: int, vocabulary, seed: int = 0):
 def test_chosen_share_of_a_chunk_of_n_tokens(vocabulary, length):
     p, number = 0.15, 200_000 // length
     tokens, lengths = chunks_of(length, number, vocabulary)
-    _, labels = labelled(*mask(tokens, lengths, noise(1, np.arange(number)), vocabulary, BERT_RULE))
+    _, labels = labelled(*mask(tokens, lengths, random_bits(1, np.arange(number)), vocabulary, BERT_RULE))
     chosen = (labels != IGNORED).reshape(number, length)
     assert chosen.any(axis=1).all()  # every chunk teaches
     assert np.array_equal(labels[labels != IGNORED], tokens[labels != IGNORED])
@@ -47,7 +40,7 @@ def test_chosen_share_of_a_chunk_of_n_tokens(vocabulary, length):
 
 def test_tokens_are_chosen_independently(vocabulary):
     tokens, lengths = chunks_of(100, 5000, vocabulary)
-    _, labels = labelled(*mask(tokens, lengths, noise(2, np.arange(5000)), vocabulary, BERT_RULE))
+    _, labels = labelled(*mask(tokens, lengths, random_bits(2, np.arange(5000)), vocabulary, BERT_RULE))
     chosen = (labels != IGNORED).reshape(5000, 100)
     for distance in (1, 2, 7, 50):
         both = chosen[:, :-distance] & chosen[:, distance:]
@@ -56,7 +49,7 @@ def test_tokens_are_chosen_independently(vocabulary):
 
 def test_eighty_ten_ten_and_what_random_tokens_are(vocabulary):
     tokens, lengths = chunks_of(100, 20_000, vocabulary)
-    input_ids, labels = labelled(*mask(tokens, lengths, noise(3, np.arange(20_000)), vocabulary, BERT_RULE))
+    input_ids, labels = labelled(*mask(tokens, lengths, random_bits(3, np.arange(20_000)), vocabulary, BERT_RULE))
     chosen = labels != IGNORED
     assert np.array_equal(input_ids[~chosen], tokens[~chosen])
     masked = chosen & (input_ids == vocabulary.mask_id)
@@ -75,19 +68,21 @@ def test_special_and_unused_tokens_are_never_drawn_and_unknown_may_be_chosen(tok
     assert not never & set(vocabulary.ordinary_ids.tolist())
     assert len(vocabulary.ordinary_ids) == vocabulary.size - len(never)
     tokens, lengths = np.full(10_000, vocabulary.unk_id), np.array([10_000])
-    _, labels = labelled(*mask(tokens, lengths, noise(4, np.arange(1)), vocabulary, BERT_RULE))
+    _, labels = labelled(*mask(tokens, lengths, random_bits(4, np.arange(1)), vocabulary, BERT_RULE))
     assert_share(int((labels == vocabulary.unk_id).sum()), 10_000, 0.15)
 
 
 def test_shares_follow_the_rule(vocabulary):
     tokens, lengths = chunks_of(100, 2000, vocabulary)
     rule = MaskRule(probability=0.4, mask_share=0.5, random_share=0.5)
-    input_ids, labels = labelled(*mask(tokens, lengths, noise(5, np.arange(2000)), vocabulary, rule))
+    input_ids, labels = labelled(*mask(tokens, lengths, random_bits(5, np.arange(2000)), vocabulary, rule))
     chosen = labels != IGNORED
     assert_share(int(chosen.sum()), tokens.size, 0.4)
     assert_share(int((input_ids[chosen] == vocabulary.mask_id).sum()), int(chosen.sum()), 0.5)
     everything = MaskRule(probability=1.0, mask_share=1.0, random_share=0.0)
-    assert (mask(tokens, lengths, noise(5, np.arange(2000)), vocabulary, everything)[0] == vocabulary.mask_id).all()
+    assert (
+        mask(tokens, lengths, random_bits(5, np.arange(2000)), vocabulary, everything)[0] == vocabulary.mask_id
+    ).all()
 
 
 def random_words(vocabulary, words_a_chunk: int, number: int):
@@ -114,7 +109,7 @@ def fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary):
 
 def test_whole_words_share_their_fate(vocabulary):
     tokens, lengths, word_lengths, starts_word = random_words(vocabulary, 20, 3000)
-    keys = noise(6, np.arange(len(lengths)))
+    keys = random_bits(6, np.arange(len(lengths)))
     input_ids, labels = labelled(*mask(tokens, lengths, keys, vocabulary, MaskRule(whole_words=True), starts_word))
     chosen, masked = fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary)
     assert_share(int(chosen.sum()), len(chosen), 0.15 + 0.85**20 / 20)
@@ -138,7 +133,7 @@ def test_whole_words_share_their_fate(vocabulary):
 @pytest.mark.parametrize("words_a_chunk", [1, 3, 500])
 def test_spans_leave_each_word_its_probability_and_have_geometric_lengths(vocabulary, words_a_chunk):
     tokens, lengths, word_lengths, starts_word = random_words(vocabulary, words_a_chunk, 150_000 // words_a_chunk)
-    keys = noise(8, np.arange(len(lengths)))
+    keys = random_bits(8, np.arange(len(lengths)))
     input_ids, labels = labelled(*mask(tokens, lengths, keys, vocabulary, MaskRule(spans=True), starts_word))
     chosen, masked = fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary)
     chosen, masked = (which.reshape(-1, words_a_chunk) for which in (chosen, masked))
@@ -163,7 +158,7 @@ def test_masks_are_the_same_in_any_batch(vocabulary, kind):
     rule = BERT_RULE if kind == "tokens" else BERT_RULE._replace(**{kind: True})
     tokens, lengths = chunks_of(50, 400, vocabulary)
     starts_word = np.random.default_rng(0).random(len(tokens)) < 0.7
-    keys = noise(42, 2, 0, np.arange(400))
+    keys = random_bits(42, 2, 0, np.arange(400))
     together = labelled(*mask(tokens, lengths, keys, vocabulary, rule, starts_word))
     for chunk in range(400):
         inside, own = slice(chunk * 50, chunk * 50 + 50), slice(chunk, chunk + 1)
@@ -174,7 +169,9 @@ def test_masks_are_the_same_in_any_batch(vocabulary, kind):
 def test_masks_are_new_in_every_epoch(vocabulary):
     tokens, lengths = chunks_of(50, 40, vocabulary)
     one, other = (
-        np.isin(np.arange(2000), mask(tokens, lengths, noise(42, 2, epoch, np.arange(40)), vocabulary, BERT_RULE)[1])
+        np.isin(
+            np.arange(2000), mask(tokens, lengths, random_bits(42, 2, epoch, np.arange(40)), vocabulary, BERT_RULE)[1]
+        )
         for epoch in (0, 1)
     )
     assert_share(int((one & other).sum()), one.size, 0.15**2)
@@ -196,7 +193,7 @@ def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
         return found
 
     def step(seed=42, epoch=0, **more):
-        return next(training_steps(chunks, vocabulary, BERT_RULE, seed, 40, first=epoch, **more))
+        return next(training_steps(chunks, vocabulary, BERT_RULE, seed, 40, first_step=epoch, **more))
 
     drawn, count, seen_tokens = step()
     first = masked(drawn)
@@ -204,7 +201,8 @@ def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
     parts = [step for step, _ in zip(training_steps(chunks, vocabulary, BERT_RULE, 42, 7), range(6), strict=False)]
     assert set.union(*(masked(part.chunks) for part in parts)) == first  # batches change no mask
     assert [part.tokens for part in parts] == [350] * 5 + [250]
-    for other in (step(epoch=1).chunks, step(seed=43).chunks, evaluation_chunks(chunks, np.arange(40), vocabulary)):
+    [evaluated] = evaluation_batches(chunks, vocabulary)
+    for other in (step(epoch=1).chunks, step(seed=43).chunks, evaluated):
         assert len(first & masked(other)) < 0.4 * count  # a mask drawn afresh shares 15%
     halves = [step(rank=rank, ranks=2) for rank in (0, 1)]
     first_half, second_half = (masked(half.chunks) for half in halves)
@@ -224,7 +222,7 @@ def test_steps_are_the_same_wherever_they_begin_and_however_many_are_masked_at_o
     for rank in (0, 1):
         whole = steps(40, rank=rank, ranks=2)  # 13 an epoch, the last one of four chunks
         monkeypatch.setattr(data_process, "MASKED_AT_ONCE", 500)
-        later = steps(22, first=18, rank=rank, ranks=2)
+        later = steps(22, first_step=18, rank=rank, ranks=2)
         for step, other in zip(whole[18:], later, strict=True):
             assert step[1:] == other[1:]
             assert all(np.array_equal(array, same) for array, same in zip(step.chunks, other.chunks, strict=True))
@@ -245,8 +243,8 @@ def test_evaluation_masks_depend_on_the_chunk_alone(vocabulary):
 
 def test_noise_is_splitmix64(vocabulary):
     # First outputs of the published generator for state 0: counter 0 here is its first step.
-    assert int(noise(0)[0]) == 0xE220A8397B1DCDAF
-    assert int(noise(0x9E3779B97F4A7C15)[0]) == 0x6E789E6AA1B965F4
+    assert int(random_bits(0)[0]) == 0xE220A8397B1DCDAF
+    assert int(random_bits(0x9E3779B97F4A7C15)[0]) == 0x6E789E6AA1B965F4
 
 
 def test_epoch_order_is_a_new_permutation_every_epoch_and_seed():

@@ -21,10 +21,12 @@ from transformers import (
     pipeline,
 )
 
-from Config import UserError
-from data_process import BERT_RULE, frame, mask, noise, pack, split_rows
-from model import Dropout, PackedMaskedLM, load_model, save_model
-from train import micro_batches
+from mlm.batches import divide_rows, frame, make_micro_batches, pack
+from mlm.checkpoint import save_model
+from mlm.errors import UserError
+from mlm.masking import BERT_RULE, mask
+from mlm.randomness import random_bits
+from model import Dropout, PackedMaskedLM, load_model
 
 CPU = torch.device("cpu")
 
@@ -76,7 +78,7 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
     draw = np.random.default_rng(0)
     lengths = draw.integers(1, 60, 40)
     tokens = draw.choice(vocabulary.ordinary_ids, lengths.sum())
-    hidden = mask(tokens, lengths, noise(0, np.arange(40)), vocabulary, BERT_RULE)
+    hidden = mask(tokens, lengths, random_bits(0, np.arange(40)), vocabulary, BERT_RULE)
     input_ids, labels = labelled(*hidden)
 
     # The stock model: one chunk a row, padded, the loss a mean over the masked tokens.
@@ -92,7 +94,7 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
     expected = stock(input_ids=padded, attention_mask=attention, labels=targets).loss
     expected.backward()
 
-    pieces = micro_batches(frame(*hidden, lengths, vocabulary), micro_batch_tokens, vocabulary, CPU, varlen)
+    pieces = make_micro_batches(frame(*hidden, lengths, vocabulary), micro_batch_tokens, vocabulary, CPU, varlen)
     positions = sum(inputs["input_ids"].numel() for inputs, _ in pieces)
     assert positions < 0.8 * padded.numel()  # packed indeed
     if varlen:
@@ -118,7 +120,7 @@ def test_a_chunk_cannot_see_its_neighbour(vocabulary):
 
     def logits(tokens):
         chunks = frame(tokens, np.arange(10), tokens[:10], lengths, vocabulary)  # predict the first
-        (inputs, _), *rest = micro_batches(chunks, 1000, vocabulary, CPU)
+        (inputs, _), *rest = make_micro_batches(chunks, 1000, vocabulary, CPU)
         assert not rest and inputs["input_ids"].shape == (1, 22)
         return model(**inputs)
 
@@ -162,7 +164,7 @@ def test_rows_are_cut_evenly(vocabulary):
     rows = pack(frame(tokens, np.arange(980), tokens, lengths, vocabulary), 200, vocabulary)
     assert rows.input_ids.shape == (5, 200)
     for positions, parts in ((1000, [5]), (999, [3, 2]), (800, [3, 2]), (400, [2, 2, 1]), (399, [1] * 5), (1, [1] * 5)):
-        cut = list(split_rows(rows, positions))
+        cut = list(divide_rows(rows, positions))
         assert [len(part.input_ids) for part in cut] == parts
         assert [len(part.targets) for part in cut] == [196 * part for part in parts]
 
@@ -187,7 +189,7 @@ def test_dropout_drops_its_share_and_scales_the_rest():
 def test_pack_of_nothing_gives_a_zero_loss(vocabulary, varlen):
     nothing = np.zeros(0, dtype=np.int64)
     chunks = frame(nothing, nothing, nothing, nothing, vocabulary)
-    [(inputs, targets)] = micro_batches(chunks, 1000, vocabulary, CPU, varlen)
+    [(inputs, targets)] = make_micro_batches(chunks, 1000, vocabulary, CPU, varlen)
     model = BertForMaskedLM(bert_config(vocabulary))
     loss = F.cross_entropy(PackedMaskedLM(model)(**inputs), targets, reduction="sum")
     loss.backward()

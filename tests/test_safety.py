@@ -11,9 +11,9 @@ from runs import run
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
-from Config import UserError
+from mlm.errors import UserError
+from mlm.vocabulary import load_tokenizer
 from model import load_model
-from vocabulary import load_tokenizer
 
 
 @pytest.fixture

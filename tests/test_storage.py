@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from storage import lock, once, whole
+from mlm.storage import atomic_write, lock, once
 
 ROOT = Path(__file__).parent.parent
 
 
 def fill(place, content):
-    with whole(place) as beside:
+    with atomic_write(place) as beside:
         beside.mkdir()
         (beside / "a").write_text(content)
         (beside / "b").write_text(content)
 
 
-def test_a_folder_is_replaced_whole(tmp_path):
+def test_a_folder_is_replaced_atomic_write(tmp_path):
     place = tmp_path / "best"
     fill(place, "first")
     fill(place, "second")
@@ -53,7 +53,7 @@ def test_an_interrupted_replacement_keeps_the_old_folder(tmp_path, monkeypatch, 
 
     for name in ("rename", "replace"):
         monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
-    with pytest.raises(KeyboardInterrupt), whole(place) as beside:
+    with pytest.raises(KeyboardInterrupt), atomic_write(place) as beside:
         beside.mkdir()
         (beside / "a").write_text("second")
         if rename_that_fails is None:
@@ -65,11 +65,11 @@ def test_an_interrupted_replacement_keeps_the_old_folder(tmp_path, monkeypatch, 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     place = tmp_path / "metrics.csv"
     place.write_text("first")
-    with pytest.raises(KeyboardInterrupt), whole(place) as beside:
+    with pytest.raises(KeyboardInterrupt), atomic_write(place) as beside:
         beside.write_text("sec")
         raise KeyboardInterrupt
     assert place.read_text() == "first" and list(tmp_path.iterdir()) == [place]
-    with whole(place) as beside:
+    with atomic_write(place) as beside:
         beside.write_text("second")
     assert place.read_text() == "second" and list(tmp_path.iterdir()) == [place]
 
@@ -77,7 +77,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_a_folder_lost_between_two_renames_comes_back(tmp_path):
     (tmp_path / ".best.old").mkdir()
     (tmp_path / ".best.old" / "a").write_text("first")
-    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "best"):
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "best"):
         raise KeyboardInterrupt
     assert (tmp_path / "best" / "a").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
@@ -85,7 +85,7 @@ def test_a_folder_lost_between_two_renames_comes_back(tmp_path):
 def test_of_many_processes_one_makes_and_the_others_wait(tmp_path):
     """Four processes at once; making takes longer than any of them would otherwise need."""
     script = (
-        "import os, sys, time; from pathlib import Path; from storage import once\n"
+        "import os, sys, time; from pathlib import Path; from mlm.storage import once\n"
         "def make(path):\n"
         "    open('made', 'a').write('x'); time.sleep(1); path.write_text('whole')\n"
         "print(once(Path('cache/text'), make).read_text())"
@@ -101,7 +101,7 @@ def test_of_many_processes_one_makes_and_the_others_wait(tmp_path):
 
 def test_a_maker_that_was_killed_hands_over_to_the_next(tmp_path):
     script = (
-        "import time; from pathlib import Path; from storage import once\n"
+        "import time; from pathlib import Path; from mlm.storage import once\n"
         "def make(path):\n"
         "    path.write_text('half'); print(flush=True); time.sleep(60)\n"
         "once(Path('text'), make)"

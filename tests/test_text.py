@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from conftest import make_lines
 
-from Config import UserError
-from data_process import BERT_RULE, cut, pack, prepare, take, training_steps
-from text import find_text, read_lines
-from vocabulary import learn_tokenizer, read_vocabulary
+from data_process import prepare, training_steps
+from mlm.batches import pack
+from mlm.chunks import cut_line, take
+from mlm.errors import UserError
+from mlm.masking import BERT_RULE
+from mlm.text import find_text, read_lines
+from mlm.vocabulary import learn_tokenizer, read_vocabulary
 
 
 def stored_tokens(tmp_path, settings, text, tokenizer, vocabulary, **changes):
@@ -105,22 +108,22 @@ def test_every_token_of_every_line_exactly_once_an_epoch(
         expected.update(tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     seen = Counter()
     steps = training_steps(train, vocabulary, BERT_RULE, 7, 16)
-    for _ in range(math.ceil(train.number / 16)):
+    for _ in range(math.ceil(len(train) / 16)):
         batch = pack(next(steps).chunks, 64, vocabulary)
         batch.input_ids.reshape(-1)[batch.masked] = batch.targets
         seen.update(batch.input_ids[batch.sequence_ids > 0].tolist())
-    assert seen.pop(vocabulary.cls_id) == seen.pop(vocabulary.sep_id) == train.number
+    assert seen.pop(vocabulary.cls_id) == seen.pop(vocabulary.sep_id) == len(train)
     assert seen == expected
     assert vocabulary.mask_id not in seen
     assert np.diff(train.offsets).max() == sen_max_length - 2
-    assert found["train"]["blank"] == 1 and found["train"]["dropped"] == 1
-    assert found["train"]["tokens"] == expected.total() and found["train"]["chunks"] == train.number
+    assert found.train.blank == 1 and found.train.dropped == 1
+    assert found.train.tokens == expected.total() and found.train.chunks == len(train)
 
 
 def test_chunks_of_a_line_join_to_the_line_and_start_at_words(tmp_path, settings, text_of, tokenizer, vocabulary):
     line = " ".join(make_lines(50, seed=4))
     train, _, _ = stored_tokens(tmp_path, settings, text_of(tmp_path, line.encode()), tokenizer, vocabulary)
-    tokens, lengths, _ = take(train, np.arange(train.number))
+    tokens, lengths, _ = take(train, np.arange(len(train)))
     assert tokens.tolist() == tokenizer(line, add_special_tokens=False)["input_ids"]
     starts = np.cumsum(lengths) - lengths
     assert not any(token.startswith("##") for token in tokenizer.convert_ids_to_tokens(tokens[starts].tolist()))
@@ -139,7 +142,7 @@ def test_chunks_of_a_line_join_to_the_line_and_start_at_words(tmp_path, settings
     ],
 )
 def test_cut(starts_word, limit, lengths):
-    assert cut(np.array([c == "1" for c in starts_word], dtype=bool), limit) == lengths
+    assert cut_line(np.array([c == "1" for c in starts_word], dtype=bool), limit) == lengths
 
 
 def test_a_megabyte_line_is_kept_whole(tmp_path, settings, text_of, tokenizer, vocabulary):
@@ -147,7 +150,7 @@ def test_a_megabyte_line_is_kept_whole(tmp_path, settings, text_of, tokenizer, v
     train, _, found = stored_tokens(tmp_path, settings, text_of(tmp_path, line.encode()), tokenizer, vocabulary)
     assert len(line) > 1_000_000
     expected = len(tokenizer("the patient was given insulin", add_special_tokens=False)["input_ids"]) * 35_000
-    assert found["train"]["tokens"] == len(train.tokens) == expected
+    assert found.train.tokens == len(train.tokens) == expected
 
 
 def test_what_was_found_counts_lines(tmp_path, settings, text_of, tokenizer, vocabulary):
@@ -155,10 +158,10 @@ def test_what_was_found_counts_lines(tmp_path, settings, text_of, tokenizer, voc
     text = text_of(tmp_path, train, b"the patient\nnew line\n")
     _, _, found = stored_tokens(tmp_path, settings, text, tokenizer, vocabulary)
     expected = {"lines": 6, "blank": 1, "duplicate": 1, "dropped": 1}
-    assert expected.items() <= found["train"].items()
-    assert found["test_lines_in_train"] == 1
+    assert expected.items() <= vars(found.train).items()
+    assert found.test_lines_in_train == 1
     ids = tokenizer("Q", add_special_tokens=False)["input_ids"]
-    assert found["train"]["unknown"] == ids.count(tokenizer.unk_token_id)
+    assert found.train.unknown == ids.count(tokenizer.unk_token_id)
 
 
 def test_text_without_a_token_is_said_plainly(tmp_path, settings, text_of, tokenizer, vocabulary):
@@ -190,4 +193,4 @@ def test_unigram_perplexity_counts_every_test_token(tmp_path, settings, text_of,
     test = tokenizer("the patient patient", add_special_tokens=False)["input_ids"]
     total = counts.total() + vocabulary.size
     expected = np.exp(-np.mean([np.log((counts[token] + 1) / total) for token in test]))
-    assert found["unigram_perplexity"] == pytest.approx(expected)
+    assert found.unigram_perplexity == pytest.approx(expected)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -20,12 +21,20 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+import data_process
 import train
-from Config import UserError
-from data_process import BERT_RULE, MASKS, content_keys, epoch_order, mask, noise, prepare, take
+from data_process import evaluation_batches, prepare
+from mlm import training
+from mlm.batches import StepQueue, make_micro_batches
+from mlm.chunks import take
+from mlm.errors import UserError
+from mlm.evaluation import Evaluation
+from mlm.masking import BERT_RULE, content_keys, mask
+from mlm.randomness import epoch_order, mask_keys
+from mlm.text import find_text
+from mlm.training import learning_rate_at, resolve
+from mlm.vocabulary import load_tokenizer, read_vocabulary
 from model import PackedMaskedLM, load_model
-from text import find_text
-from vocabulary import load_tokenizer, read_vocabulary
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,11 +86,13 @@ def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings):
     vocabulary = read_vocabulary(tokenizer)
     _, test, _ = prepare(config, text, tokenizer, vocabulary)
     model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
-    cut = partial(train.micro_batches, tokens=100, vocabulary=vocabulary, device=torch.device("cpu"))
-    ours, _ = train.evaluate(Accelerator(), PackedMaskedLM(model).train(), test, vocabulary, cut, signals=[])
+    divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"))
+    queue = StepQueue(iter([]), divide, micro_batch_positions=100, longest_chunk=32)
+    batches = evaluation_batches(test, vocabulary)
+    ours, _ = train.evaluate(Accelerator(), PackedMaskedLM(model).train(), batches, queue, signals=[])
 
     nll, right, masked = 0.0, 0, 0
-    for chunk in range(test.number):  # one chunk at a time, every position, the stock forward
+    for chunk in range(len(test)):  # one chunk at a time, every position, the stock forward
         tokens, lengths, _ = take(test, np.array([chunk]))
         input_ids, labels = labelled(*mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE))
         ids = torch.tensor([[vocabulary.cls_id, *input_ids.tolist(), vocabulary.sep_id]])
@@ -116,14 +127,14 @@ def test_the_same_run_twice_gives_the_same_bits(settings):
 
 def test_the_schedule_warms_up_decays_and_never_trains_at_zero(settings):
     config = settings(max_steps=10, num_warmup_steps=4, learning_rate=1.0)
-    rates = [train.learning_rate_at(step, config) for step in range(10)]
+    rates = [learning_rate_at(step, config) for step in range(10)]
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    resolved = train.resolve(settings(num_epochs=3, num_warmup_steps=0.1), steps_per_epoch=40, precision="no")
+    resolved = resolve(settings(num_epochs=3, num_warmup_steps=0.1), steps_per_epoch=40, precision="no")
     assert (resolved.max_steps, resolved.num_warmup_steps, resolved.learning_rate) == (120, 12, 2e-3)
-    assert resolved.eval_every == resolved.save_every == 40
-    assert train.resolve(resolved, 40, "no") == resolved
+    assert (resolved.eval_every, resolved.save_every) == (40, None)
+    assert resolve(resolved, 40, "no") == resolved
     with pytest.raises(UserError, match="num_warmup_steps"):
-        train.resolve(settings(num_epochs=1, num_warmup_steps=50), steps_per_epoch=40, precision="no")
+        resolve(settings(num_epochs=1, num_warmup_steps=50), steps_per_epoch=40, precision="no")
 
 
 def test_dropout_is_on_in_every_step_and_off_in_evaluations(settings, monkeypatch):
@@ -154,27 +165,27 @@ def test_the_optimizer_gets_clipped_gradients_scheduled_rates_and_no_decay_for_b
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     config = settings(max_steps=6, max_grad_norm=0.01)
     run(config)
-    resolved = train.resolve(config, 1, "no")
+    resolved = resolve(config, 1, "no")
     for step, (norm, rates) in enumerate(steps):
         assert norm == pytest.approx(0.01, rel=1e-3)
-        assert rates == [train.learning_rate_at(step, resolved)] * 2
+        assert rates == [learning_rate_at(step, resolved)] * 2
     assert len(steps) == 6
 
 
 @pytest.mark.parametrize(("setting", "words"), [("whole_words_mask", (True, False)), ("mask_span", (False, True))])
 def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(settings, monkeypatch, setting, words):
-    take, training_steps, taken = train.data.take, train.data.training_steps, []
+    take, training_steps, taken = data_process.take, train.training_steps, []
 
     def watched_take(chunks, indices):
-        taken.append((chunks.number, indices.tolist()))
+        taken.append((len(chunks), indices.tolist()))
         return take(chunks, indices)
 
     def watched_steps(chunks, vocabulary, rule, seed, batch_size, *more):
         assert seed == 5 and batch_size == 7 and rule == (0.3, 0.6, 0.2, *words)
         return training_steps(chunks, vocabulary, rule, seed, batch_size, *more)
 
-    monkeypatch.setattr(train.data, "take", watched_take)
-    monkeypatch.setattr(train.data, "training_steps", watched_steps)
+    monkeypatch.setattr(data_process, "take", watched_take)
+    monkeypatch.setattr(train, "training_steps", watched_steps)
     shares = {"mlm_probability": 0.3, "mask_replace_prob": 0.6, "random_replace_prob": 0.2, setting: True}
     folder = run(settings(seed=5, num_epochs=2, batch_size=7, **shares))
     number = json.loads((folder / "settings.json").read_text())["derived"]["chunks"]
@@ -222,9 +233,9 @@ def test_a_step_follows_the_gradient_of_the_stock_models_mean_loss(settings, mon
     vocabulary = read_vocabulary(tokenizer)
     chunks, _, _ = prepare(config, text, tokenizer, vocabulary)
     model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
-    indices = epoch_order(config.seed, 0, chunks.number)[: config.batch_size]
+    indices = epoch_order(config.seed, 0, len(chunks))[: config.batch_size]
     tokens, lengths, _ = take(chunks, indices)
-    keys = noise(config.seed, MASKS, 0, indices)
+    keys = mask_keys(config.seed, 0, indices)
     input_ids, labels = labelled(*mask(tokens, lengths, keys, vocabulary, BERT_RULE))
     padded = torch.full((len(lengths), int(lengths.max()) + 2), vocabulary.pad_id)
     targets, attention = torch.full_like(padded, IGNORED), torch.zeros_like(padded)
@@ -249,7 +260,7 @@ def test_best_is_saved_when_the_test_loss_falls_and_only_then(settings, monkeypa
         saved.append(folder.name)
         save_model(folder, *arguments)
 
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (train.Evaluation(next(losses), 0.1, 10), False))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: (Evaluation(next(losses), 0.1, 10), False))
     monkeypatch.setattr(train, "save_model", watched)
     run(settings(max_steps=5, eval_every=1))
     assert saved == [".best.new", ".best.new", ".final.new"]
@@ -302,20 +313,20 @@ def test_a_rate_that_blows_the_weights_up_ends_the_run_and_saves_none_that_are_n
 def test_checkpoints_take_a_twentieth_of_the_time_unless_more_are_asked_for(settings, monkeypatch):
     """By a clock that a step moves by a second and a save by three."""
     clock, saved = [0.0], []
-    accumulate_gradients = train.accumulate_gradients
+    accumulate_gradients = training.accumulate_gradients
 
     def step(*arguments):
         clock[0] += 1
         return accumulate_gradients(*arguments)
 
-    def save(run, bert, tokenizer, optimizer, progress, recipe, keep):
+    def save(run, progress):
         clock[0] += 3
         saved.append(progress.step)
 
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(train, "accumulate_gradients", step)
-    monkeypatch.setattr(train, "save_checkpoint", save)
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (train.Evaluation(1.0, 0.1, 10), False))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(training, "accumulate_gradients", step)
+    monkeypatch.setattr("mlm.checkpoint.save_checkpoint", save)
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: (Evaluation(1.0, 0.1, 10), False))
     folder = run(settings(batch_size=64, max_steps=150))
     epoch = json.loads((folder / "settings.json").read_text())["derived"]["steps_per_epoch"]
     assert 1 < epoch < 20 and saved[0] == epoch and len(saved) > 1
@@ -335,7 +346,7 @@ def test_a_taken_name_is_refused_and_nothing_saved_is_touched(settings):
 
 
 def test_two_runs_in_one_second_do_not_collide(settings, monkeypatch):
-    monkeypatch.setattr(train.time, "strftime", lambda layout: "now")
+    monkeypatch.setattr(time, "strftime", lambda layout: "now")
     config = settings(max_steps=1)
     run(config)
     run(config)

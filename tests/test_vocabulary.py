@@ -8,14 +8,14 @@ import pytest
 from conftest import CHINESE, ENGLISH, make_lines
 from transformers import BertConfig
 
-from Config import UserError
-from vocabulary import learn_tokenizer, load_tokenizer
+from mlm.errors import UserError
+from mlm.vocabulary import learn_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_same_text_gives_the_same_vocabulary_in_every_process():
-    program = "import pydoc_data.topics as t; from vocabulary import learn_tokenizer as learn; import hashlib;"
+    program = "import pydoc_data.topics as t; from mlm.vocabulary import learn_tokenizer as learn; import hashlib;"
     program += "lines = lambda: (line for topic in t.topics.values() for line in topic.splitlines());"
     program += "print(hashlib.md5(learn(lines, 3000).backend_tokenizer.to_str().encode()).hexdigest())"
     digests = set()

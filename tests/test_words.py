@@ -11,11 +11,13 @@ from conftest import CHINESE, ENGLISH, make_lines
 from runs import metrics, run
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer, pipeline
 
-from Config import UserError
-from data_process import prepare, take
-from model import load_model, save_model
-from vocabulary import learn_tokenizer, read_vocabulary
-from words import HAN_CHARACTER, WordCounts, add_words, make_encoders, make_segmenter, read_words, tokenize
+from data_process import prepare
+from mlm.checkpoint import save_model
+from mlm.chunks import take
+from mlm.errors import UserError
+from mlm.vocabulary import learn_tokenizer, read_vocabulary
+from mlm.words import HAN_CHARACTER, WordCounts, add_words, make_encoders, make_segmenter, read_words, tokenize
+from model import load_model
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PIECES = "##0 met ##form ##in lower ##s blood sugar doesn t it bid ok cafe naive 500 ##mg 3 14 1 000 5 https a cn b x c"
@@ -132,7 +134,7 @@ def test_long_chinese_lines_are_cut_at_words_and_masked_by_them(tmp_path, settin
     line = "患者服用药物治疗糖尿病和高血压医生随访三个月后血糖下降明显" * 20
     config = settings(path_datasets=str(tmp_path), sen_max_length=13)
     train, _, _ = prepare(config, text_of(tmp_path, line.encode()), tokenizer, vocabulary)
-    tokens, lengths, starts_word = take(train, np.arange(train.number))
+    tokens, lengths, starts_word = take(train, np.arange(len(train)))
     assert tokens.tolist() == tokenizer(line, add_special_tokens=False)["input_ids"]
     assert starts_word[np.cumsum(lengths) - lengths].all()
     words = make_segmenter([]).cut(line)
@@ -200,7 +202,7 @@ def test_broken_words_are_counted_by_hand():
 
 
 def test_word_counts_stay_small_and_keep_the_frequent(monkeypatch):
-    monkeypatch.setattr("words.COUNTED_WORDS", 100)
+    monkeypatch.setattr("mlm.words.COUNTED_WORDS", 100)
     counts = WordCounts()
     for block in range(50):
         counts.update(

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from datasets import DownloadConfig, load_dataset
 
-from Config import Config, UserError
-from hub import WIKITEXT, locate, wants_wikitext
-from storage import digest, lock, once, whole
+from Config import Config
+from mlm.demo import demo_folder, write_corpus
+from mlm.errors import UserError, first_line
+from mlm.hub import WIKITEXT, locate, wants_wikitext
+from mlm.storage import atomic_write, digest, lock, once
 
 BINARY = "a binary file, such as a Word document"
 
@@ -29,13 +31,21 @@ class Text(NamedTuple):
     digest: str
 
 
+def text_folder(config: Config) -> Path:
+    """The folder that the text is read from."""
+    return demo_folder(config) if config.demo else Path(config.path_datasets)
+
+
 def find_text(config: Config) -> Text:
     """The lines under `path_datasets`: train*.txt, and test*.txt or a seeded random share of the distinct lines.
 
-    A held-out line is held out wherever it is repeated. The default folder, if it has no text, first receives
-    WikiText-2 from the Hub. Raises UserError where there is no text, or too little to hold some out.
+    A held-out line is held out wherever it is repeated. The demo first writes its text; the default folder, if it has
+    none, first receives WikiText-2 from the Hub. Raises UserError where there is no text, or too little to hold some
+    out.
     """
-    folder = Path(config.path_datasets)
+    folder = text_folder(config)
+    if config.demo:
+        once(folder, write_corpus)
     with lock(Path(config.path_model_save) / ".cache" / ".fetch.lock"):  # one process fetches, the others wait
         if wants_wikitext(config):
             _fetch_wikitext(folder)
@@ -50,7 +60,7 @@ def find_text(config: Config) -> Text:
 
     salt = config.seed.to_bytes(8, "little")
 
-    def write_limit(path):
+    def write_limit(path: Path) -> None:
         hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(train) if line)))
         if len(hashes) < 2:
             state = "holds one line only" if len(hashes) else "is empty"
@@ -63,7 +73,7 @@ def find_text(config: Config) -> Text:
     key = digest(digests, config.seed, config.test_fraction)
     limit = int(once(Path(config.path_model_save) / ".cache" / f"held-out-{key}", write_limit).read_text())
 
-    def lines(of_test):
+    def lines(of_test: bool) -> Iterator[str]:
         return (line for line in read_lines(train) if (line_hash(line, salt) < limit) == of_test)
 
     return Text(partial(lines, False), partial(lines, True), digest(digests, config.seed, limit))
@@ -93,13 +103,13 @@ def read_lines(files: list[Path], setting: str = "path_datasets") -> Iterator[st
             for number, raw in enumerate(file, start=1):
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError:
+                except UnicodeDecodeError as error:
                     encoding = _likely_encoding(raw + file.read(1 << 16))
                     remedy = "" if encoding == BINARY else f", for example with iconv -f {encoding} -t UTF-8"
                     raise UserError(
                         f"{setting}: {path}, line {number} is not UTF-8; it looks like {encoding}. "
                         f"Save it as plain UTF-8 text{remedy}"
-                    ) from None
+                    ) from error
                 yield line.strip()
 
 
@@ -121,7 +131,7 @@ def _plain_errors(path, setting="path_datasets"):
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{setting}: cannot read {path}: {error}") from None
+        raise UserError(f"{setting}: cannot read {path}: {error}") from error
 
 
 def _fetch_wikitext(folder):
@@ -132,9 +142,9 @@ def _fetch_wikitext(folder):
         try:
             rows = load_dataset(WIKITEXT["name"], "wikitext-2-raw-v1", split=split, download_config=options)
         except Exception as error:  # whatever a broken connection or a changed data set make `datasets` raise
-            reason = f"{error}".partition("\n")[0]
             raise UserError(
-                f"path_datasets: WikiText-2 could not be fetched ({reason}); put text into {folder}"
-            ) from None
-        with whole(folder / f"{split}.txt") as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(line.rstrip("\n") + "\n" for line in rows["text"])
+                f"path_datasets: WikiText-2 could not be fetched ({first_line(error)}); put text into {folder}"
+            ) from error
+        with atomic_write(folder / f"{split}.txt") as temporary:
+            text = "".join(line.rstrip("\n") + "\n" for line in rows["text"])
+            temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -12,15 +12,14 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from transformers import PreTrainedTokenizerBase
 
-from Config import UserError
-from text import read_lines
+from mlm.errors import UserError
+from mlm.text import read_lines
 
 HAN = (("\u3400", "\u4dbf"), ("\u4e00", "\u9fff"), ("\uf900", "\ufaff"), ("\U00020000", "\U0003ffff"))
 HAN_CHARACTER = re.compile(f"[{''.join(f'{first}-{last}' for first, last in HAN)}]")
 ASCII = (("0", "9"), ("A", "Z"), ("a", "z"))
 MANY_PIECES = 3  # a word of so many is broken
 COUNTED_WORDS = 1 << 18  # of more distinct ones the rarer half is forgotten, so that memory stays small
-SHOWN_WORDS = 30  # broken ones, the most frequent
 
 # ---------------------------------------------------------------------------------------------- where words start
 
@@ -63,55 +62,66 @@ def make_encoders(tokenizer: PreTrainedTokenizerBase) -> Encoders:
     return encoders
 
 
+class TokenizedLines(NamedTuple):
+    """Lines as tokens, end to end."""
+
+    tokens: np.ndarray  # (tokens,) int64
+    lengths: np.ndarray  # (lines,) int64: tokens in each line
+    starts_word: np.ndarray  # (tokens,) bool
+    segmented: list[str]  # the segmenter's words in the lines that hold Chinese
+
+
 def tokenize(
     lines: list[str], encoders: Encoders, continues_word: np.ndarray, segmenter: rjieba.Jieba
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """Token ids of the lines end to end (tokens,) int64, the lines' lengths (lines,) in tokens, whether each token
-    starts a word (tokens,) bool, and the segmenter's words in the lines that hold Chinese.
+) -> TokenizedLines:
+    """Tokenizes lines and finds where words start.
 
     Words are what the tokenizer's own pre-tokenizer cuts, at spaces and punctuation. Beside a Chinese character the
     segmenter decides instead: characters, ASCII letters and digits that it leaves together are one word. No token is
     cut or joined for it. continues_word: (vocabulary,) bool, for pieces such as ##ing.
     """
     kinds = ["ascii" if line.isascii() else "chinese" if HAN_CHARACTER.search(line) else "other" for line in lines]
-    encode = {
+    encode_by_kind = {
         "ascii": encoders.ascii_line.encode_batch_fast,
         "other": encoders.any_line.encode_batch_fast,
         "chinese": encoders.any_line.encode_batch,  # which says where a token stands in its line, too
     }
     encoded = {}
-    for kind, encode_batch in encode.items():
-        of_kind = [line for line, each in zip(lines, kinds, strict=True) if each == kind]
+    for kind, encode_batch in encode_by_kind.items():
+        of_kind = [line for line, kind_of_line in zip(lines, kinds, strict=True) if kind_of_line == kind]
         encoded[kind] = encode_batch(of_kind, add_special_tokens=False)
-    in_order = {kind: iter(encodings) for kind, encodings in encoded.items()}
-    ids = [next(in_order[kind]).ids for kind in kinds]
+    remaining = {kind: iter(encodings) for kind, encodings in encoded.items()}
+    ids = [next(remaining[kind]).ids for kind in kinds]  # in the order of the lines again
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     tokens = np.fromiter(chain.from_iterable(ids), np.int64, lengths.sum())
     starts_word = ~continues_word[tokens]
-    words = []
+    segmented = []
     if encoded["chinese"]:
         chinese = np.array(kinds) == "chinese"  # (lines,)
         text = "".join(f"{line}\n" for line in compress(lines, chinese))
-        words = segmenter.cut(text)
+        segmented = segmenter.cut(text)
         inside = np.repeat(chinese, lengths)
-        starts_word[inside] = _segmented(starts_word[inside], text, words, encoded["chinese"])
-    return tokens, lengths, starts_word, words
+        starts_word[inside] = _starts_by_segmenter(starts_word[inside], text, segmented, encoded["chinese"])
+    return TokenizedLines(tokens, lengths, starts_word, segmented)
 
 
-def _segmented(starts_word: np.ndarray, text: str, words: list[str], located: list[Encoding]) -> np.ndarray:
+def _starts_by_segmenter(
+    starts_word: np.ndarray, text: str, segmented: list[str], located: list[Encoding]
+) -> np.ndarray:
     """`starts_word` (tokens,) of the lines of `text`, corrected beside Chinese characters by the segmenter's words."""
     characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)  # (characters,)
     line_starts = np.flatnonzero(np.concatenate([[True], characters[:-1] == ord("\n")]))  # (lines,)
-    spans = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in located))
-    spans = np.fromiter(spans, np.int64, 2 * len(starts_word)).reshape(-1, 2)  # (tokens, 2): first, past the last
+    flat_spans = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in located))
+    spans = np.fromiter(flat_spans, np.int64, 2 * len(starts_word)).reshape(-1, 2)  # (tokens, 2): first, past the last
     spans += np.repeat(line_starts, [len(encoding) for encoding in located])[:, None]
-    cut = np.zeros(len(characters) + 1, dtype=bool)  # whether the segmenter cuts before a character
-    cut[np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))] = True
+    is_boundary = np.zeros(len(characters) + 1, dtype=bool)  # whether a word of the segmenter's ends before a character
+    is_boundary[np.cumsum(np.fromiter(map(len, segmented), np.int64, len(segmented)))] = True
     before, after = spans[:-1, 1] - 1, spans[1:, 0]  # the characters on either side of a token's start
     han = _is_in(HAN, characters)
     joins = han | _is_in(ASCII, characters)
-    together = joins[before] & joins[after] & ~cut[after]
-    return np.append(starts_word[:1], np.where(han[before] | han[after], ~together, starts_word[1:]))
+    together = joins[before] & joins[after] & ~is_boundary[after]
+    beside_chinese = han[before] | han[after]
+    return np.append(starts_word[:1], np.where(beside_chinese, ~together, starts_word[1:]))
 
 
 def _is_in(ranges, characters):
@@ -121,6 +131,14 @@ def _is_in(ranges, characters):
 # ---------------------------------------------------------------------------------- words that the vocabulary breaks
 
 
+class BrokenWord(NamedTuple):
+    """A word that the vocabulary has no token for."""
+
+    word: str  # as the vocabulary spells it
+    count: int
+    pieces: list[str]
+
+
 class WordCounts:
     """How often words occur that may be broken. A word that was rare at first may be counted low."""
 
@@ -128,22 +146,22 @@ class WordCounts:
         self.pieces = Counter()  # words by the bytes of their ids (pieces,) int64
         self.chinese = Counter()  # the segmenter's words
 
-    def update(self, tokens: np.ndarray, continues_word: np.ndarray, words: list[str]) -> None:
+    def update(self, tokens: np.ndarray, continues_word: np.ndarray, segmented: list[str]) -> None:
         """Counts the words in tokens (tokens,) int64 and those of the segmenter."""
         starts = np.append(np.flatnonzero(~continues_word[tokens]), len(tokens))
         many = np.flatnonzero(np.diff(starts) >= MANY_PIECES)
         content = tokens.tobytes()
         bounds = zip((8 * starts[many]).tolist(), (8 * starts[many + 1]).tolist(), strict=True)
         self.pieces.update(content[first:after] for first, after in bounds)
-        self.chinese.update(words)
+        self.chinese.update(segmented)
         for counter in (self.pieces, self.chinese):
             if len(counter) > COUNTED_WORDS:
                 kept = counter.most_common(COUNTED_WORDS // 2)
                 counter.clear()
                 counter.update(dict(kept))
 
-    def broken(self, encoder: Tokenizer, most: int) -> list[tuple[str, int, list[str]]]:
-        """At most so many broken words, the most frequent first: as the vocabulary spells it, its count, its pieces.
+    def broken(self, encoder: Tokenizer, most: int) -> list[BrokenWord]:
+        """At most so many broken words, the most frequent first.
 
         A word of the pre-tokenizer's is broken that has a letter and `MANY_PIECES`; a word of the segmenter's, all of
         whose Chinese characters are pieces of their own, that has an unknown or a rare character.
@@ -154,14 +172,14 @@ class WordCounts:
             pieces = [encoder.id_to_token(index) for index in np.frombuffer(content, np.int64)]
             word = pieces[0] + "".join(piece.removeprefix(prefix) for piece in pieces[1:])
             if any(map(str.isalpha, word)):
-                found.append((word, count, pieces))
+                found.append(BrokenWord(word, count, pieces))
         unknown = encoder.model.unk_token
         for word, count in self.chinese.items():
             if HAN_CHARACTER.search(word):
                 pieces = encoder.encode(word, add_special_tokens=False).tokens
                 if len(pieces) > 1 and (unknown in pieces or not all(map(_is_common, word))):
-                    found.append((word, count, pieces))
-        return sorted(found, key=lambda word: (-word[1], word[0]))[:most]
+                    found.append(BrokenWord(word, count, pieces))
+        return sorted(found, key=lambda broken: (-broken.count, broken.word))[:most]
 
 
 def _is_common(character: str) -> bool:
@@ -170,13 +188,6 @@ def _is_common(character: str) -> bool:
     simplified, traditional = (character.encode(name, "ignore")[:1] for name in ("gb2312", "big5"))
     is_common = b"\xb0" <= simplified <= b"\xd7" or b"\xa4" <= traditional <= b"\xc6"
     return is_common or not HAN_CHARACTER.match(character)
-
-
-def describe_words(broken: list[tuple[str, int, list[str]]]) -> str:
-    """The most frequent of `WordCounts.broken` for people: a heading, then count, word and pieces."""
-    broken_how = f"{MANY_PIECES} pieces or more; Chinese: a rare or unknown character"
-    lines = [f"   {count:>9,}  {word}   {' '.join(pieces)}" for word, count, pieces in broken[:SHOWN_WORDS]]
-    return "\n".join([f"   words that the vocabulary breaks ({broken_how}):", *(lines or ["        none"])])
 
 
 # --------------------------------------------------------------------------------------- words for the vocabulary

@@ -4,7 +4,8 @@ import ctypes
 import os
 import sys
 
-from Config import Config, UserError
+from Config import Config
+from mlm.errors import UserError
 
 
 def choose_devices(config: Config) -> None:
@@ -81,9 +82,11 @@ def keep_freed_memory() -> None:
 
 def hints(processes: int, tokens_per_step: int) -> list[str]:
     """Plain words where the machine is wasted."""
-    found, tokens = [], tokens_per_step // processes
+    lines, tokens_per_gpu = [], tokens_per_step // processes
     if count_gpus() > processes == 1:
-        found.append(f"hint: {count_gpus()} GPUs are here and one is used; ./run.sh uses them all")
-    if count_gpus() and tokens < 2048:
-        found.append(f"hint: about {tokens:,} tokens a step leave a GPU idle; a larger batch_size trains faster")
-    return found
+        lines.append(f"hint: {count_gpus()} GPUs are here and one is used; ./run.sh uses them all")
+    if count_gpus() and tokens_per_gpu < 2048:
+        lines.append(
+            f"hint: about {tokens_per_gpu:,} tokens a step leave a GPU idle; a larger batch_size trains faster"
+        )
+    return lines

@@ -7,9 +7,17 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from platform import python_version
+
+from Config import Config
 
 TEST_SHARE = 20  # one paragraph in so many is held out
 ENOUGH_PARAGRAPHS = 5000  # fewer mean that this Python ships without its documentation
+
+
+def demo_folder(config: Config) -> Path:
+    """Where the demo's corpus is kept; each version of Python has other documentation."""
+    return Path(config.path_model_save) / ".cache" / f"demo-{python_version()}"
 
 
 def write_corpus(folder: Path) -> None:

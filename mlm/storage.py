@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: made under another name beside their place, then renamed."""
+"""Files and folders that are whole or absent: written under a temporary name beside their place, then renamed."""
 
 import hashlib
 import json
@@ -9,34 +9,42 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
+from safetensors import SafetensorError
+
+from mlm.errors import UserError
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yields a name for the block to make a file or a folder by; it becomes `path`, in place of what is there.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary name for the block to write a file or a folder by; it then takes the place of `path`.
 
-    Where the block fails, or the process is killed, `path` stays as it was. One writer at a time.
+    Where the block fails, or the process is killed, `path` stays as it was. One writer at a time. Raises UserError
+    where the disk is full, read-only or otherwise refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
-    _restore(path, old)
-    _remove(beside)  # what a killed process left
+    temporary = path.with_name(f".{path.name}.new")
+    previous = path.with_name(f".{path.name}.old")
     try:
-        yield beside
-        _flush(beside)
-        if path.is_dir():  # a folder cannot be replaced in one rename
-            _remove(old)
-            path.rename(old)
-        beside.replace(path)
-    finally:
-        _restore(path, old)
-        _remove(beside)
-        _remove(old)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _restore(path, previous)
+        _remove(temporary)  # what a killed process left
+        try:
+            yield temporary
+            _flush(temporary)
+            if path.is_dir():  # a folder cannot be replaced in one rename
+                _remove(previous)
+                path.rename(previous)
+            temporary.replace(path)
+        finally:
+            _restore(path, previous)
+            _remove(temporary)
+            _remove(previous)
+    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of the first
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _restore(path, old):
-    if old.exists() and not path.exists():  # stopped between the two renames
-        old.rename(path)
+def _restore(path, previous):
+    if previous.exists() and not path.exists():  # stopped between the two renames
+        previous.rename(path)
 
 
 def _remove(path):
@@ -68,8 +76,8 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
     if not _is_complete(path):
         with lock(path.with_name(f".{path.name}.lock")):
             if not _is_complete(path):
-                with whole(path) as beside:
-                    make(beside)
+                with atomic_write(path) as temporary:
+                    make(temporary)
                 _record(path).write_text(json.dumps(_sizes(path)))
     return path
 
@@ -88,6 +96,12 @@ def _is_complete(path):
         return path.exists() and json.loads(_record(path).read_text()) == _sizes(path)
     except (FileNotFoundError, ValueError):  # killed before the record, or in it
         return False
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def digest(*parts: object) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-from Config import Config, UserError
+from Config import Config
+from mlm.errors import UserError
 
 WIKITEXT = {"name": "Salesforce/wikitext", "setting": "path_datasets", "file": "README.md", "repo_type": "dataset"}
 PROBE_SECONDS = 5  # a Hub that has not answered by then is out of reach
@@ -34,8 +35,8 @@ def locate(name: str, setting: str, file: str = "config.json", repo_type: str = 
         raise UserError(f"{setting}: there is no folder {name}")
     try:
         cached = isinstance(try_to_load_from_cache(name, file, repo_type=repo_type), str)
-    except HFValidationError:
-        raise UserError(f"{setting}: {name!r} is no folder, and no name the Hugging Face Hub could have") from None
+    except HFValidationError as error:
+        raise UserError(f"{setting}: {name!r} is no folder, and no name the Hugging Face Hub could have") from error
     hub = constants.ENDPOINT
     answer = _ask(hf_hub_url(name, file, repo_type=repo_type))
     if answer is None or cached:
@@ -73,7 +74,7 @@ def locate_downloads(config: Config) -> None:
         except UserError as error:
             raise UserError(
                 f"path_datasets: data/ holds no train.txt, so WikiText-2 would be fetched\n{error}"
-            ) from None
+            ) from error
 
 
 def _ask(url: str) -> Exception | None:

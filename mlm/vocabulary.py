@@ -9,9 +9,10 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from Config import Config, UserError
-from hub import locate
-from storage import digest, once
+from Config import Config
+from mlm.errors import UserError, first_line
+from mlm.hub import locate
+from mlm.storage import digest, once
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -27,14 +28,15 @@ def load_tokenizer(
     if name == "corpus":
         key = digest(text_digest, config.vocab_size, version("tokenizers"))
         folder = Path(config.path_model_save) / ".cache" / f"vocabulary-{key}"
-        once(folder, lambda beside: learn_tokenizer(train_lines, config.vocab_size).save_pretrained(beside))
+        once(folder, lambda temporary: learn_tokenizer(train_lines, config.vocab_size).save_pretrained(temporary))
         return AutoTokenizer.from_pretrained(folder)
     offline = locate(name, "initial_pretrain_tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
-        reason = f"{error}".partition("\n")[0]
-        raise UserError(f"initial_pretrain_tokenizer: {name} holds no tokenizer that loads: {reason}") from None
+        raise UserError(
+            f"initial_pretrain_tokenizer: {name} holds no tokenizer that loads: {first_line(error)}"
+        ) from error
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, models.WordPiece):
         raise UserError(f"initial_pretrain_tokenizer: {name} is no WordPiece tokenizer, so it is not BERT's")
     missing = [kind for kind in ("pad", "unk", "cls", "sep", "mask") if getattr(tokenizer, f"{kind}_token_id") is None]

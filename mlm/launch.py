@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 
-from Config import UserError, parse_flags, plain_errors
-from machine import choose_devices, count_gpus, native_precision, stay_on_cpu
+from Config import parse_flags
+from mlm.errors import UserError, plain_errors
+from mlm.machine import choose_devices, count_gpus, native_precision, stay_on_cpu
 
 SECONDS_TO_SAVE = "45"  # between a signal and the launcher's kill; torch before 2.13 always waits 30
 

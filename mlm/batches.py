@@ -1,0 +1,241 @@
+"""Masked chunks laid out for the model: framed by [CLS] and [SEP], packed into rows, divided into micro-batches, and
+queued one step ahead.
+
+*n* is a number of chunks. *Tokens* are the text's own; *positions* count [CLS], [SEP] and padding too.
+"""
+
+import math
+from collections.abc import Iterator
+from heapq import heapreplace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from mlm.errors import UserError
+from mlm.vocabulary import Vocabulary
+
+# Rows in which a mask keeps the chunks apart are about so long. In longer ones attention computes more scores between
+# chunks, which the mask then throws away; in shorter ones more is padded.
+ROW_POSITIONS = 192
+
+
+class MaskedChunks(NamedTuple):
+    """Chunks end to end, each between its own [CLS] and [SEP], some of their tokens hidden."""
+
+    input_ids: np.ndarray  # (positions,) int64
+    position_ids: np.ndarray  # (positions,) int64: restart at 0 with every chunk
+    masked: np.ndarray  # (masked,) int64, ascending: where a token is to be predicted
+    targets: np.ndarray  # (masked,) int64: that token
+    lengths: np.ndarray  # (n,) int64: positions in each chunk, [CLS] and [SEP] included
+
+
+class Rows(NamedTuple):
+    """Chunks packed into rows of one width."""
+
+    input_ids: np.ndarray  # (rows, width) int64
+    position_ids: np.ndarray  # (rows, width) int64
+    sequence_ids: np.ndarray  # (rows, width) int64: 1, 2, ... for the chunks; 0 is padding
+    masked: np.ndarray  # (masked,) int64, ascending: indices into the flattened rows
+    targets: np.ndarray  # (masked,) int64
+
+
+class Step(NamedTuple):
+    """What one device needs for an optimizer step."""
+
+    chunks: MaskedChunks  # its share of the batch
+    masked_tokens: int  # over all devices
+    tokens: int  # over all devices
+
+
+class MicroBatch(NamedTuple):
+    """What goes through the model at once, on the device."""
+
+    inputs: dict[str, Any]  # the model's, by name
+    targets: torch.Tensor  # (masked,) the tokens to predict, at inputs["masked"] of the flattened rows
+
+
+def frame(
+    input_ids: np.ndarray, masked: np.ndarray, targets: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary
+) -> MaskedChunks:
+    """Puts [CLS] and [SEP], which are not to be predicted, around each chunk (n,) of what `mask` returned."""
+    framed = lengths + 2
+    ends = np.cumsum(framed)
+    starts = ends - framed
+    positions = len(input_ids) + 2 * len(lengths)
+    inside = np.arange(len(input_ids)) + np.repeat(2 * np.arange(len(lengths)) + 1, lengths)
+    chunks = MaskedChunks(
+        input_ids=np.full(positions, vocabulary.sep_id),
+        position_ids=np.arange(positions) - np.repeat(starts, framed),
+        masked=inside[masked],
+        targets=targets,
+        lengths=framed,
+    )
+    chunks.input_ids[starts] = vocabulary.cls_id
+    chunks.input_ids[inside] = input_ids
+    return chunks
+
+
+def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
+    """The position at which each chunk begins, and the end of the last: (n + 1,) int64 for lengths (n,)."""
+    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    return bounds
+
+
+def part_of(chunks: MaskedChunks, bounds: np.ndarray, first: int, after: int) -> MaskedChunks:
+    """The chunks from `first` to the one before `after`, as views; bounds: `chunk_bounds` of their lengths."""
+    begin, end = bounds[first], bounds[after]
+    predicted = slice(*chunks.masked.searchsorted((begin, end)))
+    return MaskedChunks(
+        input_ids=chunks.input_ids[begin:end],
+        position_ids=chunks.position_ids[begin:end],
+        masked=chunks.masked[predicted] - begin,
+        targets=chunks.targets[predicted],
+        lengths=chunks.lengths[first:after],
+    )
+
+
+def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Rows:
+    """Lays chunks end to end into as few rows as hold them, evenly: the longest first, each into the row that holds the
+    least (Graham 1969, doi 10.1137/0117039), so that little is padded.
+
+    Rows hold about `row_positions`, less than a chunk more. With no chunk there is one position of padding.
+    """
+    lengths = chunks.lengths
+    rows_needed = max(1, math.ceil(len(chunks.input_ids) / max(row_positions, lengths.max(initial=1))))
+    rows_of, offsets = [0] * len(lengths), [0] * len(lengths)
+    emptiest = [(0, row) for row in range(rows_needed)]  # a heap of the positions in each row
+    longest_first = np.argsort(-lengths, kind="stable")
+    for chunk, length in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
+        held, row = emptiest[0]
+        rows_of[chunk], offsets[chunk] = row, held
+        heapreplace(emptiest, (held + length, row))
+
+    width = max(1, max(held for held, _ in emptiest))
+    shape = (rows_needed, width)
+    new_starts = np.array(rows_of, dtype=np.int64) * width + np.array(offsets, dtype=np.int64)  # (n,)
+    old_starts = np.cumsum(lengths) - lengths
+    places = np.arange(len(chunks.input_ids)) + np.repeat(new_starts - old_starts, lengths)  # in the flattened rows
+    masked = places[chunks.masked]
+    ascending = np.argsort(masked)
+    rows = Rows(
+        input_ids=np.full(shape, vocabulary.pad_id),
+        position_ids=np.zeros(shape, dtype=np.int64),
+        sequence_ids=np.zeros(shape, dtype=np.int64),
+        masked=masked[ascending],
+        targets=chunks.targets[ascending],
+    )
+    rows.input_ids.reshape(-1)[places] = chunks.input_ids
+    rows.position_ids.reshape(-1)[places] = chunks.position_ids
+    rows.sequence_ids.reshape(-1)[places] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return rows
+
+
+def divide_chunks(chunks: MaskedChunks, positions: int) -> Iterator[MaskedChunks]:
+    """Divides chunks, in their order, into parts of at most so many positions, or of one chunk that has more."""
+    if len(chunks.input_ids) <= positions:  # which most batches do
+        yield chunks
+        return
+    bounds, first = chunk_bounds(chunks.lengths), 0
+    while first < len(chunks.lengths):
+        after = int(np.searchsorted(bounds, bounds[first] + positions, side="right")) - 1
+        after = max(after, first + 1)
+        yield part_of(chunks, bounds, first, after)
+        first = after
+
+
+def divide_rows(rows: Rows, positions: int) -> Iterator[Rows]:
+    """Divides rows evenly into parts of at most so many positions, or of one row that has more."""
+    height, width = rows.input_ids.shape
+    parts = math.ceil(height / max(1, positions // width))
+    rows_each = math.ceil(height / parts)
+    for first in range(0, height, rows_each):
+        some_rows = slice(first, first + rows_each)
+        begin = first * width
+        predicted = slice(*rows.masked.searchsorted((begin, begin + rows_each * width)))
+        yield Rows(
+            input_ids=rows.input_ids[some_rows],
+            position_ids=rows.position_ids[some_rows],
+            sequence_ids=rows.sequence_ids[some_rows],
+            masked=rows.masked[predicted] - begin,
+            targets=rows.targets[predicted],
+        )
+
+
+def make_micro_batches(
+    chunks: MaskedChunks, positions: int, vocabulary: Vocabulary, device: torch.device, varlen: bool = False
+) -> list[MicroBatch]:
+    """Lays the chunks out as micro-batches of at most so many positions each, or one row, on the device.
+
+    With `varlen` a micro-batch is one row without padding, for variable-length attention; without, it is packed rows.
+    """
+    if varlen and len(chunks.lengths):
+        return [_one_row(part, device) for part in divide_chunks(chunks, positions)]
+    rows = pack(chunks, min(ROW_POSITIONS, positions), vocabulary)
+    return [_packed_rows(part, device) for part in divide_rows(rows, positions)]
+
+
+def _one_row(chunks, device):
+    """What variable-length attention needs beside the row: where the chunks start, and how long the longest is."""
+    arrays = {"input_ids": chunks.input_ids[None], "position_ids": chunks.position_ids[None], "masked": chunks.masked}
+    arrays["starts"] = chunk_bounds(chunks.lengths).astype(np.int32)
+    inputs: dict[str, Any] = {name: _to_device(array, device) for name, array in arrays.items()}
+    inputs["longest"] = int(chunks.lengths.max())
+    return MicroBatch(inputs, _to_device(chunks.targets, device))
+
+
+def _packed_rows(rows, device):
+    inputs = {name: _to_device(array, device) for name, array in rows._asdict().items() if name != "targets"}
+    return MicroBatch(inputs, _to_device(rows.targets, device))
+
+
+def _to_device(array, device):
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# ---------------------------------------------------------------------------------------------- batches one step ahead
+
+
+class Divide(Protocol):
+    """Lays chunks out as micro-batches of at most so many positions each: `make_micro_batches`, the rest given."""
+
+    def __call__(self, chunks: MaskedChunks, positions: int) -> list[MicroBatch]: ...
+
+
+class StepQueue:
+    """The batch of the next step, already on the device in micro-batches, and how large these may be."""
+
+    def __init__(self, steps: Iterator[Step], divide: Divide, micro_batch_positions: int, longest_chunk: int):
+        self.micro_batch_positions = micro_batch_positions
+        self._steps, self._divide, self._longest_chunk = steps, divide, longest_chunk
+        self.advance()
+
+    def advance(self) -> None:
+        """Draws the batch of the step after; after the last step there is none, and no micro-batch."""
+        self.batch = next(self._steps, None)
+        self.micro_batches = self.divide(self.batch.chunks) if self.batch else []
+
+    def divide(self, chunks: MaskedChunks) -> list[MicroBatch]:
+        """Other chunks in micro-batches of the same size."""
+        return self._divide(chunks, self.micro_batch_positions)
+
+    def halve(self) -> None:
+        """Halves the size of micro-batches, this step's and those to come, after one that ran out of memory.
+
+        Raises UserError where a micro-batch may not be smaller, as it holds a chunk at least.
+        """
+        if self.micro_batch_positions <= self._longest_chunk:
+            raise UserError(
+                "micro_batch_tokens: out of memory, though a micro-batch holds one chunk alone. A lower "
+                "sen_max_length or a smaller model needs less"
+            )
+        self.limit(self.micro_batch_positions // 2)
+
+    def limit(self, positions: int) -> None:
+        """Makes micro-batches of at most so many positions from now on, if they are larger."""
+        if positions < self.micro_batch_positions:
+            self.micro_batch_positions = positions
+            self.micro_batches = self.divide(self.batch.chunks) if self.batch else []
+            torch.cuda.empty_cache()

@@ -1,0 +1,195 @@
+"""What a run shows people: what it found, lines as it goes, metrics.csv, and how it ended."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from Config import Config
+from mlm.chunks import TextStats
+from mlm.evaluation import Evaluation, HiddenWord, perplexity
+from mlm.settings import describe_settings
+from mlm.state import Data, Ending, Progress, Run
+from mlm.storage import atomic_write
+from mlm.words import MANY_PIECES, BrokenWord
+
+COLUMNS = ("step", "epoch", "train_loss", "eval_loss", "perplexity", "masked_accuracy", "lr", "tokens_per_s")
+SHOWN_BROKEN_WORDS = 30  # the most frequent
+
+
+def say(line: str) -> None:
+    """Prints a line on the main rank, above the progress bar, which a print would tear."""
+    if PartialState().is_main_process:
+        tqdm.write(line)
+
+
+def figure(value: float) -> str:
+    """A perplexity for people."""
+    return f"{value:,.2f}" if value < 1e8 else f"{value:.2e}"
+
+
+# --------------------------------------------------------------------------------------------------------------- before
+
+
+def describe_run(given: Config, config: Config, data: Data, derived: dict[str, Any]) -> str:
+    """Settings, text and derived numbers, for people."""
+    parts = [
+        f"settings (* given by flags)\n{describe_settings(config, given)}\n",
+        f"text\n{describe_text(data.stats, config.initial_pretrain_tokenizer)}\n",
+        "derived\n" + "".join(f"   {name:<26}  {value}\n" for name, value in derived.items()),
+    ]
+    if data.added_words:
+        parts.insert(2, f"added to the vocabulary\n   {', '.join(data.added_words)}\n")
+    return "\n".join(parts)
+
+
+def describe_text(stats: TextStats, tokenizer_name: str) -> str:
+    """What was found in the text: a line a split, the words that the vocabulary breaks, warnings."""
+    lines, warnings = [], []
+    for name, split in (("train", stats.train), ("test", stats.test)):
+        unknown_share = split.unknown / split.tokens
+        tokens_a_line = split.tokens / (split.lines - split.blank)
+        lines.append(
+            f"   {name:<5}  {split.lines:,} lines, {split.blank:,} blank, {split.duplicate:,} duplicate, "
+            f"{split.dropped:,} dropped; {split.tokens:,} tokens, {tokens_a_line:.1f} a line, "
+            f"{unknown_share:.2%} [UNK]; {split.chunks:,} chunks"
+        )
+        if unknown_share > 0.05:
+            warnings.append(
+                f"warning: {unknown_share:.0%} of the {name} tokens are [UNK]. Most likely {tokenizer_name} is for "
+                "another language; for Chinese set initial_pretrain_model and initial_pretrain_tokenizer to "
+                "bert-base-chinese"
+            )
+    lines.append(f"   test lines that are also training lines: {stats.test_lines_in_train:,}")
+    if stats.test_lines_in_train:
+        warnings.append("warning: the model is tested on lines it is trained on, so its perplexity will flatter it")
+    return "\n".join([*lines, _describe_broken_words(stats.broken_words), *warnings])
+
+
+def _describe_broken_words(broken_words: list[BrokenWord]) -> str:
+    """The most frequent for people: a heading, then count, word and pieces."""
+    criterion = f"{MANY_PIECES} pieces or more; Chinese: a rare or unknown character"
+    lines = [
+        f"   {broken.count:>9,}  {broken.word}   {' '.join(broken.pieces)}"
+        for broken in broken_words[:SHOWN_BROKEN_WORDS]
+    ]
+    return "\n".join([f"   words that the vocabulary breaks ({criterion}):", *(lines or ["        none"])])
+
+
+# --------------------------------------------------------------------------------------------------------------- during
+
+
+def progress_bar(run: Run, progress: Progress) -> tqdm:
+    """On the main rank, and only where somebody looks on."""
+    shown = run.is_main and sys.stderr.isatty()
+    return tqdm(total=run.config.max_steps, initial=progress.step, unit="step", disable=not shown)
+
+
+def describe_evaluation(evaluation: Evaluation) -> str:
+    """One line."""
+    return (
+        f"perplexity {figure(evaluation.perplexity)}, masked accuracy {evaluation.accuracy:.1%}, "
+        f"{evaluation.masked_tokens:,} tokens"
+    )
+
+
+def report_if_due(run: Run, progress: Progress, bar: tqdm) -> None:
+    """Every `log_every` steps and after the last: loss, learning rate and speed since the last such line."""
+    config, step, new = run.config, progress.step, progress.unreported
+    if not new["masked_tokens"] or (step % config.log_every and step != config.max_steps):
+        return
+    train_loss = new["loss"] / new["masked_tokens"]
+    tokens_per_s = new["tokens"] / new["seconds"]
+    time_left = tqdm.format_interval(new["seconds"] / new["steps"] * (config.max_steps - step))
+    say(
+        f"step {step}/{config.max_steps}, epoch {step / run.steps_per_epoch:.2f}: loss {train_loss:.3f}, "
+        f"perplexity {perplexity(train_loss):,.1f}, lr {progress.learning_rate:.2e}, {tokens_per_s:,.0f} tokens/s, "
+        f"{time_left} left"
+    )
+    bar.set_postfix_str(f"loss {train_loss:.3f}")
+    record(run, progress, {"train_loss": train_loss, "lr": progress.learning_rate, "tokens_per_s": tokens_per_s})
+    new.clear()
+
+
+def record(run: Run, progress: Progress, figures: dict[str, float]) -> None:
+    """Adds figures of the step just done to metrics.csv and the tracker."""
+    step = progress.step
+    if not progress.rows or progress.rows[-1]["step"] != step:
+        progress.rows.append({"step": step, "epoch": step / run.steps_per_epoch})
+    progress.rows[-1] |= figures
+    run.accelerator.log(figures, step=step)
+    if run.is_main:
+        write_metrics(run.folder / "metrics.csv", progress.rows)
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes metrics.csv, one row a log line or evaluation; what a row does not measure stays empty."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------- after
+
+
+class GuessedWord(NamedTuple):
+    """A hidden word, and what the model made of its place before training and after."""
+
+    hidden: HiddenWord
+    before: str
+    after: str
+
+
+class RunSummary(NamedTuple):
+    """What a finished run has come to."""
+
+    rows: list[dict[str, Any]]  # of metrics.csv; the first and the last are evaluations
+    stats: TextStats
+    skipped_steps: int  # that trained nothing, as their loss or gradient was not finite
+    guesses: list[GuessedWord]
+    model: Path
+
+
+def closing_words(summary: RunSummary) -> str:
+    """The end of the log: the scores before and after, each hidden word with its guesses, the model."""
+    before, after = summary.rows[0], summary.rows[-1]
+    tokens_per_character = summary.stats.test.tokens / summary.stats.test.characters
+    unigram = summary.stats.unigram_perplexity
+    table = [
+        ("", "before", "after", ""),
+        ("perplexity", *(figure(row["perplexity"]) for row in (before, after)), ""),
+        ("masked accuracy", *(f"{row['masked_accuracy']:.1%}" for row in (before, after)), ""),
+        ("nats per character", *(f"{row['eval_loss'] * tokens_per_character:.3f}" for row in (before, after)), ""),
+        ("unigram perplexity", "", figure(unigram), f"perplexity / unigram = {figure(after['perplexity'] / unigram)}"),
+    ]
+    lines = [f"{name:<20}{old:>12}{new:>12}    {note}".rstrip() for name, old, new, note in table]
+    lines.append("(Perplexities compare between runs with the same tokenizer and sen_max_length; else compare nats.)")
+    for guessed in summary.guesses:
+        lines += ["", f"  {guessed.hidden.line}   ({guessed.hidden.word})"]
+        lines += [f"    before  {guessed.before}", f"    after   {guessed.after}"]
+    if not after["eval_loss"] < before["eval_loss"]:
+        lines += ["", "warning: the test loss did not fall; the starting model serves this text as well"]
+    if summary.skipped_steps:
+        warning = "warning: steps skipped, as their loss or gradient was not finite"
+        lines += ["", f"{warning}: {summary.skipped_steps:,}"]
+    call = f"""print(pipeline("fill-mask", "{summary.model}")("Your text with a [MASK]."))"""
+    command = f"  python -c 'from transformers import pipeline; {call}'"
+    return "\n".join([*lines, "", f"The model: {summary.model}", command])
+
+
+def describe_divergence(run: Run, progress: Progress, ending: Ending, last_good: Path | None) -> str:
+    """What went wrong, the setting to change, and where the last good weights are: in a checkpoint, and in best/."""
+    what = f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, had no finite loss and gradient"
+    if ending is Ending.BROKEN:
+        what = f"the weights after step {progress.step} are not finite"
+    rate = f"most often {run.config.learning_rate:g} is too high. Begin a new run with a lower one"
+    lines = [f"learning_rate: {what}; {rate}"]
+    if last_good:
+        lines.append(f"  {last_good} holds the last weights that are")
+    if progress.best_loss:
+        lines.append(f"  {run.folder / 'best'} holds those with the lowest test loss")
+    return "\n".join(lines)

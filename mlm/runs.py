@@ -1,0 +1,92 @@
+"""The folder of a run: named, found again to be resumed, and claimed by one process at a time."""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import Accelerator
+from filelock import Timeout
+
+from Config import Config
+from mlm.errors import UserError
+from mlm.start import decide_on_main
+from mlm.storage import atomic_write, lock, write_json
+
+
+@contextmanager
+def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
+    """The run's own folder, made or, to resume a run, found; one made is removed if the run ends before its first step.
+
+    Raises UserError where `run_name` is taken, another process is at work there or the folder cannot be made.
+    """
+    with ExitStack() as held:  # the lock, for as long as the run lasts
+        made = []
+
+        def claim() -> Path:
+            folder = find_run(config) if config.resume else name_run(config)
+            if config.check_only:
+                return folder
+            try:
+                held.enter_context(lock(folder.parent / ".cache" / f"{folder.name}.lock", timeout_s=0))
+            except Timeout as error:
+                raise UserError(f"run_name: another process is at work in {folder}") from error
+            except OSError as error:
+                raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from error
+            if not folder.exists():
+                _make_run(folder, config)
+                made.append(folder)
+            return folder
+
+        folder = decide_on_main(accelerator, claim)
+        try:
+            yield folder
+        finally:
+            if made and not (folder / "metrics.csv").exists():
+                shutil.rmtree(folder)
+
+
+def _make_run(folder: Path, config: Config) -> None:
+    """A folder with settings.json, by which it is known as a run's, or none at all."""
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        write_json(temporary / "settings.json", {"settings": asdict(config)})
+
+
+def name_run(config: Config) -> Path:
+    """The folder of a new run: `run_name`, or date, time and model, numbered where two begin in one second.
+
+    Raises UserError where `run_name` is taken.
+    """
+    model = "demo" if config.demo else re.sub(r"[^\w.-]+", "-", Path(config.initial_pretrain_model).name)
+    name = config.run_name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}")
+    folder, runs_of_that_name = Path(config.path_model_save) / name, 1
+    if config.run_name and folder.exists():
+        raise UserError(f"run_name: {folder} exists already; choose another name, or resume it by --resume")
+    while folder.exists():
+        runs_of_that_name += 1
+        folder = folder.with_name(f"{name}-{runs_of_that_name}")
+    return folder
+
+
+def find_run(config: Config) -> Path:
+    """The folder of the run to resume: the one that `run_name` names, or the newest unfinished one.
+
+    A name of none yet is that of a run to begin, so that one command serves to begin and to resume. Raises UserError
+    where there is none to resume, or it is finished.
+    """
+    output = Path(config.path_model_save)
+    if config.run_name:
+        folder = output / config.run_name
+        if (folder / "final").exists():
+            raise UserError(f"resume: {folder} is finished; its model is {folder / 'final'}")
+        if folder.exists() and not (folder / "settings.json").exists():
+            raise UserError(f"resume: {folder} is not the folder of a run; choose another run_name")
+        return folder
+    runs = [path.parent for path in output.glob("*/settings.json") if not (path.parent / "final").exists()]
+    if not runs:
+        raise UserError(f"resume: {output} holds no unfinished run; leave --resume out to begin one")
+    return max(runs, key=lambda folder: folder.stat().st_mtime)

@@ -1,0 +1,66 @@
+"""What any dataclass of settings shares: the check of its fields' types, its flags, its description."""
+
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from typing import Any, Literal, TypeVar
+
+from mlm.errors import UserError
+
+Settings = TypeVar("Settings")
+
+
+def check_settings(settings: Any, wrong_values: Callable[[], Iterable[str]]) -> None:
+    """Raises UserError that names every field of a dataclass whose type is wrong; if none is, all of `wrong_values()`.
+
+    A problem is a line "field: what is wrong", or "field, other field: what is wrong".
+    """
+    problems = list(_wrong_types(settings)) or list(wrong_values())
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _wrong_types(settings):
+    hints = typing.get_type_hints(type(settings))
+    for field in fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if typing.get_origin(hint) is Literal:
+            right, rule = value in typing.get_args(hint), f"one of {', '.join(typing.get_args(hint))}"
+        else:
+            kinds = typing.get_args(hint) or (hint,)
+            right = type(value) in kinds or (type(value) is int and float in kinds)  # True is no number
+            rule = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        if not right:
+            yield f"{field.name}: must be {rule}, not {type(value).__name__} {value!r}"
+
+
+def require(settings: Any, allowed: Callable[[Any], bool], rule: str, *names: str) -> Iterator[str]:
+    """A problem for each named field that is set, and whose value is not allowed.
+
+    `allowed` is to be written so that NaN is refused: as what must be true, not as what must not be.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not allowed(value):
+            yield f"{name}: must be {rule}, not {value}"
+
+
+def parse_flags_onto(default: Settings, program: str, arguments: list[str]) -> Settings:
+    """The settings of `default`, changed by flags named as the fields; the fields' comments are the help.
+
+    `--help` and unknown or ill-typed flags are answered by tyro, with exit status 0 and 2.
+    """
+    import tyro  # here, so that whoever builds settings in code does without it
+
+    return tyro.cli(type(default), prog=program, args=arguments, default=default, use_underscores=True)
+
+
+def describe_settings(settings: Any, given: Any) -> str:
+    """The settings, one a line; those that were given, and not as the class's default, are starred."""
+    width = max(len(field.name) for field in fields(settings))
+    lines = []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        star = " " if getattr(given, field.name) == field.default else "*"
+        lines.append(f" {star} {field.name:<{width}}  {'unset' if value is None or value == '' else value}")
+    return "\n".join(lines)

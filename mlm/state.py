@@ -1,0 +1,110 @@
+"""A run's state: what is built once, what survives a kill, and how it may end. Nothing else lives across steps."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import BertForMaskedLM, PreTrainedTokenizerBase
+
+from Config import Config
+from mlm.batches import Divide
+from mlm.chunks import Chunks, TextStats
+from mlm.evaluation import HiddenWord
+from mlm.text import Text
+from mlm.vocabulary import Vocabulary
+
+LARGEST_SAVE_SHARE = 0.05  # of the time that checkpoints may take at the ends of epochs
+
+
+class SaveClock:
+    """When a checkpoint was last saved, after which step, and what that cost."""
+
+    def __init__(self):
+        self.saved_step: int | None = None  # or the one that the run was resumed from
+        self._saved_at = time.perf_counter()
+        self._cost_seconds = 0.0
+
+    def is_affordable(self) -> bool:
+        """Whether one more save of the same cost keeps the time that saves take below LARGEST_SAVE_SHARE."""
+        return time.perf_counter() - self._saved_at >= self._cost_seconds / LARGEST_SAVE_SHARE
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Times the block, in which a checkpoint of that step is saved."""
+        began = time.perf_counter()
+        yield
+        self.saved_step, self._saved_at = step, time.perf_counter()
+        self._cost_seconds = self._saved_at - began
+
+
+class Data(NamedTuple):
+    """The text, and what was made of it."""
+
+    text: Text
+    tokenizer: PreTrainedTokenizerBase
+    added_words: dict[str, list[int]]  # to the tokenizer, each with the ids of its pieces
+    vocabulary: Vocabulary
+    train: Chunks
+    test: Chunks
+    stats: TextStats
+
+
+@dataclass
+class Run:
+    """What is built once, before the first step."""
+
+    config: Config  # resolved: a setting that stands for another value has that value
+    accelerator: Accelerator
+    folder: Path
+    data: Data
+    hidden_words: list[HiddenWord]  # of the test text, for the guesses before and after
+    derived: dict[str, Any]  # numbers that follow from settings, text and machine
+    steps_per_epoch: int
+    recipe: dict[str, Any]  # all that decides the training
+    checkpoint: Path | None  # the one to resume from
+    bert: BertForMaskedLM  # what is saved
+    model: nn.Module  # the same weights, taking packed rows, wrapped for the device
+    optimizer: AcceleratedOptimizer
+    divide: Divide  # chunks into micro-batches
+    save_clock: SaveClock
+    signals: list[int]  # that came since training began: Ctrl-C, SIGTERM
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+@dataclass
+class Progress:
+    """How far a run has come: with the weights and the optimizer's state, all that survives a kill."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = -1  # the last step after which the model was evaluated; -1: not even the start was
+    rows: list[dict] = field(default_factory=list)  # of metrics.csv
+    unreported: Counter = field(default_factory=Counter)  # loss, masked_tokens, tokens, seconds, steps since a row
+    best_loss: float | None = None  # the lowest test loss in training
+    skipped: int = 0  # steps without a finite loss and gradient
+    skipped_in_a_row: int = 0
+    guesses_before: list[str] = field(default_factory=list)  # the starting checkpoint's, for the closing words
+    learning_rate: float = 0.0  # of the last step
+    micro_batch_tokens: int | None = None  # what was found to fit a GPU's memory
+
+    def __post_init__(self):
+        self.unreported = Counter(self.unreported)
+
+
+class Ending(Enum):
+    """Why a run ends."""
+
+    FINISHED = "all steps are done"
+    STOPPED = "a signal told it to stop"
+    SKIPPING = "diverged: too many steps in a row had no finite loss and gradient"
+    BROKEN = "diverged: weights are not finite"

@@ -1,0 +1,221 @@
+"""A training step and what it needs: the optimizer, the learning rate, gradients, micro-batches that fit memory."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from Config import SCRATCH_SIZES, Config
+from mlm.batches import Divide, MicroBatch, StepQueue, frame
+from mlm.errors import UserError
+from mlm.machine import count_gpus
+from mlm.randomness import dropout_seed
+from mlm.report import say
+from mlm.state import Progress, Run
+from mlm.text import text_folder
+from mlm.vocabulary import Vocabulary
+
+# On a CPU: larger micro-batches slow a large model down, as what it keeps for the backward pass leaves the caches;
+# smaller ones slow a small model down, as each call costs more than its work.
+CPU_MICRO_BATCH_POSITIONS = 3072
+LARGEST_MICRO_BATCH_POSITIONS = 1 << 16  # on a GPU, which more would not fill better
+MOST_SKIPPED_STEPS = 5  # in a row; so many without a finite loss and gradient end a run
+FP16_HALVINGS = 16  # so many more where a gradient scaler may first have to halve its 65,536 down to 1
+
+
+# ------------------------------------------------------------------------------------------------ settings, optimizer
+
+
+def resolve(config: Config, steps_per_epoch: int, precision: str) -> Config:
+    """Gives each setting that stands for another value that value; `save_every` may stay unset, as that has a meaning.
+
+    Raises UserError where settings do not fit together.
+    """
+    total_steps = config.max_steps or config.num_epochs * steps_per_epoch
+    share = config.num_warmup_steps
+    warmup_steps = round(share * total_steps) if share < 1 else share
+    if warmup_steps > total_steps:
+        raise UserError(f"num_warmup_steps: {warmup_steps:g} is more than the {total_steps} steps of num_epochs")
+    usual_rate = SCRATCH_SIZES[config.scratch_size][2] if config.scratch_size else 3e-5
+    return replace(
+        config,
+        path_datasets=str(text_folder(config)),
+        max_steps=total_steps,
+        micro_batch_tokens=config.micro_batch_tokens or (None if count_gpus() else CPU_MICRO_BATCH_POSITIONS),
+        num_warmup_steps=warmup_steps,
+        learning_rate=config.learning_rate or usual_rate,
+        eval_every=config.eval_every or steps_per_epoch,
+        mixed_precision=precision,
+    )
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on the matrices alone: not on biases and LayerNorm."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    # BERT's own epsilon: with 1e-8 Adam would blow the rounding noise of the smallest gradients up into steps.
+    return torch.optim.AdamW(groups, lr=config.learning_rate, eps=1e-6, fused=True)
+
+
+def learning_rate_at(step: int, config: Config) -> float:
+    """Linear warm-up to `learning_rate`, then linear decay; the first step trains already, the last one still does.
+
+    step: optimizer steps done before. config: resolved.
+    """
+    warmup, total = int(config.num_warmup_steps), config.max_steps
+    share = (step + 1) / warmup if step < warmup else (total - step) / max(1, total - warmup)
+    return config.learning_rate * share
+
+
+def patience(accelerator: Accelerator) -> int:
+    """How many steps in a row may be skipped before a run is given up."""
+    return MOST_SKIPPED_STEPS + (FP16_HALVINGS if accelerator.scaler is not None else 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- a step
+
+
+def train_step(run: Run, progress: Progress, queue: StepQueue) -> bool:
+    """One optimizer step on the queue's batch. Whether any rank was told to stop.
+
+    A step whose loss or gradient is not finite changes no weight and is counted as skipped.
+    """
+    began = time.perf_counter()
+    config, accelerator, optimizer = run.config, run.accelerator, run.optimizer
+    batch, step = queue.batch, progress.step + 1
+    run.model.train()  # an evaluation leaves it without dropout
+    progress.learning_rate = learning_rate_at(progress.step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = progress.learning_rate
+
+    # Gradients of the loss's mean over all ranks' masked tokens, in finer micro-batches where memory runs out.
+    seed_of = partial(dropout_seed, config.seed, progress.step, rank=accelerator.process_index)
+    while True:
+        rank_loss = accumulate_gradients(accelerator, run.model, queue.micro_batches, batch.masked_tokens, seed_of)
+        if rank_loss is not None:
+            break
+        optimizer.zero_grad()
+        if accelerator.num_processes > 1:
+            raise UserError("micro_batch_tokens: out of memory. A lower one, or a lower sen_max_length, needs less")
+        queue.halve()
+        say(f"step {step}: out of memory; this and all later steps use micro-batches of {queue.micro_batch_positions}")
+    rank_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+    queue.advance()  # while a GPU is still at work
+
+    # The step's one synchronisation: the loss of all ranks, and whether one of them was told to stop.
+    signalled = torch.full((), float(bool(run.signals)), device=accelerator.device)
+    over_ranks = accelerator.reduce(torch.stack([rank_loss, signalled]))
+    loss_sum, stops, grad_norm = torch.stack([*over_ranks, rank_norm]).tolist()
+
+    is_finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
+    if is_finite:
+        optimizer.step()
+        progress.skipped_in_a_row = 0
+        progress.unreported.update(loss=loss_sum, masked_tokens=batch.masked_tokens, tokens=batch.tokens)
+    else:
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()  # fp16: halves the scale that made the gradient overflow
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        say(f"step {step}: skipped, as its loss or gradient is not finite")
+    optimizer.zero_grad()
+    progress.step = step
+    progress.unreported.update(seconds=time.perf_counter() - began, steps=1)
+    return bool(stops)
+
+
+def accumulate_gradients(
+    accelerator: Accelerator,
+    model: nn.Module,
+    micro_batches: list[MicroBatch],
+    masked_tokens: int,
+    seed_of: Callable[[int], int],
+) -> Tensor | None:
+    """Adds the gradient of the step's mean loss, over `masked_tokens` on all ranks; the summed loss of this rank.
+
+    None where memory runs out. Dropout is seeded by `seed_of` the micro-batch's number.
+    """
+    loss_sum = torch.zeros((), device=accelerator.device)
+    try:
+        for number, (inputs, targets) in enumerate(micro_batches):
+            torch.manual_seed(seed_of(number))
+            is_last = number == len(micro_batches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(model):
+                loss = F.cross_entropy(model(**inputs).float(), targets, reduction="sum")
+                # DistributedDataParallel divides by the ranks
+                accelerator.backward(loss * accelerator.num_processes / masked_tokens)
+            loss_sum += loss.detach()
+    except torch.OutOfMemoryError:
+        return None
+    return loss_sum
+
+
+def warm_up_reducer(run: Run) -> None:
+    """Makes a backward pass with nothing in it.
+
+    DistributedDataParallel regroups the gradients after its first backward pass, and so sums over more than two ranks
+    in another order. Were that first pass a step, it would round differently in a resumed run.
+    """
+    nothing = torch.zeros((1, 1), dtype=torch.long, device=run.accelerator.device)
+    logits = run.model(nothing, nothing, masked=nothing[0, :0], sequence_ids=nothing)
+    (0 * logits.sum()).backward()
+    run.optimizer.zero_grad()
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def micro_batch_positions(run: Run, progress: Progress) -> int:
+    """The size of micro-batches: the user's, on a CPU the usual one, on a GPU what a trial found to fit the memory.
+
+    The trial's finding is kept, as a resumed run is to divide its batches alike.
+    """
+    if run.config.micro_batch_tokens:
+        return run.config.micro_batch_tokens
+    if progress.micro_batch_tokens is None:
+        progress.micro_batch_tokens = fit_memory(
+            run.accelerator, run.model, run.divide, run.data.vocabulary, run.config
+        )
+        say(f"micro_batch_tokens: {progress.micro_batch_tokens:,} fit the memory")
+    return progress.micro_batch_tokens
+
+
+def fit_memory(
+    accelerator: Accelerator, model: nn.Module, divide: Divide, vocabulary: Vocabulary, config: Config
+) -> int:
+    """The positions of the largest micro-batch, at most a step's, that every rank has the memory to train on.
+
+    Found by trying, beside the room that AdamW will take, with more masked tokens than chance will bring.
+    """
+    model = accelerator.unwrap_model(model).train()  # a rank that runs out of memory must not leave others waiting
+    averages = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    chunks_on_a_rank = math.ceil(config.batch_size / accelerator.num_processes)
+    chunks = max(1, min(chunks_on_a_rank, LARGEST_MICRO_BATCH_POSITIONS // config.sen_max_length))
+    while not _fits(accelerator, model, divide, vocabulary, chunks, config.sen_max_length) and chunks > 1:
+        chunks //= 2
+    del averages
+    positions = torch.tensor([chunks * config.sen_max_length], device=accelerator.device)
+    return int(accelerator.gather(positions).min())
+
+
+def _fits(accelerator, model, divide, vocabulary, chunks, sen_max_length):
+    """Whether so many chunks of the greatest length, a quarter of their tokens masked, can be trained on at once."""
+    lengths = np.full(chunks, sen_max_length - 2)  # without [CLS] and [SEP]
+    ids = np.full(lengths.sum(), vocabulary.mask_id)
+    masked = np.arange(0, len(ids), 4)
+    micro_batches = divide(frame(ids, masked, ids[masked], lengths, vocabulary), chunks * sen_max_length)
+    loss = accumulate_gradients(accelerator, model, micro_batches, len(masked), seed_of=lambda number: 0)
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    return loss is not None

@@ -3,18 +3,26 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mlm.settings import check_settings, parse_flags_onto, require
 
-# Layers, hidden size and a peak learning rate that suits training from random weights at a batch of 32 chunks.
-# Sizes: Turc et al., Well-Read Students Learn Better (arXiv 1908.08962).
+
+class Size(NamedTuple):
+    """A BERT that is trained from random weights."""
+
+    layers: int
+    hidden: int
+    learning_rate: float  # peak, that suits a batch of 32 chunks
+
+
+# Layers and hidden sizes: Turc et al., Well-Read Students Learn Better (arXiv 1908.08962).
 SCRATCH_SIZES = {
-    "tiny": (2, 128, 2e-3),
-    "mini": (4, 256, 1e-3),
-    "small": (4, 512, 7e-4),
-    "medium": (8, 512, 5e-4),
-    "base": (12, 768, 1e-4),
+    "tiny": Size(2, 128, 2e-3),
+    "mini": Size(4, 256, 1e-3),
+    "small": Size(4, 512, 7e-4),
+    "medium": Size(8, 512, 5e-4),
+    "base": Size(12, 768, 1e-4),
 }
 
 MOST_AUTOMATIC_WORDS = 10_000  # that add_words=auto:N can ask for
@@ -93,8 +101,8 @@ class Config:
 
 
 def _wrong_numbers(config: Config) -> Iterator[str]:
-    counts = ("num_epochs", "max_steps", "batch_size", "micro_batch_tokens")
-    counts += ("log_every", "eval_every", "save_every", "keep_checkpoints")
+    counts = ["num_epochs", "max_steps", "batch_size", "micro_batch_tokens"]
+    counts += ["log_every", "eval_every", "save_every", "keep_checkpoints"]
     sizes = ("num_warmup_steps", "vocab_size", "sen_max_length")
     largest = sys.float_info.max  # which infinity exceeds, and so may a whole number
     yield from require(config, lambda value: value >= 1, "1 or more", *counts)
@@ -123,9 +131,9 @@ def _wrong_names(config: Config) -> Iterator[str]:
         yield f"initial_pretrain_model: no size {config.scratch_size!r}; choose scratch:{'|'.join(SCRATCH_SIZES)}"
     if config.initial_pretrain_tokenizer.startswith("scratch:"):
         yield "initial_pretrain_tokenizer: scratch: names a model; for a vocabulary learned from the text say corpus"
-    automatic = config.automatic_words
-    if (config.add_words or "").startswith("auto:") and not (automatic and automatic <= MOST_AUTOMATIC_WORDS):
-        yield f"add_words: auto: takes a number from 1 to {MOST_AUTOMATIC_WORDS:,}, not {config.add_words[5:]!r}"
+    prefix, colon, number = (config.add_words or "").partition(":")
+    if prefix + colon == "auto:" and not 1 <= (config.automatic_words or 0) <= MOST_AUTOMATIC_WORDS:
+        yield f"add_words: auto: takes a number from 1 to {MOST_AUTOMATIC_WORDS:,}, not {number!r}"
     devices = config.cuda_visible_devices
     if devices and not (devices.isprintable() and all(device.strip() for device in devices.split(","))):
         yield f"cuda_visible_devices: must be GPUs separated by commas, such as 0,1, not {devices!r}"

@@ -85,9 +85,10 @@ def _compare(train: WrittenSplit, test: WrittenSplit, broken_words: list[BrokenW
 
 def _read_stats(path: Path) -> TextStats:
     content = json.loads(path.read_text())
-    splits = {split: SplitStats(**content.pop(split)) for split in ("train", "test")}
-    broken_words = [BrokenWord(*word) for word in content.pop("broken_words")]
-    return TextStats(**splits, **content, broken_words=broken_words)
+    content["train"] = SplitStats(**content["train"])
+    content["test"] = SplitStats(**content["test"])
+    content["broken_words"] = [BrokenWord(*broken) for broken in content["broken_words"]]
+    return TextStats(**content)
 
 
 def words_to_add(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from Config import SCRATCH_SIZES, Config
-from mlm.errors import UserError
+from mlm.errors import UserError, first_line
 from mlm.hub import locate
 
 
@@ -47,8 +48,8 @@ class PackedMaskedLM(nn.Module):
         `longest` instead (see `attend`). The vocabulary projection, the largest product of a small BERT, runs where a
         token is predicted and nowhere else.
         """
-        if starts is None:  # a mask of (rows, 1, width, width)
-            apart = {"attention_mask": sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]}
+        if sequence_ids is not None:  # a mask of (rows, 1, width, width)
+            apart: dict[str, Any] = {"attention_mask": sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]}
         else:
             apart = {"starts": starts, "longest": longest}
         hidden = self.bert.bert(
@@ -96,52 +97,74 @@ def load_model(
     are set on the modules; the model's config, which is saved, keeps the model's own for whoever fine-tunes it.
     Raises UserError where the checkpoint is missing or not BERT, or does not fit the tokenizer or `sen_max_length`.
     """
-    name, warnings = str(checkpoint or config.initial_pretrain_model), []
-    from_scratch = config.scratch_size and not checkpoint
-    if from_scratch:
-        layers, hidden, _ = SCRATCH_SIZES[config.scratch_size]
-        shape = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64}
-        bert_config = BertConfig(vocab_size=vocabulary_size, intermediate_size=4 * hidden, pad_token_id=pad_id, **shape)
+    warnings: list[str] = []
+    if config.scratch_size and not checkpoint:
+        model = _new_bert(config, SCRATCH_SIZES[config.scratch_size], vocabulary_size, pad_id)
+        known_tokens = vocabulary_size
     else:
-        bert_config = _load(AutoConfig, name)
-        if bert_config.model_type != "bert" or bert_config.is_decoder:
-            raise UserError(f"initial_pretrain_model: {name} is no BERT encoder but {bert_config.model_type}")
-    added = () if checkpoint else added
-    known = vocabulary_size if from_scratch else vocabulary_size - len(added)  # of the model
-    _check_fit(config, bert_config, known)
-
-    torch.manual_seed(config.seed)  # of all weights, or of a head that the checkpoint lacks
-    if from_scratch:
-        model = BertForMaskedLM(bert_config)
-    else:
-        model, loading = _load(BertForMaskedLM, name, output_loading_info=True)
-        if any(key.startswith("cls.predictions") for key in loading["missing_keys"]):
-            warnings.append(
-                f"warning: {name} has no masked-language-model head. A random one takes its place: the first loss is "
-                "near ln(vocabulary size), and the head must be learned before it can teach the rest. So are most "
-                "sentence-embedding and fine-tuned models; the checkpoint they were made from usually has the head"
-            )
-        encoder, loading = _load(BertModel, name, output_loading_info=True)
-        if not any(key.startswith("pooler") for key in loading["missing_keys"]):
-            model.bert.pooler = encoder.pooler.requires_grad_(False)
-        for parameter in model.parameters():
-            # Loaded weights are views of the file, at any address, and matrix products round by their inputs'
-            # alignment: a resumed run would drift from the uninterrupted one.
-            parameter.data = parameter.data.clone()
-
-    if added:
+        known_tokens = vocabulary_size if checkpoint else vocabulary_size - len(added)
+        model, warnings = _pretrained_bert(config, str(checkpoint or config.initial_pretrain_model), known_tokens)
+    if not checkpoint and added:
         _add_embeddings(model, vocabulary_size, added)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Dropout):
-                setattr(module, name, Dropout(child.p if config.hidden_dropout is None else config.hidden_dropout))
+    _set_dropouts(model, config)
     for module in model.modules():
         if isinstance(module, BertSelfAttention):
-            module.dropout.p = config.attention_dropout
             # A softmax does not see a constant added to all its inputs, so this bias has no gradient but rounding
             # noise, which Adam would blow up into a random walk that differs between layouts.
             module.key.bias.requires_grad_(False)
     return model, warnings
+
+
+def _new_bert(config, size, vocabulary_size, pad_id):
+    """Random weights."""
+    bert_config = BertConfig(
+        vocab_size=vocabulary_size,
+        num_hidden_layers=size.layers,
+        hidden_size=size.hidden,
+        num_attention_heads=size.hidden // 64,
+        intermediate_size=4 * size.hidden,
+        pad_token_id=pad_id,
+    )
+    _check_fit(config, bert_config, vocabulary_size)
+    torch.manual_seed(config.seed)
+    return BertForMaskedLM(bert_config)
+
+
+def _pretrained_bert(config, name, known_tokens):
+    """The weights in a folder or on the Hub, and a warning where the head for masked tokens is missing."""
+    bert_config = _load(AutoConfig, name)
+    if bert_config.model_type != "bert" or bert_config.is_decoder:
+        raise UserError(f"initial_pretrain_model: {name} is no BERT encoder but {bert_config.model_type}")
+    _check_fit(config, bert_config, known_tokens)
+    torch.manual_seed(config.seed)  # of a head that the checkpoint lacks
+    model, loading = _load(BertForMaskedLM, name, output_loading_info=True)
+    warnings = []
+    if any(key.startswith("cls.predictions") for key in loading["missing_keys"]):
+        warnings.append(
+            f"warning: {name} has no masked-language-model head. A random one takes its place: the first loss is near "
+            "ln(vocabulary size), and the head must be learned before it can teach the rest. Most sentence-embedding "
+            "and fine-tuned models have none; the checkpoint they were made from usually has it"
+        )
+    encoder, loading = _load(BertModel, name, output_loading_info=True)
+    if not any(key.startswith("pooler") for key in loading["missing_keys"]):
+        model.bert.pooler = encoder.pooler.requires_grad_(False)
+    for parameter in model.parameters():
+        # Loaded weights are views of the file, at any address, and matrix products round by their inputs' alignment:
+        # a resumed run would drift from the uninterrupted one.
+        parameter.data = parameter.data.clone()
+    return model, warnings
+
+
+def _set_dropouts(model, config):
+    """The settings' dropouts, in the modules alone; outside attention in the faster kind."""
+    for module in list(model.modules()):
+        for child_name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                share = child.p if config.hidden_dropout is None else config.hidden_dropout
+                setattr(module, child_name, Dropout(share))
+    for module in model.modules():
+        if isinstance(module, BertSelfAttention):
+            module.dropout.p = config.attention_dropout
 
 
 @torch.no_grad()
@@ -163,8 +186,7 @@ def _load(kind, name, **options):
     try:
         return kind.from_pretrained(name, local_files_only=offline, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
-        reason = f"{error}".partition("\n")[0]
-        raise UserError(f"initial_pretrain_model: {name} holds no BERT that loads: {reason}") from None
+        raise UserError(f"initial_pretrain_model: {name} holds no BERT that loads: {first_line(error)}") from error
 
 
 def _check_fit(config, bert_config, vocabulary_size):

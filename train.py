@@ -21,6 +21,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 from accelerate import Accelerator
 
@@ -52,6 +53,7 @@ from mlm.report import (
     write_metrics,
 )
 from mlm.runs import run_folder
+from mlm.schedule import resolve
 from mlm.start import (
     catch_signals,
     decide_on_main,
@@ -62,7 +64,7 @@ from mlm.start import (
 )
 from mlm.state import Ending, Progress, Run, SaveClock
 from mlm.storage import atomic_write, write_json
-from mlm.training import make_optimizer, micro_batch_positions, patience, resolve, train_step, warm_up_reducer
+from mlm.training import make_optimizer, micro_batch_positions, patience, train_step, warm_up_reducer
 from model import PackedMaskedLM, has_finite_weights, load_model
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
@@ -103,7 +105,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run:
     # The weights: the checkpoint's, or those to start from.
     added_words = list(data.added_words.values())
     bert, missing = load_model(config, data.vocabulary.size, data.vocabulary.pad_id, checkpoint, added_words)
-    derived = {
+    derived: dict[str, Any] = {
         "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
         "parameters": sum(parameter.numel() for parameter in bert.parameters()),
         "added_words": len(added_words),
@@ -283,7 +285,7 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
 
 def main(config: Config) -> None:
     """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError; SystemExit on a signal."""
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
+    cast(Any, sys.stdout).reconfigure(line_buffering=True)  # a log file shows each line at once
     quiet_libraries()
     with plain_endings(config):
         accelerator = make_accelerator(config)

@@ -214,8 +214,13 @@ class StepQueue:
 
     def advance(self) -> None:
         """Draws the batch of the step after; after the last step there is none, and no micro-batch."""
-        self.batch = next(self._steps, None)
-        self.micro_batches = self.divide(self.batch.chunks) if self.batch else []
+        self._batch = next(self._steps, None)
+        self.micro_batches = self.divide(self._batch.chunks) if self._batch else []
+
+    @property
+    def batch(self) -> Step:
+        assert self._batch, "there is a batch as long as there is a step to do"
+        return self._batch
 
     def divide(self, chunks: MaskedChunks) -> list[MicroBatch]:
         """Other chunks in micro-batches of the same size."""
@@ -237,5 +242,5 @@ class StepQueue:
         """Makes micro-batches of at most so many positions from now on, if they are larger."""
         if positions < self.micro_batch_positions:
             self.micro_batch_positions = positions
-            self.micro_batches = self.divide(self.batch.chunks) if self.batch else []
+            self.micro_batches = self.divide(self._batch.chunks) if self._batch else []
             torch.cuda.empty_cache()

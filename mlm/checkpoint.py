@@ -18,7 +18,7 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 from Config import Config
 from mlm.batches import StepQueue
 from mlm.errors import UserError
-from mlm.state import Ending, Progress, Run
+from mlm.state import Ending, Progress, Run, Unreported
 from mlm.storage import atomic_write, digest
 from mlm.words import read_words
 
@@ -80,7 +80,7 @@ def save_checkpoint(run: Run, progress: Progress) -> None:
         for kind, tensor in optimizer.state.get(parameter, {}).items()
     }
     scaler = optimizer.scaler and optimizer.scaler.state_dict()
-    state = {"format": FORMAT, "progress": vars(progress), "recipe": run.recipe, "scaler": scaler}
+    state = {"format": FORMAT, "progress": asdict(progress), "recipe": run.recipe, "scaler": scaler}
     path = checkpoint_path(run.folder, progress.step)
     with atomic_write(path) as temporary:
         save_model(temporary, run.bert, run.data.tokenizer)
@@ -114,7 +114,7 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
     Raises UserError where all are damaged.
     """
-    warnings = []
+    warnings: list[str] = []
     for path in reversed(checkpoints_of(run)):
         damage = _damage(path)
         if not damage:
@@ -203,7 +203,8 @@ def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOpt
     state = _read_state(path)
     if optimizer.scaler is not None:
         optimizer.scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+    unreported = Unreported(**state["progress"].pop("unreported"))
+    return Progress(**state["progress"], unreported=unreported)
 
 
 def _read_state(checkpoint):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -53,7 +53,7 @@ def take(chunks: Chunks, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return (marked & ((1 << word_bit) - 1)).astype(np.int64), lengths, (marked >> word_bit).astype(bool)
 
 
-def _word_bit(dtype) -> int:
+def _word_bit(dtype: Any) -> int:
     return 8 * np.dtype(dtype).itemsize - 1
 
 
@@ -123,7 +123,7 @@ def write_chunks(
             counts["characters"] += sum(map(len, texts))
             line_hashes.extend(map(line_hash, texts))
             tokenized = tokenize(texts, encoders, vocabulary.continues_word, segmenter)
-            word_bits = tokenized.starts_word.astype(dtype) << _word_bit(dtype)
+            word_bits = np.left_shift(tokenized.starts_word.astype(dtype), _word_bit(dtype))
             (tokenized.tokens.astype(dtype) | word_bits).tofile(file)
             occurrences += np.bincount(tokenized.tokens, minlength=vocabulary.size)
             words.update(tokenized.tokens, vocabulary.continues_word, tokenized.segmented)

@@ -4,7 +4,6 @@ import ast
 import re
 import sysconfig
 from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from platform import python_version
@@ -26,8 +25,10 @@ def write_corpus(folder: Path) -> None:
     source = "the topics and docstrings of your Python's standard library"
     paragraphs = _distinct_paragraphs(chain(_topics(library / "pydoc_data" / "topics.py"), _docstrings(library)))
     if len(paragraphs) < ENOUGH_PARAGRAPHS:
+        import pandas  # here, as it is seldom needed
+
         source = "pandas' docstrings, as this Python ships without its own documentation"
-        paragraphs = _distinct_paragraphs(_docstrings(Path(find_spec("pandas").origin).parent))
+        paragraphs = _distinct_paragraphs(_docstrings(Path(pandas.__file__).parent))
     folder.mkdir(parents=True)
     for name, kept in (("test", lambda i: i % TEST_SHARE == 0), ("train", lambda i: i % TEST_SHARE != 0)):
         lines = [f"{paragraph}\n" for i, paragraph in enumerate(paragraphs) if kept(i)]

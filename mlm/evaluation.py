@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,7 @@ def hide_words(lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list
 
 def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The model's three likeliest words for the masked place of each line, with their probabilities."""
-    fill_mask = pipeline("fill-mask", model=model.eval(), tokenizer=tokenizer, device=model.device, top_k=3)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "device": model.device, "top_k": 3}
+    fill_mask = pipeline("fill-mask", model=model.eval(), **options)
     guesses = [fill_mask(each.line) for each in hidden]
     return ["   ".join(f"{each['token_str']} {each['score']:.0%}" for each in three) for three in guesses]

@@ -49,7 +49,7 @@ def choose_precision(config: Config) -> str:
 
     Raises UserError for fp16 on a CPU, and for a launcher's choice that is not known here.
     """
-    chosen = config.mixed_precision
+    chosen: str = config.mixed_precision
     if chosen == "auto":
         chosen = os.environ.get("ACCELERATE_MIXED_PRECISION") or native_precision()
     if chosen not in ("no", "fp16", "bf16"):

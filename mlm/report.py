@@ -12,7 +12,7 @@ from Config import Config
 from mlm.chunks import TextStats
 from mlm.evaluation import Evaluation, HiddenWord, perplexity
 from mlm.settings import describe_settings
-from mlm.state import Data, Ending, Progress, Run
+from mlm.state import Data, Ending, Progress, Run, Unreported
 from mlm.storage import atomic_write
 from mlm.words import MANY_PIECES, BrokenWord
 
@@ -73,7 +73,7 @@ def _describe_broken_words(broken_words: list[BrokenWord]) -> str:
     """The most frequent for people: a heading, then count, word and pieces."""
     criterion = f"{MANY_PIECES} pieces or more; Chinese: a rare or unknown character"
     lines = [
-        f"   {broken.count:>9,}  {broken.word}   {' '.join(broken.pieces)}"
+        f"   {broken.occurrences:>9,}  {broken.word}   {' '.join(broken.pieces)}"
         for broken in broken_words[:SHOWN_BROKEN_WORDS]
     ]
     return "\n".join([f"   words that the vocabulary breaks ({criterion}):", *(lines or ["        none"])])
@@ -99,11 +99,11 @@ def describe_evaluation(evaluation: Evaluation) -> str:
 def report_if_due(run: Run, progress: Progress, bar: tqdm) -> None:
     """Every `log_every` steps and after the last: loss, learning rate and speed since the last such line."""
     config, step, new = run.config, progress.step, progress.unreported
-    if not new["masked_tokens"] or (step % config.log_every and step != config.max_steps):
+    if not new.masked_tokens or (step % config.log_every and step != config.max_steps):
         return
-    train_loss = new["loss"] / new["masked_tokens"]
-    tokens_per_s = new["tokens"] / new["seconds"]
-    time_left = tqdm.format_interval(new["seconds"] / new["steps"] * (config.max_steps - step))
+    train_loss = new.loss / new.masked_tokens
+    tokens_per_s = new.tokens / new.seconds
+    time_left = tqdm.format_interval(new.seconds / new.steps * (config.max_steps - step))
     say(
         f"step {step}/{config.max_steps}, epoch {step / run.steps_per_epoch:.2f}: loss {train_loss:.3f}, "
         f"perplexity {perplexity(train_loss):,.1f}, lr {progress.learning_rate:.2e}, {tokens_per_s:,.0f} tokens/s, "
@@ -111,7 +111,7 @@ def report_if_due(run: Run, progress: Progress, bar: tqdm) -> None:
     )
     bar.set_postfix_str(f"loss {train_loss:.3f}")
     record(run, progress, {"train_loss": train_loss, "lr": progress.learning_rate, "tokens_per_s": tokens_per_s})
-    new.clear()
+    progress.unreported = Unreported()
 
 
 def record(run: Run, progress: Progress, figures: dict[str, float]) -> None:

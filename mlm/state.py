@@ -1,7 +1,6 @@
 """A run's state: what is built once, what survives a kill, and how it may end. Nothing else lives across steps."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
-from Config import Config
 from mlm.batches import Divide
 from mlm.chunks import Chunks, TextStats
 from mlm.evaluation import HiddenWord
+from mlm.schedule import ResolvedConfig
 from mlm.text import Text
 from mlm.vocabulary import Vocabulary
 
@@ -61,7 +60,7 @@ class Data(NamedTuple):
 class Run:
     """What is built once, before the first step."""
 
-    config: Config  # resolved: a setting that stands for another value has that value
+    config: ResolvedConfig
     accelerator: Accelerator
     folder: Path
     data: Data
@@ -83,22 +82,30 @@ class Run:
 
 
 @dataclass
+class Unreported:
+    """What was done since the last line in the log."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0  # summed over masked tokens, of all ranks, in nats
+    masked_tokens: int = 0
+    tokens: int = 0
+
+
+@dataclass
 class Progress:
     """How far a run has come: with the weights and the optimizer's state, all that survives a kill."""
 
     step: int = 0  # optimizer steps done
     evaluated: int = -1  # the last step after which the model was evaluated; -1: not even the start was
-    rows: list[dict] = field(default_factory=list)  # of metrics.csv
-    unreported: Counter = field(default_factory=Counter)  # loss, masked_tokens, tokens, seconds, steps since a row
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
+    unreported: Unreported = field(default_factory=Unreported)
     best_loss: float | None = None  # the lowest test loss in training
     skipped: int = 0  # steps without a finite loss and gradient
     skipped_in_a_row: int = 0
     guesses_before: list[str] = field(default_factory=list)  # the starting checkpoint's, for the closing words
     learning_rate: float = 0.0  # of the last step
     micro_batch_tokens: int | None = None  # what was found to fit a GPU's memory
-
-    def __post_init__(self):
-        self.unreported = Counter(self.unreported)
 
 
 class Ending(Enum):

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,51 +12,20 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from Config import SCRATCH_SIZES, Config
 from mlm.batches import Divide, MicroBatch, StepQueue, frame
 from mlm.errors import UserError
-from mlm.machine import count_gpus
 from mlm.randomness import dropout_seed
 from mlm.report import say
+from mlm.schedule import ResolvedConfig, learning_rate_at
 from mlm.state import Progress, Run
-from mlm.text import text_folder
 from mlm.vocabulary import Vocabulary
 
-# On a CPU: larger micro-batches slow a large model down, as what it keeps for the backward pass leaves the caches;
-# smaller ones slow a small model down, as each call costs more than its work.
-CPU_MICRO_BATCH_POSITIONS = 3072
 LARGEST_MICRO_BATCH_POSITIONS = 1 << 16  # on a GPU, which more would not fill better
 MOST_SKIPPED_STEPS = 5  # in a row; so many without a finite loss and gradient end a run
 FP16_HALVINGS = 16  # so many more where a gradient scaler may first have to halve its 65,536 down to 1
 
 
-# ------------------------------------------------------------------------------------------------ settings, optimizer
-
-
-def resolve(config: Config, steps_per_epoch: int, precision: str) -> Config:
-    """Gives each setting that stands for another value that value; `save_every` may stay unset, as that has a meaning.
-
-    Raises UserError where settings do not fit together.
-    """
-    total_steps = config.max_steps or config.num_epochs * steps_per_epoch
-    share = config.num_warmup_steps
-    warmup_steps = round(share * total_steps) if share < 1 else share
-    if warmup_steps > total_steps:
-        raise UserError(f"num_warmup_steps: {warmup_steps:g} is more than the {total_steps} steps of num_epochs")
-    usual_rate = SCRATCH_SIZES[config.scratch_size][2] if config.scratch_size else 3e-5
-    return replace(
-        config,
-        path_datasets=str(text_folder(config)),
-        max_steps=total_steps,
-        micro_batch_tokens=config.micro_batch_tokens or (None if count_gpus() else CPU_MICRO_BATCH_POSITIONS),
-        num_warmup_steps=warmup_steps,
-        learning_rate=config.learning_rate or usual_rate,
-        eval_every=config.eval_every or steps_per_epoch,
-        mixed_precision=precision,
-    )
-
-
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:
     """AdamW, with weight decay on the matrices alone: not on biases and LayerNorm."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -66,16 +34,6 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     ]
     # BERT's own epsilon: with 1e-8 Adam would blow the rounding noise of the smallest gradients up into steps.
     return torch.optim.AdamW(groups, lr=config.learning_rate, eps=1e-6, fused=True)
-
-
-def learning_rate_at(step: int, config: Config) -> float:
-    """Linear warm-up to `learning_rate`, then linear decay; the first step trains already, the last one still does.
-
-    step: optimizer steps done before. config: resolved.
-    """
-    warmup, total = int(config.num_warmup_steps), config.max_steps
-    share = (step + 1) / warmup if step < warmup else (total - step) / max(1, total - warmup)
-    return config.learning_rate * share
 
 
 def patience(accelerator: Accelerator) -> int:
@@ -93,7 +51,7 @@ def train_step(run: Run, progress: Progress, queue: StepQueue) -> bool:
     """
     began = time.perf_counter()
     config, accelerator, optimizer = run.config, run.accelerator, run.optimizer
-    batch, step = queue.batch, progress.step + 1
+    batch, step, new = queue.batch, progress.step + 1, progress.unreported
     run.model.train()  # an evaluation leaves it without dropout
     progress.learning_rate = learning_rate_at(progress.step, config)
     for group in optimizer.param_groups:
@@ -122,7 +80,9 @@ def train_step(run: Run, progress: Progress, queue: StepQueue) -> bool:
     if is_finite:
         optimizer.step()
         progress.skipped_in_a_row = 0
-        progress.unreported.update(loss=loss_sum, masked_tokens=batch.masked_tokens, tokens=batch.tokens)
+        new.loss += loss_sum
+        new.masked_tokens += batch.masked_tokens
+        new.tokens += batch.tokens
     else:
         if accelerator.scaler is not None:
             accelerator.scaler.update()  # fp16: halves the scale that made the gradient overflow
@@ -131,7 +91,8 @@ def train_step(run: Run, progress: Progress, queue: StepQueue) -> bool:
         say(f"step {step}: skipped, as its loss or gradient is not finite")
     optimizer.zero_grad()
     progress.step = step
-    progress.unreported.update(seconds=time.perf_counter() - began, steps=1)
+    new.steps += 1
+    new.seconds += time.perf_counter() - began
     return bool(stops)
 
 
@@ -192,7 +153,7 @@ def micro_batch_positions(run: Run, progress: Progress) -> int:
 
 
 def fit_memory(
-    accelerator: Accelerator, model: nn.Module, divide: Divide, vocabulary: Vocabulary, config: Config
+    accelerator: Accelerator, model: nn.Module, divide: Divide, vocabulary: Vocabulary, config: ResolvedConfig
 ) -> int:
     """The positions of the largest micro-batch, at most a step's, that every rank has the memory to train on.
 

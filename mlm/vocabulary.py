@@ -28,8 +28,11 @@ def load_tokenizer(
     if name == "corpus":
         key = digest(text_digest, config.vocab_size, version("tokenizers"))
         folder = Path(config.path_model_save) / ".cache" / f"vocabulary-{key}"
-        once(folder, lambda temporary: learn_tokenizer(train_lines, config.vocab_size).save_pretrained(temporary))
-        return AutoTokenizer.from_pretrained(folder)
+
+        def learn(temporary: Path) -> None:
+            learn_tokenizer(train_lines, config.vocab_size).save_pretrained(temporary)
+
+        return AutoTokenizer.from_pretrained(once(folder, learn))
     offline = locate(name, "initial_pretrain_tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)

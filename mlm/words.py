@@ -135,7 +135,7 @@ class BrokenWord(NamedTuple):
     """A word that the vocabulary has no token for."""
 
     word: str  # as the vocabulary spells it
-    count: int
+    occurrences: int
     pieces: list[str]
 
 
@@ -169,7 +169,7 @@ class WordCounts:
         prefix = encoder.model.continuing_subword_prefix
         found = []
         for content, count in self.pieces.most_common(2 * most):
-            pieces = [encoder.id_to_token(index) for index in np.frombuffer(content, np.int64)]
+            pieces = [encoder.id_to_token(index) or "" for index in np.frombuffer(content, np.int64).tolist()]
             word = pieces[0] + "".join(piece.removeprefix(prefix) for piece in pieces[1:])
             if any(map(str.isalpha, word)):
                 found.append(BrokenWord(word, count, pieces))
@@ -179,7 +179,7 @@ class WordCounts:
                 pieces = encoder.encode(word, add_special_tokens=False).tokens
                 if len(pieces) > 1 and (unknown in pieces or not all(map(_is_common, word))):
                     found.append(BrokenWord(word, count, pieces))
-        return sorted(found, key=lambda broken: (-broken.count, broken.word))[:most]
+        return sorted(found, key=lambda broken: (-broken.occurrences, broken.word))[:most]
 
 
 def _is_common(character: str) -> bool:
@@ -200,7 +200,7 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str,
     beside it; one with a Chinese character, anywhere.
     """
     normalizer = tokenizer.backend_tokenizer.normalizer
-    distinct = {}
+    distinct: dict[str, str] = {}  # by how the tokenizer sees them
     for word in words:  # "Insulin" and "insulin" may be the same
         distinct.setdefault(normalizer.normalize_str(word) if normalizer else word, word)
     added = {}

@@ -23,9 +23,9 @@ from mlm.batches import make_micro_batches
 from mlm.chunks import take
 from mlm.errors import UserError
 from mlm.masking import BERT_RULE, MaskRule
+from mlm.schedule import learning_rate_at, resolve
 from mlm.settings import describe_settings
 from mlm.text import find_text
-from mlm.training import learning_rate_at, resolve
 from model import PackedMaskedLM
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 60))  # texts; of configurations ten times as many

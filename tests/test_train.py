@@ -31,8 +31,8 @@ from mlm.errors import UserError
 from mlm.evaluation import Evaluation
 from mlm.masking import BERT_RULE, content_keys, mask
 from mlm.randomness import epoch_order, mask_keys
+from mlm.schedule import learning_rate_at, resolve
 from mlm.text import find_text
-from mlm.training import learning_rate_at, resolve
 from mlm.vocabulary import load_tokenizer, read_vocabulary
 from model import PackedMaskedLM, load_model
 

@@ -1,4 +1,7 @@
-"""Every setting of a run: its type, default, unit and meaning on one line. Edit the defaults here, or pass flags."""
+"""Every setting of a run: its type, default, unit and meaning on one line. Edit the defaults here, or pass flags.
+
+The checks of values stand below the settings.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -38,13 +41,13 @@ class Config:
     vocab_size: int = 8192  # entries of the WordPiece vocabulary that "corpus" learns
     attention_dropout: float = 0.0  # dropout inside attention while training; 0 keeps the fast attention kernels
     hidden_dropout: float | None = None  # dropout elsewhere while training; unset: the checkpoint's own
-    add_words: str | None = None  # file of words to add to the vocabulary, one a line, or auto:N, the N it breaks most
+    add_words: str | None = None  # file of words that become tokens, one per line, or auto:N, the N most often split
 
     # --- text
-    path_datasets: str = "data"  # folder with train*.txt and test*.txt (also .txt.gz), UTF-8, one example a line
+    path_datasets: str = "data"  # folder with train*.txt and test*.txt (also .txt.gz), UTF-8, one example per line
     test_fraction: float = 0.05  # share of the distinct lines held out for testing where there is no test*.txt
     sen_max_length: int = 128  # positions of a chunk: tokens, [CLS] and [SEP]; longer lines are cut into chunks
-    user_words: str | None = None  # file of words, one a line, that the Chinese segmenter is to keep whole
+    user_words: str | None = None  # file of words, one per line, that the Chinese segmenter is to keep whole
 
     # --- masking
     mlm_probability: float = 0.15  # probability that a token (or word) is chosen for prediction
@@ -67,19 +70,19 @@ class Config:
     cuda_visible_devices: str = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"  # auto: the launcher's choice, else bf16 if native
     compile: bool = False  # use torch.compile: the start takes minutes longer; meant for long runs on a GPU
-    micro_batch_tokens: int | None = None  # positions, with padding, of a forward pass on a device; unset: what fits
+    micro_batch_tokens: int | None = None  # positions, padding included, per forward pass on a device; unset: what fits
 
     # --- output
-    path_model_save: str = "output"  # folder that receives one folder a run, and the cache of tokenized text
+    path_model_save: str = "output"  # folder that receives one folder per run, and the cache of tokenized text
     run_name: str | None = None  # name of this run's folder; unset: date, time and model
     log_every: int = 50  # steps between lines in the log and in metrics.csv
     eval_every: int | None = None  # steps between evaluations; unset: once an epoch
-    save_every: int | None = None  # steps between checkpoints, beside epochs' ends; unset: those, in 5% of the time
+    save_every: int | None = None  # steps between checkpoints, also saved at epochs' ends; unset: the latter if cheap
     keep_checkpoints: int = 2  # how many stay on disk: the newest
     tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
 
     # --- mode
-    resume: bool = False  # resume the newest unfinished run, or run_name's, from its newest checkpoint
+    resume: bool = False  # resume the last unfinished run, or run_name's, from its newest checkpoint
     demo: bool = False  # train a small BERT on the documentation of your own Python; downloads nothing
     check_only: bool = False  # check settings and text, prepare the text, then stop
 
@@ -91,7 +94,8 @@ class Config:
     def automatic_words(self) -> int | None:
         """N behind `auto:N` in add_words, or None where it names a file or nothing."""
         prefix, _, number = (self.add_words or "").partition(":")
-        return int(number) if prefix == "auto" and number.isdecimal() and len(number) < 10 else None
+        is_number = number.isdecimal() and len(number) < 10  # int() refuses thousands of digits
+        return int(number) if prefix == "auto" and is_number else None
 
     @property
     def scratch_size(self) -> str | None:
@@ -104,7 +108,7 @@ def _wrong_numbers(config: Config) -> Iterator[str]:
     counts = ["num_epochs", "max_steps", "batch_size", "micro_batch_tokens"]
     counts += ["log_every", "eval_every", "save_every", "keep_checkpoints"]
     sizes = ("num_warmup_steps", "vocab_size", "sen_max_length")
-    largest = sys.float_info.max  # which infinity exceeds, and so may a whole number
+    largest = sys.float_info.max  # refuses infinity, and whole numbers too large for a float
     yield from require(config, lambda value: value >= 1, "1 or more", *counts)
     yield from require(config, lambda value: value < 2**31, "below 2**31", *counts, *sizes)
     yield from require(config, lambda value: 0 <= value <= largest, "0 or more", "num_warmup_steps", "weight_decay")

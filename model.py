@@ -1,5 +1,6 @@
-"""Checkpoint -> BertForMaskedLM; logits at the masked positions alone; packed chunks kept apart in attention."""
+"""Starting model -> BertForMaskedLM; logits at the masked positions alone; packed chunks kept apart in attention."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,12 @@ class PackedMaskedLM(nn.Module):
     ) -> Tensor:
         """Logits (masked, vocabulary) at the positions `masked`, (masked,) indices into the flattened (rows, width).
 
-        The ids are (rows, width). A token attends to those of its own row with its own sequence id, so padding (id 0)
-        attends to padding and no softmax is empty; or, for one row, variable-length attention takes `starts` and
+        The ids are (rows, width). A position attends to those of its own row with its own sequence id, so padding
+        (id 0) attends to padding and no softmax is empty; or, for one row, variable-length attention takes `starts` and
         `longest` instead (see `attend`). The vocabulary projection, the largest product of a small BERT, runs where a
         token is predicted and nowhere else.
         """
+        assert (sequence_ids is None) == (starts is not None), "chunks are kept apart in one of two ways"
         if sequence_ids is not None:  # a mask of (rows, 1, width, width)
             apart: dict[str, Any] = {"attention_mask": sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]}
         else:
@@ -61,13 +63,18 @@ class PackedMaskedLM(nn.Module):
 def attend(module, query, key, value, attention_mask, starts=None, longest=None, **options):
     """transformers' interface of an attention function: (rows, heads, width, head size) to (rows, width, heads, ...).
 
-    Where `starts` says at which position each chunk of the one row begins, and the last ends, (chunks + 1,) int32, and
-    `longest` how many positions the longest has: by variable-length kernels. Otherwise by torch's own with the mask.
+    With `starts`, (chunks + 1,) int32, where each chunk of the one row begins and the last ends, and `longest`, the
+    positions in the longest chunk: by variable-length kernels. Otherwise by torch's own, with the mask. Returns the
+    output, and None in place of the attention weights.
     """
     if starts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (width, heads, head size)
-    return varlen_attn(query, key, value, starts, starts, longest, longest)[None], None
+
+    def of_one_row(states):  # (1, heads, width, head size) to (width, heads, head size)
+        return states[0].transpose(0, 1)
+
+    output = varlen_attn(of_one_row(query), of_one_row(key), of_one_row(value), starts, starts, longest, longest)
+    return output[None], None
 
 
 AttentionInterface.register("packed", attend)
@@ -78,12 +85,12 @@ class Dropout(nn.Dropout):
     """nn.Dropout; on the CPU with 16 random bits an element (so `p` in steps of 2**-16), in a third of the time."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Of any shape."""
+        """hidden: of any shape, returned in that shape."""
         if hidden.device.type != "cpu" or not (self.training and self.p):
             return super().forward(hidden)
-        dropped = round(self.p * 2**16)
-        four_each = torch.empty(-(-hidden.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        draws = four_each.view(torch.int16)[: hidden.numel()].view(hidden.shape)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2**16 possible draws
+        in_fours = torch.empty(math.ceil(hidden.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+        draws = in_fours.view(torch.int16)[: hidden.numel()].view(hidden.shape)  # uniform in [-2**15, 2**15)
         return torch.where(draws >= dropped - 2**15, hidden * (1 / (1 - dropped / 2**16)), 0.0)
 
 
@@ -92,7 +99,7 @@ def load_model(
 ) -> tuple[BertForMaskedLM, list[str]]:
     """The model in the folder `checkpoint`, or else the one that `initial_pretrain_model` names; and warnings about it.
 
-    added: the ids of the pieces of each word that was added to the end of the vocabulary; the checkpoint has them.
+    added: the ids of the pieces of each word that was added to the end of the vocabulary; a checkpoint knows them.
     In float32. Its pooler comes along untrained, so that a fine-tuned task starts from it. The dropouts of Config.py
     are set on the modules; the model's config, which is saved, keeps the model's own for whoever fine-tunes it.
     Raises UserError where the checkpoint is missing or not BERT, or does not fit the tokenizer or `sen_max_length`.
@@ -134,7 +141,7 @@ def _pretrained_bert(config, name, known_tokens):
     """The weights in a folder or on the Hub, and a warning where the head for masked tokens is missing."""
     bert_config = _load(AutoConfig, name)
     if bert_config.model_type != "bert" or bert_config.is_decoder:
-        raise UserError(f"initial_pretrain_model: {name} is no BERT encoder but {bert_config.model_type}")
+        raise UserError(f"initial_pretrain_model: {name} is not a BERT encoder but of type {bert_config.model_type}")
     _check_fit(config, bert_config, known_tokens)
     torch.manual_seed(config.seed)  # of a head that the checkpoint lacks
     model, loading = _load(BertForMaskedLM, name, output_loading_info=True)
@@ -186,7 +193,7 @@ def _load(kind, name, **options):
     try:
         return kind.from_pretrained(name, local_files_only=offline, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
-        raise UserError(f"initial_pretrain_model: {name} holds no BERT that loads: {first_line(error)}") from error
+        raise UserError(f"initial_pretrain_model: {name} cannot be loaded as BERT: {first_line(error)}") from error
 
 
 def _check_fit(config, bert_config, vocabulary_size):

@@ -8,7 +8,7 @@ from mlm.hub import locate_downloads
 from mlm.machine import choose_devices, has_variable_length_kernels, hints, keep_freed_memory
 
 if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in an import is no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during an import ends without a traceback
     with plain_errors():
         settings = parse_flags()
         choose_devices(settings)
@@ -39,6 +39,8 @@ from mlm.checkpoint import (
     save_model,
 )
 from mlm.evaluation import evaluate, guess, hide_words
+from mlm.memory import micro_batch_positions
+from mlm.ranks import decide_on_main, make_accelerator, quiet_libraries, refuse_differences
 from mlm.report import (
     GuessedWord,
     RunSummary,
@@ -54,17 +56,10 @@ from mlm.report import (
 )
 from mlm.runs import run_folder
 from mlm.schedule import resolve
-from mlm.start import (
-    catch_signals,
-    decide_on_main,
-    make_accelerator,
-    plain_endings,
-    quiet_libraries,
-    refuse_differences,
-)
+from mlm.signals import catch_signals, explain_endings
 from mlm.state import Ending, Progress, Run, SaveClock
 from mlm.storage import atomic_write, write_json
-from mlm.training import make_optimizer, micro_batch_positions, patience, train_step, warm_up_reducer
+from mlm.training import make_optimizer, patience, train_step, warm_up_reducer
 from model import PackedMaskedLM, has_finite_weights, load_model
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
@@ -98,13 +93,16 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run:
     # A checkpoint is resumed if it is of this very training: the same settings, text, words and tokenizer.
     recipe = make_recipe(config, data.text.digest, data.tokenizer)
     refuse_differences(recipe)
-    checkpoint, damaged = decide_on_main(accelerator, lambda: find_checkpoint(folder))
+    checkpoint, checkpoint_warnings = decide_on_main(accelerator, lambda: find_checkpoint(folder))
     if checkpoint:
         refuse_changes(checkpoint, recipe)
 
     # The weights: the checkpoint's, or those to start from.
     added_words = list(data.added_words.values())
-    bert, missing = load_model(config, data.vocabulary.size, data.vocabulary.pad_id, checkpoint, added_words)
+    vocabulary = data.vocabulary
+    bert, model_warnings = load_model(config, vocabulary.size, vocabulary.pad_id, checkpoint, added_words)
+
+    # What was found, for the user.
     derived: dict[str, Any] = {
         "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
         "parameters": sum(parameter.numel() for parameter in bert.parameters()),
@@ -114,7 +112,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run:
         "tokens_per_step": round(len(data.train.tokens) / steps_per_epoch),
     }
     say(describe_run(given, config, data, derived))
-    for line in damaged + missing + hints(accelerator.num_processes, derived["tokens_per_step"]):
+    for line in checkpoint_warnings + model_warnings + hints(accelerator.num_processes, derived["tokens_per_step"]):
         say(line)
 
     # The model as it is trained: it takes packed rows, is compiled if asked for, and has a place on every device.
@@ -126,6 +124,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run:
         keep_freed_memory()
     head_size = bert.config.hidden_size // bert.config.num_attention_heads
     varlen = has_variable_length_kernels(config, accelerator.mixed_precision, head_size)
+
     return Run(
         config=config,
         accelerator=accelerator,
@@ -139,7 +138,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run:
         bert=bert,
         model=model,
         optimizer=optimizer,
-        divide=partial(make_micro_batches, vocabulary=data.vocabulary, device=accelerator.device, varlen=varlen),
+        divide=partial(make_micro_batches, vocabulary=vocabulary, device=accelerator.device, varlen=varlen),
         save_clock=SaveClock(),
         signals=[],
     )
@@ -147,6 +146,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run:
 
 def begin(run: Run) -> Progress:
     """Where the run stands: at the checkpoint that it resumes from, or before the first step."""
+    # The state of the checkpoint, or that of a new run.
     if run.checkpoint:
         progress = load_checkpoint(run.checkpoint, run.bert, run.optimizer)
         run.save_clock.saved_step = progress.step
@@ -156,14 +156,18 @@ def begin(run: Run) -> Progress:
         if run.config.resume:
             say(f"{run.folder} has no checkpoint yet, so it begins at the first step")
     run.derived["micro_batch_tokens"] = micro_batch_positions(run, progress)
+
+    # The files and the tracker, without what a killed run wrote after its checkpoint.
     if run.is_main:
         written = {"settings": asdict(run.config), "derived": run.derived}
         written["versions"] = {name: version(name) for name in PACKAGES}
         write_json(run.folder / "settings.json", written)
-        write_metrics(run.folder / "metrics.csv", progress.rows)  # without what a killed run wrote after its checkpoint
+        write_metrics(run.folder / "metrics.csv", progress.rows)
     if run.accelerator.log_with:
-        purge = {"purge_step": progress.step + 1 if run.checkpoint else 0}  # drops what a killed run logged after
+        purge = {"purge_step": progress.step + 1 if run.checkpoint else 0}
         run.accelerator.init_trackers("Pretrain_Bert_with_MaskLM", init_kwargs={"tensorboard": purge})
+
+    # Several ranks sum gradients in the same order from the first step on.
     if run.accelerator.num_processes > 1:
         warm_up_reducer(run)
     return progress
@@ -178,18 +182,18 @@ def fit(run: Run, progress: Progress) -> Ending:
     queue = fill_queue(run, progress)
     told_to_stop = False
     with progress_bar(run, progress) as bar:
-        while True:  # in each turn `progress.step` steps are done; the last turn trains no more
-            # Once in a while, and before the first step and after the last: how good is it on the test text?
+        while True:  # here `progress.step` steps are done
+            # When due, and before the first step and after the last: how good is it on the test text?
             if is_evaluation_due(run, progress) and not told_to_stop:
                 told_to_stop = evaluate_and_keep_best(run, progress, queue)
 
-            # Once in a while, and where a run ends before its time: save what it takes to resume.
+            # When due, and where a run ends before its time: save what it takes to resume.
             ending = find_ending(run, progress, told_to_stop)
             save_if_due(run, progress, queue, ending)
             if ending:
                 return ending
 
-            # A step, and once in a while a line about it.
+            # One more step, and when due a line about those since the last.
             told_to_stop = train_step(run, progress, queue)
             bar.update()
             report_if_due(run, progress, bar)
@@ -203,7 +207,7 @@ def fill_queue(run: Run, progress: Progress) -> StepQueue:
         progress.step, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
     remaining = islice(steps, config.max_steps - progress.step)
-    return StepQueue(remaining, run.divide, run.derived["micro_batch_tokens"], config.sen_max_length)
+    return StepQueue(remaining, run.divide, micro_batch_positions(run, progress), config.sen_max_length)
 
 
 def is_evaluation_due(run: Run, progress: Progress) -> bool:
@@ -213,17 +217,21 @@ def is_evaluation_due(run: Run, progress: Progress) -> bool:
 
 
 def evaluate_and_keep_best(run: Run, progress: Progress, queue: StepQueue) -> bool:
-    """Scores the model on the test text and keeps the best in best/. Whether it was told to stop, and gave that up."""
+    """Scores the model on the test text and keeps the best in best/. Returns True if a signal stopped it."""
     accelerator, step = run.accelerator, progress.step
     ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
     batches = evaluation_batches(run.data.test, run.data.vocabulary, **ranks)
     evaluation, told_to_stop = evaluate(accelerator, run.model, batches, queue, run.signals)
     if told_to_stop:
         return True
+
+    # The scores go to the log, metrics.csv and the tracker.
     heading = f"step {step}/{run.config.max_steps}, test" if step else "before training"
     say(f"{heading}: {describe_evaluation(evaluation)}")
     record(run, progress, evaluation.columns())
     progress.evaluated = step
+
+    # The best weights of the training so far go to best/.
     best_loss = math.inf if progress.best_loss is None else progress.best_loss
     if step and evaluation.loss < best_loss and has_finite_weights(run.bert):
         progress.best_loss = evaluation.loss
@@ -234,7 +242,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress, queue: StepQueue) -> bo
 
 
 def find_ending(run: Run, progress: Progress, told_to_stop: bool) -> Ending | None:
-    """Why the run ends now; None where it goes on. Weights are looked at before they are saved."""
+    """Why the run ends now, or None where it goes on. Weights that are to be saved are checked to be finite."""
     is_finished = progress.step == run.config.max_steps
     is_skipping = progress.skipped_in_a_row >= patience(run.accelerator)
     ends = is_finished or is_skipping or told_to_stop
@@ -255,39 +263,48 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
 
     Raises UserError where it diverged, SystemExit where it was told to stop.
     """
-    accelerator, final = run.accelerator, run.folder / "final"
-    guesses_after = []
+    # A finished model goes to final/, and makes its guesses for the closing words.
+    accelerator, summary = run.accelerator, None
     if run.is_main and ending is Ending.FINISHED:
         guesses_after = guess(run.bert, run.hidden_words, run.data.tokenizer)
-        with atomic_write(final) as temporary:
+        guesses = zip(run.hidden_words, progress.guesses_before, guesses_after, strict=True)
+        with atomic_write(run.folder / "final") as temporary:
             save_model(temporary, run.bert, run.data.tokenizer)
-    accelerator.wait_for_everyone()  # a launcher ends the other ranks when one has ended badly, even while it saves
-    # The process group must not end inside DistributedDataParallel's reducer, which would wait for a thread of the
-    # group that waits for this one: a rank would hang now and then.
+        summary = RunSummary(
+            rows=progress.rows,
+            stats=run.data.stats,
+            skipped_steps=progress.skipped,
+            guesses=[GuessedWord(*guessed) for guessed in guesses],
+            model=run.folder / "final",
+        )
+
+    # The ranks end together: a launcher that sees one end badly ends the others, even while the main one saves. The
+    # model is freed before the process group, which must not end inside DistributedDataParallel's reducer: that would
+    # wait for a thread of the group that waits for this one, and a rank would hang now and then.
+    accelerator.wait_for_everyone()
     del run.model, run.optimizer
     accelerator.free_memory()
     accelerator.end_training()
 
-    if ending is Ending.FINISHED:
-        words = zip(run.hidden_words, progress.guesses_before, guesses_after, strict=False)  # none but on the main rank
-        guesses = [GuessedWord(*word) for word in words]
-        say(closing_words(RunSummary(progress.rows, run.data.stats, progress.skipped, guesses, final)))
-    elif ending is Ending.STOPPED:
+    # What came of it is said, with the exit status that fits.
+    if summary:
+        say(closing_words(summary))
+    if ending is Ending.STOPPED:
         saved = checkpoint_path(run.folder, progress.step)
-        say(f"stopped after step {progress.step}, which {saved} holds. The same command with --resume resumes it")
-        sys.exit(128 + (run.signals or [signal.SIGTERM])[0])
-    elif run.is_main:
+        say(f"stopped after step {progress.step}, saved in {saved}. To go on, run the same command with --resume")
+        sys.exit(128 + (run.signals[0] if run.signals else signal.SIGTERM))  # else another rank received it
+    if ending in (Ending.SKIPPING, Ending.BROKEN):
+        if not run.is_main:
+            sys.exit(2)
         checkpoints = checkpoints_of(run.folder)
         raise UserError(describe_divergence(run, progress, ending, checkpoints[-1] if checkpoints else None))
-    else:
-        sys.exit(2)
 
 
 def main(config: Config) -> None:
     """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError; SystemExit on a signal."""
     cast(Any, sys.stdout).reconfigure(line_buffering=True)  # a log file shows each line at once
     quiet_libraries()
-    with plain_endings(config):
+    with explain_endings(config):
         accelerator = make_accelerator(config)
         with run_folder(config, accelerator) as folder:
             accelerator.project_configuration.logging_dir = str(folder / "tensorboard")

@@ -221,7 +221,7 @@ def damage_checkpoint(folder: Path, draw: random.Random, seconds: float) -> list
     file = draw.choice(sorted(checkpoints[-1].iterdir()))
     damage(file, draw, ["cut", "missing", "a bit flipped"])
     arm = partial(at_call, training, "accumulate_gradients", 1, signal.SIGKILL)
-    return check(*launch(folder, arm), KILLED, words=f"warning: {checkpoints[-1]} is passed over")
+    return check(*launch(folder, arm), KILLED, words=f"warning: {checkpoints[-1]} is skipped")
 
 
 def damage(file: Path, draw: random.Random, ways: list[str]) -> None:

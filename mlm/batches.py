@@ -15,8 +15,8 @@ import torch
 from mlm.errors import UserError
 from mlm.vocabulary import Vocabulary
 
-# Rows in which a mask keeps the chunks apart are about so long. In longer ones attention computes more scores between
-# chunks, which the mask then throws away; in shorter ones more is padded.
+# About how long a row is in which a mask keeps the chunks apart. Longer rows waste more attention scores between
+# chunks, shorter ones more padding.
 ROW_POSITIONS = 192
 
 
@@ -100,7 +100,7 @@ def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Ro
     """Lays chunks end to end into as few rows as hold them, evenly: the longest first, each into the row that holds the
     least (Graham 1969, doi 10.1137/0117039), so that little is padded.
 
-    Rows hold about `row_positions`, less than a chunk more. With no chunk there is one position of padding.
+    Rows hold about `row_positions`, at most a chunk more. With no chunk there is one position of padding.
     """
     lengths = chunks.lengths
     rows_needed = max(1, math.ceil(len(chunks.input_ids) / max(row_positions, lengths.max(initial=1))))
@@ -213,7 +213,7 @@ class StepQueue:
         self.advance()
 
     def advance(self) -> None:
-        """Draws the batch of the step after; after the last step there is none, and no micro-batch."""
+        """Loads the next step's batch; after the last step there is none, and no micro-batch."""
         self._batch = next(self._steps, None)
         self.micro_batches = self.divide(self._batch.chunks) if self._batch else []
 
@@ -223,13 +223,13 @@ class StepQueue:
         return self._batch
 
     def divide(self, chunks: MaskedChunks) -> list[MicroBatch]:
-        """Other chunks in micro-batches of the same size."""
+        """Lays other chunks out in micro-batches of the same size."""
         return self._divide(chunks, self.micro_batch_positions)
 
     def halve(self) -> None:
-        """Halves the size of micro-batches, this step's and those to come, after one that ran out of memory.
+        """Halves micro-batches, this step's and those to come, after one that ran out of memory.
 
-        Raises UserError where a micro-batch may not be smaller, as it holds a chunk at least.
+        Raises UserError where that cannot be, as a micro-batch holds a chunk at least.
         """
         if self.micro_batch_positions <= self._longest_chunk:
             raise UserError(
@@ -239,7 +239,7 @@ class StepQueue:
         self.limit(self.micro_batch_positions // 2)
 
     def limit(self, positions: int) -> None:
-        """Makes micro-batches of at most so many positions from now on, if they are larger."""
+        """Divides this step's batch, and those to come, into micro-batches of at most so many positions."""
         if positions < self.micro_batch_positions:
             self.micro_batch_positions = positions
             self.micro_batches = self.divide(self._batch.chunks) if self._batch else []

@@ -24,9 +24,9 @@ from mlm.words import read_words
 
 FORMAT = 2  # raise when what a checkpoint holds changes
 
-# What may change when a run is resumed: it decides where and how fast the run goes and what it shows, not its training.
-# What the text and the files of words hold has digests of its own, wherever they lie.
-FREE = {
+# Settings that may differ when a run is resumed, as they do not change the training but where and how fast it runs and
+# what it shows. Text and files of words are compared by what they hold, not by where they lie.
+MAY_CHANGE_ON_RESUME = {
     "path_datasets", "user_words", "add_words", "path_model_save", "run_name", "cuda_visible_devices", "compile",
     "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep_checkpoints", "tracker", "check_only",
     "resume",
@@ -49,7 +49,7 @@ def is_save_due(run: Run, progress: Progress) -> bool:
 
 
 def save_if_due(run: Run, progress: Progress, queue: StepQueue, ending: Ending | None) -> None:
-    """Saves a checkpoint once in a while, and where the run ends before its last step with weights worth keeping."""
+    """Saves a checkpoint every so many steps, and one where the run is stopped or given up."""
     if ending is None:
         wanted = is_save_due(run, progress) and (run.config.save_every or run.save_clock.is_affordable())
     else:
@@ -68,7 +68,7 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(run: Run, progress: Progress) -> None:
-    """Writes the checkpoint of the step that `progress` has reached, and removes all but the newest that are to stay.
+    """Writes the checkpoint of the step that `progress` has reached, and removes older ones beyond `keep_checkpoints`.
 
     A plain Hugging Face folder with the optimizer's state beside the weights, state.json (progress, recipe, gradient
     scaler) and a manifest of every file's size and checksum.
@@ -79,7 +79,7 @@ def save_checkpoint(run: Run, progress: Progress) -> None:
         for name, parameter in run.bert.named_parameters()
         for kind, tensor in optimizer.state.get(parameter, {}).items()
     }
-    scaler = optimizer.scaler and optimizer.scaler.state_dict()
+    scaler = optimizer.scaler.state_dict() if optimizer.scaler is not None else None
     state = {"format": FORMAT, "progress": asdict(progress), "recipe": run.recipe, "scaler": scaler}
     path = checkpoint_path(run.folder, progress.step)
     with atomic_write(path) as temporary:
@@ -119,7 +119,7 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
         damage = _damage(path)
         if not damage:
             return path, warnings
-        warnings.append(f"warning: {path} is passed over, as {damage}")
+        warnings.append(f"warning: {path} is skipped, as {damage}")
     if warnings:
         raise UserError(
             "\n".join([f"resume: no checkpoint of {run} is whole; remove them to begin the run anew", *warnings])
@@ -128,6 +128,7 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def _damage(path):
+    """What is wrong with a checkpoint, None if it is whole."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for name in ("model.safetensors", "optimizer.safetensors", "state.json", *manifest):
@@ -150,7 +151,7 @@ def make_recipe(config: Config, text_digest: str, tokenizer: PreTrainedTokenizer
 
 
 def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
-    """Raises UserError, which names all that decides the training and is not as it was when the run began.
+    """Raises UserError where something that decides the training differs from when the run began; names all of it.
 
     recipe: what `make_recipe` returns.
     """
@@ -160,18 +161,17 @@ def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
     changed = _changes(state["recipe"], recipe)
     if not changed:
         return
-    follow_from_others = {"max_steps", "num_warmup_steps"}  # most often
-    named = changed.keys() - follow_from_others or changed.keys()
-    lines = [f"  {name}: {changed[name]}" for name in sorted(named)]
+    named = set(changed) - {"max_steps", "num_warmup_steps"}  # which mostly change because another setting did
+    lines = [f"  {name}: {changed[name]}" for name in sorted(named or changed)]
     remedy = f"Resume it as it began, or begin a new run, perhaps with {checkpoint} as initial_pretrain_model"
     raise UserError("\n".join([f"resume: {checkpoint} cannot be resumed", *lines, remedy]))
 
 
 def _changes(began_with: dict[str, Any], recipe: dict[str, Any]) -> dict[str, str]:
-    """What is not as it was, by the name of the setting, and how it differs."""
+    """What differs from when the run began: by the name of the setting, how."""
     changed = {}
     old_settings, settings = began_with["settings"], recipe["settings"]
-    for name in (old_settings.keys() | settings.keys()) - FREE:
+    for name in (old_settings.keys() | settings.keys()) - MAY_CHANGE_ON_RESUME:
         old, new = old_settings.get(name, "no such setting"), settings.get(name, "no such setting")
         if old != new:
             changed[name] = f"{old} when the run began, {new} now"

@@ -33,7 +33,8 @@ class Chunks:
     def read(cls, path: Path) -> "Chunks":
         """What `write_chunks` wrote."""
         column = Dataset.from_file(str(path)).data.column("tokens").chunk(0)
-        return cls(*(values.to_numpy(zero_copy_only=True) for values in (column.values, column.offsets)))
+        tokens = column.values.to_numpy(zero_copy_only=True)
+        return cls(tokens, offsets=column.offsets.to_numpy(zero_copy_only=True))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,8 +67,8 @@ class SplitStats:
 
     lines: int
     blank: int  # lines
-    duplicate: int  # lines that are not blank and stand before already
-    dropped: int  # lines that are not blank and hold no token
+    duplicate: int  # lines that repeat an earlier one, blank ones aside
+    dropped: int  # lines without a token, blank ones aside
     characters: int
     tokens: int
     unknown: int  # tokens that are [UNK]
@@ -82,7 +83,7 @@ class TextStats:
     test: SplitStats
     test_lines_in_train: int
     unigram_perplexity: float  # of guessing each test token by its frequency in the training text
-    broken_words: list[BrokenWord]  # by the vocabulary, the most frequent first
+    broken_words: list[BrokenWord]  # words that the vocabulary has no token for, the most frequent first
 
 
 # -------------------------------------------------------------------------------------------------- lines -> chunks
@@ -107,10 +108,10 @@ def write_chunks(
 ) -> WrittenSplit:
     """Tokenizes the lines, cuts them into chunks of at most `body_length` tokens and writes these to an Arrow file.
 
-    The file has one column, one list of tokens a chunk, all in one record batch, which makes one flat array to index.
+    The file has one column, one list of tokens per chunk, all in one record batch, which makes one flat array to index.
     The tokens go to a plain file first, so that memory stays small for any text. Raises UserError where there is none.
     """
-    dtype = np.uint16 if vocabulary.size <= 1 << 15 else np.uint32  # as compact as the vocabulary and a bit allow
+    dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit is the words'
     counts = dict.fromkeys(("lines", "blank", "dropped", "characters"), 0)
     line_hashes, chunk_lengths = array("Q"), array("q")
     occurrences, words = np.zeros(vocabulary.size, dtype=np.int64), WordCounts()

@@ -20,7 +20,7 @@ def demo_folder(config: Config) -> Path:
 
 
 def write_corpus(folder: Path) -> None:
-    """Writes train.txt and test.txt: the documentation's distinct paragraphs, one a line, every 20th for testing."""
+    """Writes train.txt and test.txt: the documentation's distinct paragraphs, one per line, every 20th for testing."""
     library = Path(sysconfig.get_path("stdlib"))
     source = "the topics and docstrings of your Python's standard library"
     paragraphs = _distinct_paragraphs(chain(_topics(library / "pydoc_data" / "topics.py"), _docstrings(library)))
@@ -30,9 +30,11 @@ def write_corpus(folder: Path) -> None:
         source = "pandas' docstrings, as this Python ships without its own documentation"
         paragraphs = _distinct_paragraphs(_docstrings(Path(pandas.__file__).parent))
     folder.mkdir(parents=True)
-    for name, kept in (("test", lambda i: i % TEST_SHARE == 0), ("train", lambda i: i % TEST_SHARE != 0)):
-        lines = [f"{paragraph}\n" for i, paragraph in enumerate(paragraphs) if kept(i)]
-        (folder / f"{name}.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
+    test = paragraphs[::TEST_SHARE]
+    train = [paragraph for index, paragraph in enumerate(paragraphs) if index % TEST_SHARE]
+    for name, split in (("test", test), ("train", train)):
+        text = "".join(f"{paragraph}\n" for paragraph in split)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
     print(f"demo corpus: {len(paragraphs):,} distinct paragraphs of {source}")
 
 

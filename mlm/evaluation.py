@@ -45,36 +45,39 @@ def evaluate(
     queue: StepQueue,
     signals: list[int],
 ) -> tuple[Evaluation, bool]:
-    """Loss and accuracy on this rank's batches and those of all others.
+    """Loss and accuracy over the batches of all ranks, of which `batches` are this rank's.
 
-    Where memory runs out the queue's micro-batches are halved, and then those of all ranks. Gives up once `signals` of
-    any rank holds one; the second value says so, and the first is then worth nothing.
+    Where a rank runs out of memory it halves its micro-batches, and all ranks use the smallest afterwards; raises
+    UserError where they cannot be halved any more. Gives up once any rank has received a signal: returns a worthless
+    evaluation, and True.
     """
     model = accelerator.unwrap_model(model).eval()
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    totals = torch.zeros(3, dtype=exact, device=accelerator.device)  # summed loss, right guesses, masked tokens
+    totals = torch.zeros(3, dtype=exact, device=accelerator.device)  # summed loss, correct guesses, masked tokens
     for chunks in batches:
         if signals:
             break
-        while (scores := _score(model, queue.divide(chunks), torch.zeros_like(totals))) is None:
+        scores = _score(model, queue.divide(chunks), torch.zeros_like(totals))
+        while scores is None:
             queue.halve()
+            scores = _score(model, queue.divide(chunks), torch.zeros_like(totals))
         totals += scores
     signalled = torch.full_like(totals[:1], bool(signals))
-    loss_sum, right, masked, told_to_stop = accelerator.reduce(torch.cat([totals, signalled])).tolist()
+    loss_sum, correct, masked_tokens, told_to_stop = accelerator.reduce(torch.cat([totals, signalled])).tolist()
     positions = torch.tensor([queue.micro_batch_positions], device=accelerator.device)
     queue.limit(int(accelerator.gather(positions).min()))
-    masked = max(masked, 1)  # a signal may come before the first
-    return Evaluation(loss_sum / masked, right / masked, int(masked)), bool(told_to_stop)
+    masked_tokens = max(masked_tokens, 1)  # a signal may come before the first batch
+    return Evaluation(loss_sum / masked_tokens, correct / masked_tokens, int(masked_tokens)), bool(told_to_stop)
 
 
 def _score(model: nn.Module, micro_batches: list[MicroBatch], totals: Tensor) -> Tensor | None:
-    """`totals` (3,) with summed loss, right guesses and masked tokens added; None where memory runs out."""
+    """`totals` (3,) with summed loss, correct guesses and masked tokens added; None where memory runs out."""
     try:
         for inputs, targets in micro_batches:
             logits = model(**inputs).float()  # (masked, vocabulary)
-            right = (logits.argmax(-1) == targets).sum()
-            masked = torch.full_like(right, len(targets))
-            totals += torch.stack([F.cross_entropy(logits, targets, reduction="sum"), right, masked])
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            correct = (logits.argmax(-1) == targets).sum()
+            totals += torch.stack([loss, correct, torch.full_like(correct, len(targets))])
     except torch.OutOfMemoryError:
         return None
     return totals
@@ -91,7 +94,7 @@ class HiddenWord(NamedTuple):
 
 
 def hide_words(lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[HiddenWord]:
-    """Up to five short lines, spread evenly, each with a one-token word near its middle masked."""
+    """At most `SHOWN_WORDS` short lines, spread evenly, each with a one-token word near its middle masked."""
     hidden = []
     for line in lines:
         if not 20 <= len(line) <= 90 or tokenizer.mask_token in line:
@@ -101,12 +104,16 @@ def hide_words(lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list
         if of_one_token and tokenizer.unk_token not in tokenizer.tokenize(line):
             start, end = of_one_token[len(of_one_token) // 2].span()
             hidden.append(HiddenWord(line[:start] + tokenizer.mask_token + line[end:], line[start:end]))
-    return hidden[:: max(1, len(hidden) // SHOWN_WORDS)][:SHOWN_WORDS]
+    every = max(1, len(hidden) // SHOWN_WORDS)
+    return hidden[::every][:SHOWN_WORDS]
 
 
 def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The model's three likeliest words for the masked place of each line, with their probabilities."""
     options: dict[str, Any] = {"tokenizer": tokenizer, "device": model.device, "top_k": 3}
     fill_mask = pipeline("fill-mask", model=model.eval(), **options)
-    guesses = [fill_mask(each.line) for each in hidden]
-    return ["   ".join(f"{each['token_str']} {each['score']:.0%}" for each in three) for three in guesses]
+    lines = []
+    for hidden_word in hidden:
+        candidates = fill_mask(hidden_word.line)
+        lines.append("   ".join(f"{candidate['token_str']} {candidate['score']:.0%}" for candidate in candidates))
+    return lines

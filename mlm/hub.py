@@ -1,4 +1,4 @@
-"""Checkpoints and data sets by name: a local folder, the local cache or the Hub, or a plain word why not."""
+"""Models and data sets by name: whether a local folder, the local cache or the Hub has them."""
 
 import os
 import threading
@@ -14,8 +14,8 @@ from mlm.errors import UserError
 WIKITEXT = {"name": "Salesforce/wikitext", "setting": "path_datasets", "file": "README.md", "repo_type": "dataset"}
 PROBE_SECONDS = 5  # a Hub that has not answered by then is out of reach
 
-# The Hub is asked for files and nothing else: not told of the programs here, nor asked to convert for everybody a model
-# whose weights are in PyTorch's format alone.
+# The Hub is asked for files and nothing else: no telemetry, and no request that it convert a model's weights from
+# PyTorch's format to safetensors.
 constants.HF_HUB_DISABLE_TELEMETRY = True
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
@@ -39,8 +39,10 @@ def locate(name: str, setting: str, file: str = "config.json", repo_type: str = 
         raise UserError(f"{setting}: {name!r} is no folder, and no name the Hugging Face Hub could have") from error
     hub = constants.ENDPOINT
     answer = _ask(hf_hub_url(name, file, repo_type=repo_type))
-    if answer is None or cached:
-        return answer is not None
+    if answer is None:  # it has the file
+        return False
+    if cached:
+        return True
     if isinstance(answer, GatedRepoError):
         raise UserError(f"{setting}: {name} is gated: accept its terms at {hub}/{name}, then run `hf auth login`")
     if isinstance(answer, RepositoryNotFoundError | EntryNotFoundError):

@@ -1,4 +1,4 @@
-"""What the hardware can do: which devices to use, the number format it computes in, how it attends."""
+"""What the hardware can do: its devices, the number format it computes in, its attention kernels, its memory."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ def check_devices(config: Config) -> None:
 
 
 def stay_on_cpu() -> bool:
-    """Whether the launcher was told to."""
+    """Whether ACCELERATE_USE_CPU is set."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
@@ -81,9 +81,9 @@ def keep_freed_memory() -> None:
 
 
 def hints(processes: int, tokens_per_step: int) -> list[str]:
-    """Plain words where the machine is wasted."""
+    """Hints where GPUs are unused or have too little to do."""
     lines, tokens_per_gpu = [], tokens_per_step // processes
-    if count_gpus() > processes == 1:
+    if processes == 1 and count_gpus() > 1:
         lines.append(f"hint: {count_gpus()} GPUs are here and one is used; ./run.sh uses them all")
     if count_gpus() and tokens_per_gpu < 2048:
         lines.append(

@@ -36,17 +36,17 @@ def mask(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Chooses tokens to predict and hides them.
 
-    tokens (tokens,) of chunks end to end, their lengths (n,) and their keys (n,); key and position decide a token's
-    mask. Each token (word) is chosen with the rule's probability by itself; a chunk without any has the one with the
-    smallest draw chosen. A rule for words needs starts_word (tokens,) bool. Returns the input ids (tokens,), the chosen
-    tokens' indices (masked,), ascending, and these tokens (masked,).
+    tokens: (tokens,) int64 of chunks end to end; lengths (n,) and keys (n,) uint64 of the chunks. A chunk's key and a
+    token's place in it decide the token's mask. Each token (word) is chosen with the rule's probability by itself; in a
+    chunk where none is, the one with the smallest random bits. A rule for words needs starts_word (tokens,) bool.
+    Returns the input ids (tokens,), the chosen tokens' indices (masked,), ascending, and these tokens (masked,).
     """
-    starts, positions = _places(lengths)
-    own_bits = random_bits(positions, after=np.repeat(random_bits(keys), lengths))  # (tokens,)
+    starts, places = _places(lengths)
+    own_bits = random_bits(places, after=np.repeat(random_bits(keys), lengths))  # (tokens,)
     bits = own_bits
     if rule.whole_words or rule.spans:
         assert starts_word is not None, "a rule for words needs to know where words start"
-        bits = _bits_of_words(own_bits, positions, starts_word, rule)
+        bits = _bits_of_words(own_bits, places == 0, starts_word, rule)
     smallest = np.minimum.reduceat(bits, starts)  # (n,) so that every chunk has a token chosen
     limits = np.maximum(threshold(rule.probability), smallest + np.uint64(1))
     chosen = np.flatnonzero(bits < np.repeat(limits, lengths))
@@ -63,7 +63,7 @@ def mask(
 
 
 def _places(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each chunk starts (n,), and each token's position in its chunk (tokens,)."""
+    """Where each chunk starts (n,), and each token's place in its chunk, from 0 on (tokens,)."""
     starts = np.cumsum(lengths) - lengths
     return starts, np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
@@ -75,9 +75,8 @@ def _ordinary_tokens(bits: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     return ordinary[scaled >> np.uint64(32)]
 
 
-def _bits_of_words(own_bits, positions, starts_word, rule):
-    """Bits (tokens,) by which a word's pieces share its first piece's bits, and so its fate."""
-    starts_chunk = positions == 0
+def _bits_of_words(own_bits, starts_chunk, starts_word, rule):
+    """Bits (tokens,) in which a word's pieces have its first piece's bits, and so share its fate."""
     is_first_piece = starts_word | starts_chunk
     word_bits = own_bits[is_first_piece]  # (words,)
     if rule.spans:
@@ -89,14 +88,14 @@ def _bits_of_words(own_bits, positions, starts_word, rule):
 def _bits_of_spans(bits: np.ndarray, starts_chunk: np.ndarray, probability: float) -> np.ndarray:
     """Random bits for words, (words,), by which the chosen come in spans that share their bits, and so their fate.
 
-    Along a chunk a chain of two states decides: a span goes on with the chance that makes its length geometric with
-    SpanBERT's mean (Joshi et al., arXiv 1907.10529), and begins with the one that leaves each word its probability.
-    SpanBERT's spans end after ten words at the latest; these do not, so that the probability is exact.
+    Spans are a Markov chain of two states along a chunk: one continues with probability 1 - 1/3.8, which makes lengths
+    geometric with SpanBERT's mean (Joshi et al., arXiv 1907.10529), and begins with the probability that leaves each
+    word the rule's. SpanBERT's spans end after ten words at the latest; these do not, so that this is exact.
     """
-    goes_on = 1 - 1 / SPAN_WORDS
-    begins = (1 - goes_on) * probability / (1 - probability)
+    continues = 1 - 1 / SPAN_WORDS
+    begins = (1 - continues) * probability / (1 - probability)
     is_chosen = bits < np.where(starts_chunk, threshold(probability), threshold(begins))
-    decides = starts_chunk | is_chosen | (bits >= threshold(goes_on))  # else a word does what the one before it did
+    decides = starts_chunk | is_chosen | (bits >= threshold(continues))  # else a word does what the one before it did
     words = np.arange(len(bits))
     is_chosen = is_chosen[np.maximum.accumulate(np.where(decides, words, 0))]
     follows = is_chosen & np.append(False, is_chosen[:-1]) & ~starts_chunk
@@ -107,5 +106,5 @@ def _bits_of_spans(bits: np.ndarray, starts_chunk: np.ndarray, probability: floa
 
 def content_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Mask keys (n,) that depend on each chunk's own tokens alone, for evaluations that compare between runs."""
-    starts, positions = _places(lengths)
-    return random_bits(np.add.reduceat(random_bits(tokens, positions), starts))
+    starts, places = _places(lengths)
+    return random_bits(np.add.reduceat(random_bits(tokens, places), starts))

@@ -1,8 +1,8 @@
 """Random numbers without state: each is a hash of what it is for, so no generator has to be saved, shared or replayed.
 
-A mask drawn from (seed, epoch, chunk, position) is the same whatever the batch, the device or an interruption. Every
-stream of random numbers of a run has its number here, so that no two of them meet. Beside them, `seed` decides which
-lines are held out for testing (mlm/text.py) and the new weights of a model (model.py).
+A mask drawn from (seed, epoch, chunk, place) is the same whatever the batch, the device or an interruption. Every
+stream of random numbers of a run has its number here, so that no two of them are the same. Beside them, `seed` decides
+which lines are held out for testing (mlm/text.py) and the new weights of a model (model.py).
 """
 
 from enum import IntEnum
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What random numbers are for. Mixed in behind the run's seed."""
+    """What random numbers are for. Hashed after the run's seed."""
 
     ORDER = 1  # of the chunks in an epoch
     MASKS = 2  # which tokens are chosen, and what becomes of them
@@ -19,7 +19,7 @@ class Stream(IntEnum):
 
 
 class Draw(IntEnum):
-    """What a token's bits of Stream.MASKS are drawn again for, once they have decided whether it is chosen."""
+    """Further random bits, derived from a token's bits of Stream.MASKS, which decide whether it is chosen."""
 
     FATE = 1  # of a chosen token: [MASK], a random token, or kept
     REPLACEMENT = 2  # which random token
@@ -48,7 +48,7 @@ def random_bits(*counters: int | np.ndarray, after: np.ndarray | None = None) ->
 
 
 def threshold(probability: float) -> np.uint64:
-    """What 64 random bits are below with this probability. To compare integers is faster than to make fractions."""
+    """The number that 64 random bits are below with this probability: comparing integers is faster than fractions."""
     return np.uint64(min(round(probability * 2**64), 2**64 - 1))
 
 
@@ -63,5 +63,5 @@ def mask_keys(seed: int, epoch: int, chunks: np.ndarray) -> np.ndarray:
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """What torch is seeded with before a micro-batch of a step, which then drops the same whenever it is repeated."""
+    """What torch is seeded with before a micro-batch of a step, so that repeating it drops the same units."""
     return int(random_bits(seed, Stream.DROPOUT, step, micro_batch, rank)[0])

@@ -27,7 +27,7 @@ def say(line: str) -> None:
 
 
 def figure(value: float) -> str:
-    """A perplexity for people."""
+    """A perplexity, readable whatever its size."""
     return f"{value:,.2f}" if value < 1e8 else f"{value:.2e}"
 
 
@@ -37,7 +37,7 @@ def figure(value: float) -> str:
 def describe_run(given: Config, config: Config, data: Data, derived: dict[str, Any]) -> str:
     """Settings, text and derived numbers, for people."""
     parts = [
-        f"settings (* given by flags)\n{describe_settings(config, given)}\n",
+        f"settings (* differs from Config.py's default)\n{describe_settings(config, given)}\n",
         f"text\n{describe_text(data.stats, config.initial_pretrain_tokenizer)}\n",
         "derived\n" + "".join(f"   {name:<26}  {value}\n" for name, value in derived.items()),
     ]
@@ -47,7 +47,7 @@ def describe_run(given: Config, config: Config, data: Data, derived: dict[str, A
 
 
 def describe_text(stats: TextStats, tokenizer_name: str) -> str:
-    """What was found in the text: a line a split, the words that the vocabulary breaks, warnings."""
+    """What was found in the text: a line per split, the words that the vocabulary breaks, warnings."""
     lines, warnings = [], []
     for name, split in (("train", stats.train), ("test", stats.test)):
         unknown_share = split.unknown / split.tokens
@@ -83,13 +83,13 @@ def _describe_broken_words(broken_words: list[BrokenWord]) -> str:
 
 
 def progress_bar(run: Run, progress: Progress) -> tqdm:
-    """On the main rank, and only where somebody looks on."""
+    """A bar of all steps; drawn on the main rank, and only on a terminal."""
     shown = run.is_main and sys.stderr.isatty()
     return tqdm(total=run.config.max_steps, initial=progress.step, unit="step", disable=not shown)
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:
-    """One line."""
+    """One line of scores."""
     return (
         f"perplexity {figure(evaluation.perplexity)}, masked accuracy {evaluation.accuracy:.1%}, "
         f"{evaluation.masked_tokens:,} tokens"
@@ -106,7 +106,7 @@ def report_if_due(run: Run, progress: Progress, bar: tqdm) -> None:
     time_left = tqdm.format_interval(new.seconds / new.steps * (config.max_steps - step))
     say(
         f"step {step}/{config.max_steps}, epoch {step / run.steps_per_epoch:.2f}: loss {train_loss:.3f}, "
-        f"perplexity {perplexity(train_loss):,.1f}, lr {progress.learning_rate:.2e}, {tokens_per_s:,.0f} tokens/s, "
+        f"perplexity {figure(perplexity(train_loss))}, lr {progress.learning_rate:.2e}, {tokens_per_s:,.0f} tokens/s, "
         f"{time_left} left"
     )
     bar.set_postfix_str(f"loss {train_loss:.3f}")
@@ -126,7 +126,7 @@ def record(run: Run, progress: Progress, figures: dict[str, float]) -> None:
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes metrics.csv, one row a log line or evaluation; what a row does not measure stays empty."""
+    """Writes metrics.csv, one row per log line or evaluation; what a row does not measure stays empty."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -189,7 +189,7 @@ def describe_divergence(run: Run, progress: Progress, ending: Ending, last_good:
     rate = f"most often {run.config.learning_rate:g} is too high. Begin a new run with a lower one"
     lines = [f"learning_rate: {what}; {rate}"]
     if last_good:
-        lines.append(f"  {last_good} holds the last weights that are")
-    if progress.best_loss:
-        lines.append(f"  {run.folder / 'best'} holds those with the lowest test loss")
+        lines.append(f"  the last good weights are in {last_good}")
+    if progress.best_loss is not None:
+        lines.append(f"  those with the lowest test loss are in {run.folder / 'best'}")
     return "\n".join(lines)

@@ -13,13 +13,13 @@ from filelock import Timeout
 
 from Config import Config
 from mlm.errors import UserError
-from mlm.start import decide_on_main
+from mlm.ranks import decide_on_main
 from mlm.storage import atomic_write, lock, write_json
 
 
 @contextmanager
 def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
-    """The run's own folder, made or, to resume a run, found; one made is removed if the run ends before its first step.
+    """The run's own folder, made or, to resume a run, found; one made is removed if training never began.
 
     Raises UserError where `run_name` is taken, another process is at work there or the folder cannot be made.
     """
@@ -73,10 +73,10 @@ def name_run(config: Config) -> Path:
 
 
 def find_run(config: Config) -> Path:
-    """The folder of the run to resume: the one that `run_name` names, or the newest unfinished one.
+    """The folder of the run to resume: the one that `run_name` names, or the unfinished one that changed last.
 
-    A name of none yet is that of a run to begin, so that one command serves to begin and to resume. Raises UserError
-    where there is none to resume, or it is finished.
+    If `run_name` names no folder yet, a new run begins there, so that one command serves to begin and to resume. Raises
+    UserError where there is none to resume, or it is finished.
     """
     output = Path(config.path_model_save)
     if config.run_name:

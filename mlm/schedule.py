@@ -5,20 +5,15 @@ from typing import Any
 
 from Config import SCRATCH_SIZES, Config
 from mlm.errors import UserError
-from mlm.machine import count_gpus
 from mlm.text import text_folder
-
-# On a CPU: larger micro-batches slow a large model down, as what it keeps for the backward pass leaves the caches;
-# smaller ones slow a small model down, as each call costs more than its work.
-CPU_MICRO_BATCH_POSITIONS = 3072
 
 
 @dataclass(kw_only=True)
 class ResolvedConfig(Config):
     """A configuration in which settings that were left unset have the value that they stand for.
 
-    Two may stay unset: `micro_batch_tokens` on a GPU, where a trial is to find it, and `save_every`, as checkpoints at
-    the ends of epochs alone are saved only as often as costs little.
+    Two may stay unset: `micro_batch_tokens`, which the device decides (mlm/memory.py), and `save_every`, as checkpoints
+    at the ends of epochs alone are saved only as often as costs little.
     """
 
     max_steps: int
@@ -33,8 +28,9 @@ def resolve(config: Config, steps_per_epoch: int, precision: str) -> ResolvedCon
     Raises UserError where settings do not fit together.
     """
     total_steps = config.max_steps or config.num_epochs * steps_per_epoch
-    share = config.num_warmup_steps
-    warmup_steps = round(share * total_steps) if share < 1 else share
+    warmup_steps = config.num_warmup_steps
+    if warmup_steps < 1:  # a share of all steps
+        warmup_steps = round(warmup_steps * total_steps)
     if warmup_steps > total_steps:
         raise UserError(f"num_warmup_steps: {warmup_steps:g} is more than the {total_steps} steps of num_epochs")
     usual_rate = SCRATCH_SIZES[config.scratch_size].learning_rate if config.scratch_size else 3e-5
@@ -44,17 +40,16 @@ def resolve(config: Config, steps_per_epoch: int, precision: str) -> ResolvedCon
         "num_warmup_steps": warmup_steps,
         "learning_rate": config.learning_rate or usual_rate,
         "eval_every": config.eval_every or steps_per_epoch,
-        "micro_batch_tokens": config.micro_batch_tokens or (None if count_gpus() else CPU_MICRO_BATCH_POSITIONS),
         "mixed_precision": precision,
     }
     return ResolvedConfig(**(vars(config) | resolved))
 
 
 def learning_rate_at(step: int, config: ResolvedConfig) -> float:
-    """Linear warm-up to `learning_rate`, then linear decay; the first step trains already, the last one still does.
+    """Linear warm-up to `learning_rate`, then linear decay; above 0 in the first step and in the last.
 
     step: optimizer steps done before.
     """
     warmup, total = int(config.num_warmup_steps), config.max_steps
-    share = (step + 1) / warmup if step < warmup else (total - step) / max(1, total - warmup)
-    return config.learning_rate * share
+    of_peak = (step + 1) / warmup if step < warmup else (total - step) / max(1, total - warmup)
+    return config.learning_rate * of_peak

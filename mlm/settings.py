@@ -21,16 +21,18 @@ def check_settings(settings: Any, wrong_values: Callable[[], Iterable[str]]) -> 
 
 
 def _wrong_types(settings):
+    """A problem for each field whose value does not have the annotated type."""
     hints = typing.get_type_hints(type(settings))
     for field in fields(settings):
         value, hint = getattr(settings, field.name), hints[field.name]
         if typing.get_origin(hint) is Literal:
-            right, rule = value in typing.get_args(hint), f"one of {', '.join(typing.get_args(hint))}"
+            valid = value in typing.get_args(hint)
+            rule = f"one of {', '.join(typing.get_args(hint))}"
         else:
             kinds = typing.get_args(hint) or (hint,)
-            right = type(value) in kinds or (type(value) is int and float in kinds)  # True is no number
+            valid = type(value) in kinds or (type(value) is int and float in kinds)  # but True is not a number
             rule = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        if not right:
+        if not valid:
             yield f"{field.name}: must be {rule}, not {type(value).__name__} {value!r}"
 
 
@@ -56,7 +58,7 @@ def parse_flags_onto(default: Settings, program: str, arguments: list[str]) -> S
 
 
 def describe_settings(settings: Any, given: Any) -> str:
-    """The settings, one a line; those that were given, and not as the class's default, are starred."""
+    """The settings, one per line; starred where `given`, of the same class, differs from the class's defaults."""
     width = max(len(field.name) for field in fields(settings))
     lines = []
     for field in fields(settings):

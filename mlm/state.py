@@ -1,4 +1,7 @@
-"""A run's state: what is built once, what survives a kill, and how it may end. Nothing else lives across steps."""
+"""A run's state: what is built once, what survives a kill, and how it may end.
+
+Beside these two only the next step's batch lives across steps (StepQueue, mlm/batches.py).
+"""
 
 import time
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ from mlm.schedule import ResolvedConfig
 from mlm.text import Text
 from mlm.vocabulary import Vocabulary
 
-LARGEST_SAVE_SHARE = 0.05  # of the time that checkpoints may take at the ends of epochs
+LARGEST_SAVE_SHARE = 0.05  # of the time, for checkpoints at the ends of epochs where save_every is unset
 
 
 class SaveClock:
@@ -58,14 +61,14 @@ class Data(NamedTuple):
 
 @dataclass
 class Run:
-    """What is built once, before the first step."""
+    """What is built once, and kept to the end."""
 
     config: ResolvedConfig
     accelerator: Accelerator
     folder: Path
     data: Data
     hidden_words: list[HiddenWord]  # of the test text, for the guesses before and after
-    derived: dict[str, Any]  # numbers that follow from settings, text and machine
+    derived: dict[str, Any]  # numbers that follow from settings, text and machine, to be shown
     steps_per_epoch: int
     recipe: dict[str, Any]  # all that decides the training
     checkpoint: Path | None  # the one to resume from

@@ -16,10 +16,10 @@ from mlm.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary name for the block to write a file or a folder by; it then takes the place of `path`.
+    """Yields a temporary path; once the block has written a file or a folder there, that takes the place of `path`.
 
-    Where the block fails, or the process is killed, `path` stays as it was. One writer at a time. Raises UserError
-    where the disk is full, read-only or otherwise refuses.
+    Where the block fails, `path` stays as it was; where the process is killed, too, except that a folder killed between
+    its two renames is put back by the next write. One writer at a time. Raises UserError where the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.new")
     previous = path.with_name(f".{path.name}.old")
@@ -48,11 +48,14 @@ def _restore(path, previous):
 
 
 def _remove(path):
-    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    if path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush(path):
-    """Has the disk take what the operating system may still hold, so that a rename cannot outlive its content."""
+    """Flushes to the disk before the rename, so that after a power cut no name stands for content that is missing."""
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
             with open(file, "rb+") as opened:
@@ -71,7 +74,7 @@ def lock(path: Path, timeout_s: float = -1) -> FileLock:
 def once(path: Path, make: Callable[[Path], None]) -> Path:
     """`path`, made by one process on this machine if it is not there yet, while the others that ask for it wait.
 
-    make: writes a file or a folder by the name it is given. What has lost a file, or a part of one, is made again.
+    make: writes a file or a folder at the path it is given. It is made again if a file is missing or of another size.
     """
     if not _is_complete(path):
         with lock(path.with_name(f".{path.name}.lock")):

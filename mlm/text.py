@@ -58,7 +58,7 @@ def find_text(config: Config) -> Text:
     if test:
         return Text(partial(read_lines, train), partial(read_lines, test), digest(digests))
 
-    salt = config.seed.to_bytes(8, "little")
+    salt = config.seed.to_bytes(8, "little")  # lines whose salted hash is below a limit are held out
 
     def write_limit(path: Path) -> None:
         hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(train) if line)))
@@ -84,7 +84,7 @@ def _files(folder, split):
 
 
 def _file_digest(path):
-    with _plain_errors(path), open(path, "rb") as file:
+    with _readable(path), open(path, "rb") as file:
         return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
 
 
@@ -94,12 +94,15 @@ def line_hash(line: str, salt: bytes = b"") -> int:
 
 
 def read_lines(files: list[Path], setting: str = "path_datasets") -> Iterator[str]:
-    r"""The lines of UTF-8 files (.gz too), stripped of surrounding white space. Only \n and \r\n end a line.
+    r"""The lines of UTF-8 files (.gz too), stripped of surrounding white space.
+
+    Only \n and \r\n end a line; a lone \r stays inside it and is white space to the tokenizer.
 
     Raises UserError, naming setting, file and line, for bytes that are not UTF-8, and for a file that cannot be read.
     """
     for path in files:
-        with _plain_errors(path, setting), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        open_file = gzip.open if path.suffix == ".gz" else open
+        with _readable(path, setting), open_file(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -127,7 +130,8 @@ def _likely_encoding(sample: bytes) -> str:
 
 
 @contextmanager
-def _plain_errors(path, setting="path_datasets"):
+def _readable(path, setting="path_datasets"):
+    """Raises UserError where the block cannot read the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -138,13 +142,15 @@ def _fetch_wikitext(folder):
     offline = locate(**WIKITEXT)
     print(f"{folder} holds no text: fetching WikiText-2 (raw) into it from the Hub", flush=True)
     options = DownloadConfig(local_files_only=offline)
-    for split in ("train", "test"):
-        try:
-            rows = load_dataset(WIKITEXT["name"], "wikitext-2-raw-v1", split=split, download_config=options)
-        except Exception as error:  # whatever a broken connection or a changed data set make `datasets` raise
-            raise UserError(
-                f"path_datasets: WikiText-2 could not be fetched ({first_line(error)}); put text into {folder}"
-            ) from error
+    name, subset = WIKITEXT["name"], "wikitext-2-raw-v1"
+    try:
+        test = load_dataset(name, subset, split="test", download_config=options)
+        train = load_dataset(name, subset, split="train", download_config=options)
+    except Exception as error:  # whatever a broken connection or a changed data set make `datasets` raise
+        raise UserError(
+            f"path_datasets: WikiText-2 could not be fetched ({first_line(error)}); put text into {folder}"
+        ) from error
+    for split, rows in (("test", test), ("train", train)):  # train.txt last: a folder without it is not trained on
         with atomic_write(folder / f"{split}.txt") as temporary:
             text = "".join(line.rstrip("\n") + "\n" for line in rows["text"])
             temporary.write_text(text, encoding="utf-8", newline="\n")

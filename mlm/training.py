@@ -1,32 +1,28 @@
-"""A training step and what it needs: the optimizer, the learning rate, gradients, micro-batches that fit memory."""
+"""A training step and what it needs: the optimizer, and gradients summed over micro-batches."""
 
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mlm.batches import Divide, MicroBatch, StepQueue, frame
+from mlm.batches import MicroBatch, StepQueue
 from mlm.errors import UserError
 from mlm.randomness import dropout_seed
 from mlm.report import say
 from mlm.schedule import ResolvedConfig, learning_rate_at
 from mlm.state import Progress, Run
-from mlm.vocabulary import Vocabulary
 
-LARGEST_MICRO_BATCH_POSITIONS = 1 << 16  # on a GPU, which more would not fill better
 MOST_SKIPPED_STEPS = 5  # in a row; so many without a finite loss and gradient end a run
-FP16_HALVINGS = 16  # so many more where a gradient scaler may first have to halve its 65,536 down to 1
+FP16_HALVINGS = 16  # so many more in fp16, whose gradient scaler may first have to halve its 65,536 down to 1
 
 
 def make_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on the matrices alone: not on biases and LayerNorm."""
+    """AdamW, with weight decay on matrices and embeddings alone: not on biases and LayerNorm."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
@@ -45,9 +41,10 @@ def patience(accelerator: Accelerator) -> int:
 
 
 def train_step(run: Run, progress: Progress, queue: StepQueue) -> bool:
-    """One optimizer step on the queue's batch. Whether any rank was told to stop.
+    """One optimizer step on the queue's batch. Returns whether any rank was told to stop.
 
-    A step whose loss or gradient is not finite changes no weight and is counted as skipped.
+    A step whose loss or gradient is not finite changes no weight and is counted as skipped. Raises UserError where
+    memory does not suffice for the smallest micro-batch.
     """
     began = time.perf_counter()
     config, accelerator, optimizer = run.config, run.accelerator, run.optimizer
@@ -58,7 +55,9 @@ def train_step(run: Run, progress: Progress, queue: StepQueue) -> bool:
         group["lr"] = progress.learning_rate
 
     # Gradients of the loss's mean over all ranks' masked tokens, in finer micro-batches where memory runs out.
-    seed_of = partial(dropout_seed, config.seed, progress.step, rank=accelerator.process_index)
+    def seed_of(micro_batch: int) -> int:
+        return dropout_seed(config.seed, step - 1, micro_batch, accelerator.process_index)
+
     while True:
         rank_loss = accumulate_gradients(accelerator, run.model, queue.micro_batches, batch.masked_tokens, seed_of)
         if rank_loss is not None:
@@ -103,9 +102,10 @@ def accumulate_gradients(
     masked_tokens: int,
     seed_of: Callable[[int], int],
 ) -> Tensor | None:
-    """Adds the gradient of the step's mean loss, over `masked_tokens` on all ranks; the summed loss of this rank.
+    """Adds the gradient of the step's mean loss, over the `masked_tokens` of all ranks, to the parameters'.
 
-    None where memory runs out. Dropout is seeded by `seed_of` the micro-batch's number.
+    Dropout is seeded by `seed_of` the micro-batch's number. Returns the loss summed over this rank's masked tokens, or
+    None where memory runs out.
     """
     loss_sum = torch.zeros((), device=accelerator.device)
     try:
@@ -123,7 +123,7 @@ def accumulate_gradients(
 
 
 def warm_up_reducer(run: Run) -> None:
-    """Makes a backward pass with nothing in it.
+    """Makes one backward pass of zeros.
 
     DistributedDataParallel regroups the gradients after its first backward pass, and so sums over more than two ranks
     in another order. Were that first pass a step, it would round differently in a resumed run.
@@ -132,51 +132,3 @@ def warm_up_reducer(run: Run) -> None:
     logits = run.model(nothing, nothing, masked=nothing[0, :0], sequence_ids=nothing)
     (0 * logits.sum()).backward()
     run.optimizer.zero_grad()
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-def micro_batch_positions(run: Run, progress: Progress) -> int:
-    """The size of micro-batches: the user's, on a CPU the usual one, on a GPU what a trial found to fit the memory.
-
-    The trial's finding is kept, as a resumed run is to divide its batches alike.
-    """
-    if run.config.micro_batch_tokens:
-        return run.config.micro_batch_tokens
-    if progress.micro_batch_tokens is None:
-        progress.micro_batch_tokens = fit_memory(
-            run.accelerator, run.model, run.divide, run.data.vocabulary, run.config
-        )
-        say(f"micro_batch_tokens: {progress.micro_batch_tokens:,} fit the memory")
-    return progress.micro_batch_tokens
-
-
-def fit_memory(
-    accelerator: Accelerator, model: nn.Module, divide: Divide, vocabulary: Vocabulary, config: ResolvedConfig
-) -> int:
-    """The positions of the largest micro-batch, at most a step's, that every rank has the memory to train on.
-
-    Found by trying, beside the room that AdamW will take, with more masked tokens than chance will bring.
-    """
-    model = accelerator.unwrap_model(model).train()  # a rank that runs out of memory must not leave others waiting
-    averages = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
-    chunks_on_a_rank = math.ceil(config.batch_size / accelerator.num_processes)
-    chunks = max(1, min(chunks_on_a_rank, LARGEST_MICRO_BATCH_POSITIONS // config.sen_max_length))
-    while not _fits(accelerator, model, divide, vocabulary, chunks, config.sen_max_length) and chunks > 1:
-        chunks //= 2
-    del averages
-    positions = torch.tensor([chunks * config.sen_max_length], device=accelerator.device)
-    return int(accelerator.gather(positions).min())
-
-
-def _fits(accelerator, model, divide, vocabulary, chunks, sen_max_length):
-    """Whether so many chunks of the greatest length, a quarter of their tokens masked, can be trained on at once."""
-    lengths = np.full(chunks, sen_max_length - 2)  # without [CLS] and [SEP]
-    ids = np.full(lengths.sum(), vocabulary.mask_id)
-    masked = np.arange(0, len(ids), 4)
-    micro_batches = divide(frame(ids, masked, ids[masked], lengths, vocabulary), chunks * sen_max_length)
-    loss = accumulate_gradients(accelerator, model, micro_batches, len(masked), seed_of=lambda number: 0)
-    model.zero_grad()
-    torch.cuda.empty_cache()
-    return loss is not None

@@ -38,10 +38,10 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
         raise UserError(
-            f"initial_pretrain_tokenizer: {name} holds no tokenizer that loads: {first_line(error)}"
+            f"initial_pretrain_tokenizer: {name} cannot be loaded as a tokenizer: {first_line(error)}"
         ) from error
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, models.WordPiece):
-        raise UserError(f"initial_pretrain_tokenizer: {name} is no WordPiece tokenizer, so it is not BERT's")
+        raise UserError(f"initial_pretrain_tokenizer: {name} is not a WordPiece tokenizer, so it is not BERT's")
     missing = [kind for kind in ("pad", "unk", "cls", "sep", "mask") if getattr(tokenizer, f"{kind}_token_id") is None]
     if missing:
         raise UserError(f"initial_pretrain_tokenizer: {name} has no {' and no '.join(missing)} token; BERT needs one")
@@ -53,15 +53,17 @@ def load_tokenizer(
 def learn_tokenizer(lines: Callable[[], Iterator[str]], size: int) -> BertTokenizer:
     """A WordPiece tokenizer like BERT's uncased one, of about `size` entries, learned from the lines.
 
-    The first pass finds the characters alone. Given to the second in a fixed order they make the vocabulary the same in
-    every run; in the library's own order, which breaks ties, it differs from run to run.
+    The first pass collects the characters alone; the second receives them sorted. In the library's own order, which
+    decides ties, the vocabulary would differ from run to run. More characters than `size` make it larger.
     """
 
-    def learn(size, first):
+    def learn(entries: int, special_tokens: list[str]) -> dict[str, int]:
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=size, min_frequency=2, special_tokens=first, show_progress=False)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=entries, min_frequency=2, special_tokens=special_tokens, show_progress=False
+        )
         tokenizer.train_from_iterator(lines(), trainer)
         return tokenizer.get_vocab()
 

@@ -19,7 +19,7 @@ HAN = (("\u3400", "\u4dbf"), ("\u4e00", "\u9fff"), ("\uf900", "\ufaff"), ("\U000
 HAN_CHARACTER = re.compile(f"[{''.join(f'{first}-{last}' for first, last in HAN)}]")
 ASCII = (("0", "9"), ("A", "Z"), ("a", "z"))
 MANY_PIECES = 3  # a word of so many is broken
-COUNTED_WORDS = 1 << 18  # of more distinct ones the rarer half is forgotten, so that memory stays small
+COUNTED_WORDS = 1 << 18  # of more distinct ones the rarer half is dropped, so that memory stays small
 
 # ---------------------------------------------------------------------------------------------- where words start
 
@@ -43,15 +43,16 @@ def make_segmenter(user_words: list[str]) -> rjieba.Jieba:
 
 
 class Encoders(NamedTuple):
-    """A tokenizer that only encodes, and what gives the same tokens faster where a line is ASCII."""
+    """Tokenizers that only encode."""
 
     any_line: Tokenizer
-    ascii_line: Tokenizer
+    ascii_line: Tokenizer  # for lines that are ASCII: the same tokens, faster
 
 
 def make_encoders(tokenizer: PreTrainedTokenizerBase) -> Encoders:
     """Encoders without limit or padding, to which text that spells [MASK] is text."""
-    encoders = Encoders(*(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()) for _ in Encoders._fields))
+    description = tokenizer.backend_tokenizer.to_str()
+    encoders = Encoders(any_line=Tokenizer.from_str(description), ascii_line=Tokenizer.from_str(description))
     for encoder in encoders:
         encoder.no_truncation()  # both are on in the tokenizers of sentence-embedding checkpoints
         encoder.no_padding()
@@ -163,8 +164,8 @@ class WordCounts:
     def broken(self, encoder: Tokenizer, most: int) -> list[BrokenWord]:
         """At most so many broken words, the most frequent first.
 
-        A word of the pre-tokenizer's is broken that has a letter and `MANY_PIECES`; a word of the segmenter's, all of
-        whose Chinese characters are pieces of their own, that has an unknown or a rare character.
+        A word of the pre-tokenizer's is broken if it has a letter and `MANY_PIECES` or more. A word of the segmenter's
+        with Chinese in it is broken if it has more than one piece and an unknown or a rare character.
         """
         prefix = encoder.model.continuing_subword_prefix
         found = []
@@ -194,7 +195,7 @@ def _is_common(character: str) -> bool:
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str, list[int]]:
-    """Adds the words that are not one token already: each with the ids of the pieces that it was until now.
+    """Adds the words that are not one token already to the tokenizer. Returns the ids of each one's pieces until now.
 
     Their own ids follow the vocabulary's, in this order. A word is found where nothing but spaces and punctuation is
     beside it; one with a Chinese character, anywhere.

@@ -67,7 +67,7 @@ def test_a_signal_leaves_a_whole_checkpoint_and_says_how_to_go_on(endless, answe
     folder = Path(endless.path_model_save) / "mine"
     newest, damaged = find_checkpoint(folder)
     assert newest and not damaged
-    assert f"stopped after step {int(newest.name[5:])}, which {newest} holds" in out and "with --resume" in out
+    assert f"stopped after step {int(newest.name[5:])}, saved in {newest}. " in out and "with --resume" in out
     assert "Traceback" not in err
     assert '"devices": "2 x cpu"' in (folder / "settings.json").read_text() or "two" not in command
 
@@ -98,7 +98,7 @@ def test_a_dead_rank_stops_the_other_with_plain_words(endless, answered):
     os.kill(ranks[0], signal.SIGKILL)
     _, err = finish(process, 1)
     assert "Traceback" not in err
-    assert "error: rank 1 lost touch with another rank" in err and "--resume goes on" in err
+    assert "error: rank 1 lost touch with another rank" in err and "--resume continues" in err
     assert "error: rank 0 ended with status -9; the others were stopped" in err
     newest, damaged = find_checkpoint(Path(endless.path_model_save) / "mine")
     assert newest and not damaged

@@ -11,10 +11,10 @@ from conftest import labelled
 from runs import LAUNCHERS, assert_close, assert_same_bits, finish, metrics, run, start, weights
 
 import train
-from mlm import training
 from mlm.batches import make_micro_batches
 from mlm.errors import UserError
 from mlm.evaluation import Evaluation
+from mlm.memory import fit_memory
 from model import load_model
 
 CHARACTERS = "患者服用二甲双胍治疗糖尿病和高血压医生随访三个月后下降"
@@ -150,7 +150,7 @@ def test_three_ranks_resume_with_the_same_bits(layout_settings, stopping_script)
 
 def test_machines_with_different_text_are_refused(settings, monkeypatch):
     monkeypatch.setattr(
-        "mlm.start.gather_object", lambda objects: [*objects, {"text": "another", "tokenizer": "another"}]
+        "mlm.ranks.gather_object", lambda objects: [*objects, {"text": "another", "tokenizer": "another"}]
     )
     with pytest.raises(train.UserError, match="path_datasets: text, words or tokenizer differ between the machines"):
         train.main(settings())
@@ -195,5 +195,5 @@ def test_the_largest_micro_batch_that_fits_is_found_by_trying(settings, vocabula
     run_out_of_memory(monkeypatch, positions)
     divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"), varlen=False)
     model = train.PackedMaskedLM(bert)
-    assert training.fit_memory(Accelerator(), model, divide, vocabulary, settings()) == expected
+    assert fit_memory(Accelerator(), model, divide, vocabulary, settings()) == expected
     assert all(parameter.grad is None for parameter in model.parameters())  # nothing of it is left

@@ -1,4 +1,4 @@
-"""Law 5: interrupted equals uninterrupted; and what cannot be gone on from is refused by name."""
+"""Law 5: interrupted equals uninterrupted; and what cannot be resumed is refused by name."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_the_gradient_scaler_comes_back(long_settings, interrupt, monkeypatch):
             super().__init__(mixed_precision="fp16", **options)
             self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=4)
 
-    monkeypatch.setattr("mlm.start.Accelerator", Scaled)
+    monkeypatch.setattr("mlm.ranks.Accelerator", Scaled)
     whole = run(long_settings(run_name="whole", max_steps=14))
     interrupt(10)
     with pytest.raises(SystemExit):
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(long_settings, in
     interrupt(-1)
     train.main(long_settings(run_name="a", resume=True))
     output = capsys.readouterr().out
-    assert f"warning: {folder / 'checkpoints' / 'step-00000011'} is passed over" in output
+    assert f"warning: {folder / 'checkpoints' / 'step-00000011'} is skipped" in output
     assert f"resumed from {folder / 'checkpoints' / 'step-00000010'}" in output
     assert_same_bits(folder, whole)
 
@@ -327,7 +327,7 @@ def test_a_setting_that_changes_training_is_refused_by_name(stopped, changes, na
 def test_every_setting_is_either_compared_or_free(stopped):
     """Whatever is added to Config.py later is compared, unless it is listed."""
     state = json.loads(next(Path(stopped().path_model_save).glob("a/checkpoints/*7/state.json")).read_text())
-    assert state["recipe"]["settings"].keys() == vars(stopped()).keys() > checkpoint.FREE
+    assert state["recipe"]["settings"].keys() == vars(stopped()).keys() > checkpoint.MAY_CHANGE_ON_RESUME
 
 
 @pytest.mark.parametrize("name", ["train.txt", "test.txt"])

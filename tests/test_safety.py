@@ -44,7 +44,7 @@ def test_weights_that_are_a_program_are_refused(continued, checkpoint, vocabular
     pickle.loads(pickle.dumps(attack))
     (tmp_path / "mark").unlink()  # it works where pickles are loaded
     torch.save(attack, checkpoint / "pytorch_model.bin")
-    with pytest.raises(UserError, match="holds no BERT that loads"):
+    with pytest.raises(UserError, match="cannot be loaded as BERT"):
         load_model(continued, vocabulary.size, vocabulary.pad_id)
     assert not (tmp_path / "mark").exists()
 
@@ -69,7 +69,7 @@ def test_code_beside_a_checkpoint_is_not_run(continued, checkpoint, vocabulary, 
     load_tokenizer(continued, lambda: iter(()), "")
     content = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(content | {"model_type": "custom"}))
-    with pytest.raises(UserError, match="holds no BERT that loads"):
+    with pytest.raises(UserError, match="cannot be loaded as BERT"):
         load_model(continued, vocabulary.size, vocabulary.pad_id)
     assert not (tmp_path / "mark").exists()
 

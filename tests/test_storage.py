@@ -20,7 +20,7 @@ def fill(place, content):
         (beside / "b").write_text(content)
 
 
-def test_a_folder_is_replaced_atomic_write(tmp_path):
+def test_a_folder_is_replaced_whole(tmp_path):
     place = tmp_path / "best"
     fill(place, "first")
     fill(place, "second")

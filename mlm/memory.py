@@ -1,0 +1,67 @@
+"""How large a micro-batch may be, for the memory of the device."""
+
+import math
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from mlm.batches import Divide, frame
+from mlm.report import say
+from mlm.schedule import ResolvedConfig
+from mlm.state import Progress, Run
+from mlm.training import accumulate_gradients
+from mlm.vocabulary import Vocabulary
+
+# On a CPU: larger micro-batches slow a large model down, as what it keeps for the backward pass leaves the caches;
+# smaller ones slow a small model down, as each call costs more than its work.
+CPU_MICRO_BATCH_POSITIONS = 3072
+LARGEST_MICRO_BATCH_POSITIONS = 1 << 16  # on a GPU, which more would not fill better
+
+
+def micro_batch_positions(run: Run, progress: Progress) -> int:
+    """The size of micro-batches: the user's, else the usual one, but on a GPU what a trial finds to fit the memory.
+
+    What was found is kept in `progress`, as a resumed run must use the same micro-batches to draw the same dropout.
+    """
+    if run.config.micro_batch_tokens:
+        return run.config.micro_batch_tokens
+    if run.accelerator.device.type != "cuda":
+        return CPU_MICRO_BATCH_POSITIONS
+    if progress.micro_batch_tokens is None:
+        progress.micro_batch_tokens = fit_memory(
+            run.accelerator, run.model, run.divide, run.data.vocabulary, run.config
+        )
+        say(f"micro_batch_tokens: {progress.micro_batch_tokens:,} fit the memory")
+    return progress.micro_batch_tokens
+
+
+def fit_memory(
+    accelerator: Accelerator, model: nn.Module, divide: Divide, vocabulary: Vocabulary, config: ResolvedConfig
+) -> int:
+    """The positions of the largest micro-batch, at most a step's, that every rank has the memory to train on.
+
+    Found by trial, with the memory that AdamW's moments will take set aside, and more masked tokens than chance brings.
+    """
+    model = accelerator.unwrap_model(model).train()  # a rank that runs out of memory must not leave others waiting
+    moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    chunks_on_a_rank = math.ceil(config.batch_size / accelerator.num_processes)
+    chunks = max(1, min(chunks_on_a_rank, LARGEST_MICRO_BATCH_POSITIONS // config.sen_max_length))
+    while not _fits(accelerator, model, divide, vocabulary, chunks, config.sen_max_length) and chunks > 1:
+        chunks //= 2
+    del moments
+    positions = torch.tensor([chunks * config.sen_max_length], device=accelerator.device)
+    return int(accelerator.gather(positions).min())
+
+
+def _fits(accelerator, model, divide, vocabulary, chunks, sen_max_length):
+    """Whether so many chunks of the greatest length, a quarter of their tokens masked, can be trained on at once."""
+    lengths = np.full(chunks, sen_max_length - 2)  # without [CLS] and [SEP]
+    ids = np.full(lengths.sum(), vocabulary.mask_id)
+    masked = np.arange(0, len(ids), 4)
+    micro_batches = divide(frame(ids, masked, ids[masked], lengths, vocabulary), chunks * sen_max_length)
+    loss = accumulate_gradients(accelerator, model, micro_batches, len(masked), seed_of=lambda number: 0)
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    return loss is not None

@@ -1,16 +1,19 @@
-"""A tiny corpus in English and Chinese with emoji, a tokenizer learned from it, and no way to the network."""
+"""A tiny corpus in English and Chinese with emoji, a tokenizer learned from it, and no way to the network.
+
+`whole` is a run that nothing interrupted, trained once for all tests that compare an interrupted one with it.
+"""
 
 import os
 import random
 from functools import partial
 from pathlib import Path
 
+# One thread: models this small are slower with more, and far slower beside other work.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "ACCELERATE_USE_CPU": "true"}
+os.environ |= {"OMP_NUM_THREADS": "1"}
 
-import numpy as np
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from runs import reset_process_state, run
 
 from Config import Config
 from mlm.text import Text, read_lines
@@ -39,7 +42,6 @@ ENGLISH = [
     "three",
     "months",
 ]
-IGNORED = -100  # the label of a position where nothing is predicted, in transformers
 CHINESE = "患者服用二甲双胍治疗糖尿病和高血压医生随访三个月后血糖下降明显"
 
 
@@ -56,14 +58,6 @@ def make_lines(number: int, seed: int = 0) -> list[str]:
     return lines
 
 
-def labelled(input_ids: np.ndarray, masked: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The input ids, and labels of their shape as the stock models take them."""
-    assert (np.diff(masked) > 0).all()
-    labels = np.full(input_ids.size, IGNORED)
-    labels[masked] = targets
-    return input_ids, labels.reshape(input_ids.shape)
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     return learn_tokenizer(lambda: iter(make_lines(400)), 300)
@@ -74,31 +68,61 @@ def vocabulary(tokenizer):
     return read_vocabulary(tokenizer)
 
 
-@pytest.fixture
-def text_folder(tmp_path):
+def write_text(folder: Path) -> Path:
     """A folder with train.txt of 120 lines and test.txt of 40."""
-    folder = tmp_path / "text"
     folder.mkdir()
     for name, lines in (("train", make_lines(120, seed=1)), ("test", make_lines(40, seed=2))):
         (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return folder
 
 
+def settings_in(folder: Path, **changes) -> Config:
+    """A run of seconds on folder/text, under folder/output."""
+    usual = {
+        "initial_pretrain_model": "scratch:tiny", "initial_pretrain_tokenizer": "corpus", "vocab_size": 300,
+        "path_datasets": str(folder / "text"), "path_model_save": str(folder / "output"), "mixed_precision": "no",
+        "tracker": "none", "batch_size": 16, "sen_max_length": 32,
+    }  # fmt: skip
+    return Config(**usual | changes)
+
+
+def long_settings_in(folder: Path, **changes) -> Config:
+    """A run with dropout in which reports, evaluations, checkpoints and epochs end at different steps."""
+    usual = {"max_steps": 26, "log_every": 3, "eval_every": 4, "save_every": 5, "attention_dropout": 0.1}
+    return settings_in(folder, **usual | {"micro_batch_tokens": 128} | changes)
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    return write_text(tmp_path / "text")
+
+
 @pytest.fixture
 def settings(tmp_path, text_folder):
     """Makes a Config for a run of seconds; keyword arguments change it."""
-    return partial(
-        Config,
-        initial_pretrain_model="scratch:tiny",
-        initial_pretrain_tokenizer="corpus",
-        vocab_size=300,
-        path_datasets=str(text_folder),
-        path_model_save=str(tmp_path / "output"),
-        mixed_precision="no",
-        tracker="none",
-        batch_size=16,
-        sen_max_length=32,
-    )
+    return partial(settings_in, tmp_path)
+
+
+@pytest.fixture
+def long_settings(tmp_path, text_folder):
+    """Makes a Config for a run worth interrupting; keyword arguments change it."""
+    return partial(long_settings_in, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of a run of `long_settings` that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_text(folder / "text")
+    return run(long_settings_in(folder, run_name="whole"))
+
+
+@pytest.fixture(scope="module")
+def module_settings(tmp_path_factory):
+    """`long_settings` for a run that the tests of a module share; each takes a copy of what it left."""
+    folder = tmp_path_factory.mktemp("shared")
+    write_text(folder / "text")
+    return partial(long_settings_in, folder)
 
 
 @pytest.fixture
@@ -117,8 +141,6 @@ def text_of():
 
 @pytest.fixture(autouse=True)
 def fresh_process_state():
-    """accelerate keeps its state in the class; a run in a test must not see the last one's."""
+    """A run in a test must not see what the last one left in this process."""
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    torch.manual_seed(0)
+    reset_process_state()

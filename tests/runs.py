@@ -1,56 +1,201 @@
-"""Runs of the whole job for tests: in this process, or started as a user would, and what they leave."""
+"""Runs of the whole job for tests: in this process, forked, or started as a user would; and what they leave."""
 
 import csv
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+import data_process
 import train
+from mlm.errors import plain_errors
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-LAUNCHERS = {1: [sys.executable]} | {ranks: [*TORCHRUN, f"--nproc_per_node={ranks}"] for ranks in (2, 3)}
+LAUNCHERS = {1: [sys.executable], 2: [*TORCHRUN, "--nproc_per_node=2"]}  # by the number of ranks
+
+
+# ------------------------------------------------------------------------------------------------- in this process
 
 
 def run(config) -> Path:
     """Trains in this process and returns the run's folder."""
-    train.main(config)
-    return newest_run(config)
+    try:
+        train.main(config)
+    finally:
+        reset_process_state()
+    return folder_of(config)
 
 
-def newest_run(config) -> Path:
-    folders = [path for path in Path(config.path_model_save).iterdir() if not path.name.startswith(".")]
+def folder_of(config) -> Path:
+    """The folder of the run that `config` names, else of the newest one."""
+    output = Path(config.path_model_save)
+    if config.run_name:
+        return output / config.run_name
+    folders = [path for path in output.iterdir() if not path.name.startswith(".")]
     return max(folders, key=lambda path: path.stat().st_mtime)
 
 
+def stop_at(config, step: int, kind: int = signal.SIGTERM, **how) -> Path:
+    """Trains in this process until a signal stops the run in that step, and returns its folder.
+
+    how: as `send_signals` takes it.
+    """
+    with pytest.MonkeyPatch.context() as patches:
+        send_signals(patches, step, kind, **how)
+        with pytest.raises(SystemExit) as stopped:
+            run(config)
+    assert stopped.value.code == 128 + kind
+    return folder_of(config)
+
+
+def send_signals(patches: pytest.MonkeyPatch, step: int, kind: int, times: int = 1, evaluation_batch: int = 0) -> None:
+    """Has this process send itself a signal, or several, when it begins the step of that number.
+
+    With `evaluation_batch` it does so in the evaluation after that step instead, as it draws the batch of that number.
+    """
+    train_step, evaluate, content_keys = train.train_step, train.evaluate_and_keep_best, data_process.content_keys
+    drawn = Counter()  # batches of evaluations, by the steps done before
+    evaluated = []
+
+    def send():
+        for _ in range(times):
+            os.kill(os.getpid(), kind)
+
+    def watched_step(run, progress, queue):
+        if not evaluation_batch and progress.step + 1 == step:
+            send()
+        return train_step(run, progress, queue)
+
+    def watched_evaluation(run, progress, queue):
+        evaluated.append(progress.step)
+        return evaluate(run, progress, queue)
+
+    def watched_batch(*arguments):
+        drawn[evaluated[-1]] += 1
+        if evaluated[-1] == step and drawn[step] == evaluation_batch:
+            send()
+        return content_keys(*arguments)
+
+    patches.setattr(train, "train_step", watched_step)
+    patches.setattr(train, "evaluate_and_keep_best", watched_evaluation)
+    patches.setattr(data_process, "content_keys", watched_batch)
+
+
+def reset_process_state() -> None:
+    """Makes this process as if it had not trained yet: accelerate keeps its state in classes, a run its signals."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    torch.manual_seed(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ------------------------------------------------------------------------------------------ started as a user would
+
+
 def start(config, command=(sys.executable, "train.py"), **environment) -> subprocess.Popen:
-    """Starts a command with the flags of `config`, one thread a process; its output is a pipe."""
+    """Starts a command with the flags of `config`; its output is a pipe."""
     given = {name: value for name, value in asdict(config).items() if value is not None and value is not False}
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
-    return subprocess.Popen(
-        [*command, *flags], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *flags], cwd=ROOT, env=os.environ | environment, **pipes)
 
 
-def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
+# -------------------------------------------------------------------------------------------------------------- forked
+
+
+class Forked:
+    """A process that trains, forked from one that has imported all, so that it starts at once.
+
+    Used as a subprocess.Popen is; what it writes to stderr is in `stdout` too. For tests of what survives a process and
+    of several ranks; how a program starts is tested by `start`.
+    """
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs"])
+
+    def __init__(self, config, before: Callable[[], None] | None = None, **environment: str):
+        """before: is called in the process before it trains; of a module, as it is sent by its name."""
+        with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}):
+            multiprocessing.forkserver.ensure_running()
+        reader, writer = self.context.Pipe(duplex=False)
+        self._process = self.context.Process(target=_train, args=(config, before, environment, writer))
+        self._process.start()
+        writer.close()
+        self.stdout, self.returncode = os.fdopen(os.dup(reader.fileno()), encoding="utf-8"), None
+        reader.close()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float = 300) -> int:
+        """The exit status; below 0 it is a signal."""
+        self._process.join(timeout)
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        out = self.stdout.read()
+        self.wait(timeout)
+        return out, ""
+
+
+def _train(config, before, environment, output):
+    os.environ.update(environment)
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    output.close()
+    if before:
+        before()
+    with plain_errors():
+        train.main(config)
+
+
+def fork_ranks(config, ranks: int, before: dict[int, Callable[[], None]] | None = None) -> list[Forked]:
+    """The ranks of one run, as a launcher would start them; before: by rank, what is called there first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [
+        Forked(config, (before or {}).get(rank), RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(ranks)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- what they say
+
+
+def finish(process: subprocess.Popen | Forked, status: int = 0) -> tuple[str, str]:
     """Waits for the end, which must have the status; what was written to stdout and stderr, as far as not yet read."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
     return out, err
 
 
-def read_until(process: subprocess.Popen, *words: str) -> None:
+def read_until(process: subprocess.Popen | Forked, *words: str) -> None:
     """Reads the output up to the first line that holds any of the words."""
+    lines = []
     for line in process.stdout:
+        lines.append(line)
         if any(each in line for each in words):
             return
-    raise AssertionError(f"ended without {words}: {process.stderr.read()}")
+    raise AssertionError(f"ended without {words}: {''.join(lines)}{process.communicate()[1]}")
+
+
+# -------------------------------------------------------------------------------------------------------- what is left
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
@@ -65,6 +210,20 @@ def untimed(folder: Path) -> list[dict[str, str]]:
 
 def weights(folder: Path, name: str = "final") -> dict[str, torch.Tensor]:
     return load_file(folder / name / "model.safetensors")
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """The steps of which there are checkpoints."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:08}"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below the folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_same_bits(folder: Path, other: Path) -> None:

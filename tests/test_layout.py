@@ -1,14 +1,32 @@
-"""Law 4: ranks and micro-batches change the speed and not the training."""
+"""Law 4: ranks and micro-batches change the speed and not the training. Law 5 over several ranks.
+
+Some tests start ranks by torchrun, as a user would, and others fork them, which is quicker.
+"""
 
 import json
+import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import labelled
-from runs import LAUNCHERS, assert_close, assert_same_bits, finish, metrics, run, start, weights
+from reference import labelled
+from runs import (
+    LAUNCHERS,
+    assert_close,
+    assert_same_bits,
+    checkpoints,
+    finish,
+    folder_of,
+    fork_ranks,
+    metrics,
+    run,
+    send_signals,
+    start,
+    stop_at,
+    weights,
+)
 
 import train
 from mlm.batches import make_micro_batches
@@ -72,20 +90,13 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
     assert_close(folders[1], folders[2])
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-def test_two_ranks_train_as_one(layout_settings, tmp_path, monkeypatch, optimizer):
-    """Uneven shares of a batch, and none at all. Adam does not see the gradient's scale; unclipped SGD does."""
-    change = ""
-    if optimizer == "SGD":
-        monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, **others: torch.optim.SGD(groups, lr=lr * 50))
-        change = "import torch; torch.optim.AdamW = lambda groups, lr, **others: torch.optim.SGD(groups, lr=lr * 50)\n"
-    script = tmp_path / "start.py"
-    script.write_text(
-        f"{change}import runpy, sys; sys.path.insert(0, '.'); runpy.run_path('train.py', run_name='__main__')"
-    )
-    one = run(layout_settings(run_name="one", max_grad_norm=1e9))
-    finish(start(layout_settings(run_name="two", max_grad_norm=1e9), [*LAUNCHERS[2], str(script)]))
-    two = one.with_name("two")
+def train_by_sgd():
+    """Takes steps that show the gradient's scale, which Adam does not see, and which here is not clipped."""
+    torch.optim.AdamW = lambda groups, lr, **others: torch.optim.SGD(groups, lr=lr * 50)
+
+
+def assert_trained_alike(one: Path, two: Path) -> None:
+    """On one rank and on two, with the same losses and weights."""
     for folder, devices in ((one, "1 x cpu"), (two, "2 x cpu")):
         derived = json.loads((folder / "settings.json").read_text())["derived"]
         assert derived["devices"] == devices and derived["chunks"] == 100
@@ -95,56 +106,96 @@ def test_two_ranks_train_as_one(layout_settings, tmp_path, monkeypatch, optimize
             assert float(row[column] or 0) == pytest.approx(float(other[column] or 0), abs=1e-4)
 
 
+@pytest.mark.slow
+def test_two_ranks_train_as_one(layout_settings):
+    """Uneven shares of a batch, and none at all."""
+    process = start(layout_settings(run_name="two", max_grad_norm=1e9), [*LAUNCHERS[2], "train.py"])
+    one = run(layout_settings(run_name="one", max_grad_norm=1e9))
+    finish(process)
+    assert_trained_alike(one, one.with_name("two"))
+
+
+@pytest.mark.slow
+def test_two_ranks_sum_gradients_of_the_same_scale_as_one(layout_settings, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.AdamW)  # put back after the test
+    processes = fork_ranks(layout_settings(run_name="two", max_grad_norm=1e9), 2, {0: train_by_sgd, 1: train_by_sgd})
+    train_by_sgd()
+    one = run(layout_settings(run_name="one", max_grad_norm=1e9))
+    for process in processes:
+        finish(process)
+    assert_trained_alike(one, one.with_name("two"))
+
+
+def stop_in_step_8():
+    send_signals(pytest.MonkeyPatch(), 8, signal.SIGTERM)
+
+
+STOPPING = """\
+import os, sys
+sys.path[:0] = [".", "tests"]
+import test_layout, train
+from Config import parse_flags
+from mlm.errors import plain_errors
+if os.environ["RANK"] == "1":
+    test_layout.stop_in_step_8()
+with plain_errors():
+    train.main(parse_flags())
+"""
+
+
 @pytest.fixture
-def stopping_script(tmp_path):
-    """A script that is train.py, but has the given rank, and no other, send itself SIGTERM in its eighth step."""
-
-    def make(rank: int) -> str:
-        script = tmp_path / "stop.py"
-        script.write_text(
-            "import os, runpy, signal, sys; sys.path.insert(0, '.')\n"
-            "import data_process\n"
-            "training_steps = data_process.training_steps\n"
-            "def stopping(*arguments):\n"
-            "    for number, step in enumerate(training_steps(*arguments), start=1):  # one is drawn ahead\n"
-            f"        if number == 9 and os.environ.get('RANK', '0') == '{rank}':\n"
-            "            os.kill(os.getpid(), signal.SIGTERM)\n"
-            "        yield step\n"
-            "data_process.training_steps = stopping\n"
-            "runpy.run_path('train.py', run_name='__main__')\n"
-        )
-        return str(script)
-
-    return make
+def whole(layout_settings):
+    return run(layout_settings(run_name="whole"))
 
 
-@pytest.mark.parametrize("ranks", [2, 1])
-def test_a_run_begun_in_one_layout_ends_the_same_in_another(layout_settings, stopping_script, ranks):
-    """Ranks 2, then 1; and 1, then 2. The signal comes to the last rank alone, and all stop after the same step."""
-    whole = run(layout_settings(run_name="whole"))
-    config = layout_settings(run_name="moved")
-    process = start(config, [*LAUNCHERS[ranks], stopping_script(ranks - 1)])
-    out, _ = finish(process, 143 if ranks == 1 else 1)  # torchrun ends with a status of its own
-    assert "stopped after step 8" in out and "--resume" in out
-    folder = Path(config.path_model_save) / "moved"
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000008"]
-
-    config = layout_settings(run_name="moved", resume=True, micro_batch_tokens=300)
-    out, _ = finish(start(config, [*LAUNCHERS[3 - ranks], "train.py"]))
-    assert json.loads((folder / "settings.json").read_text())["derived"]["devices"] == f"{3 - ranks} x cpu"
-    assert "\n    before  " in out and "The model: " in out
+def assert_moved(folder: Path, whole: Path, said: str, devices: str) -> None:
+    """The run ended on other devices than it began, as if it had not moved."""
+    assert json.loads((folder / "settings.json").read_text())["derived"]["devices"] == devices
+    assert "\n    before  " in said and "The model: " in said
     assert_close(folder, whole)
     assert [row["step"] for row in metrics(folder)] == [row["step"] for row in metrics(whole)]
 
 
-def test_three_ranks_resume_with_the_same_bits(layout_settings, stopping_script):
-    """Of two summands the order does not matter; of three it does."""
-    folders = []
-    for name, script in (("whole", "train.py"), ("resumed", stopping_script(1))):
-        config = layout_settings(run_name=name, hidden_dropout=0.1)
-        finish(start(config, [*LAUNCHERS[3], script]), 0 if name == "whole" else 1)
-        folders.append(Path(config.path_model_save) / name)
-    finish(start(layout_settings(run_name="resumed", hidden_dropout=0.1, resume=True), [*LAUNCHERS[3], "train.py"]))
+@pytest.mark.slow
+def test_a_run_begun_on_two_ranks_ends_the_same_on_one(layout_settings, whole, tmp_path, capsys):
+    """The signal comes to the last rank alone, and both stop after the same step."""
+    (tmp_path / "stop.py").write_text(STOPPING)
+    config = layout_settings(run_name="moved")
+    out, _ = finish(start(config, [*LAUNCHERS[2], str(tmp_path / "stop.py")]), 1)  # torchrun's own status
+    assert "stopped after step 8" in out and "--resume" in out
+    assert checkpoints(folder_of(config)) == [8]
+    capsys.readouterr()
+    folder = run(layout_settings(run_name="moved", resume=True, micro_batch_tokens=300))
+    assert_moved(folder, whole, capsys.readouterr().out, "1 x cpu")
+
+
+@pytest.mark.slow
+def test_a_run_begun_on_one_rank_ends_the_same_on_two(layout_settings, whole, capsys):
+    folder = stop_at(layout_settings(run_name="moved"), 8)
+    out = capsys.readouterr().out
+    assert "stopped after step 8" in out and "--resume" in out
+    assert checkpoints(folder) == [8]
+    first, second = fork_ranks(layout_settings(run_name="moved", resume=True, micro_batch_tokens=300), 2)
+    out, _ = finish(first)
+    finish(second)
+    assert_moved(folder, whole, out, "2 x cpu")
+
+
+@pytest.mark.slow
+def test_three_ranks_resume_with_the_same_bits(layout_settings):
+    """Of two summands the order does not matter; of three it does. The signal comes to one rank alone."""
+    settings = partial(layout_settings, hidden_dropout=0.1)
+    for config, status, before in (
+        (settings(run_name="whole"), 0, {}),
+        (settings(run_name="resumed"), 143, {1: stop_in_step_8}),
+        (settings(run_name="resumed", resume=True), 0, {}),
+    ):
+        for process in fork_ranks(config, 3, before):
+            finish(process, status)
+        if status:
+            assert checkpoints(folder_of(config)) == [8]
+    folders = [folder_of(settings(run_name=name)) for name in ("whole", "resumed")]
+    assert json.loads((folders[0] / "settings.json").read_text())["derived"]["devices"] == "3 x cpu"
     assert_same_bits(*folders)
 
 

@@ -4,7 +4,7 @@ from math import sqrt
 
 import numpy as np
 import pytest
-from conftest import IGNORED, labelled
+from reference import IGNORED, labelled
 
 import data_process
 from data_process import evaluation_batches, training_steps

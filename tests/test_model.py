@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IGNORED, labelled
+from reference import IGNORED, labelled, pad, score
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -79,35 +79,24 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
     lengths = draw.integers(1, 60, 40)
     tokens = draw.choice(vocabulary.ordinary_ids, lengths.sum())
     hidden = mask(tokens, lengths, random_bits(0, np.arange(40)), vocabulary, BERT_RULE)
-    input_ids, labels = labelled(*hidden)
-
-    # The stock model: one chunk a row, padded, the loss a mean over the masked tokens.
-    starts, width = np.cumsum(lengths) - lengths, lengths.max() + 2
-    padded = torch.full((40, int(width)), vocabulary.pad_id)
-    targets, attention = torch.full_like(padded, IGNORED), torch.zeros_like(padded)
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        inside = slice(start, start + length)
-        ids = [vocabulary.cls_id, *input_ids[inside].tolist(), vocabulary.sep_id]
-        padded[row, : length + 2] = torch.tensor(ids)
-        targets[row, 1 : length + 1] = torch.from_numpy(labels[inside])
-        attention[row, : length + 2] = 1
-    expected = stock(input_ids=padded, attention_mask=attention, labels=targets).loss
-    expected.backward()
+    padded = pad(*hidden, lengths, vocabulary)
+    expected = score(stock, padded)
+    expected.loss.backward()
 
     pieces = make_micro_batches(frame(*hidden, lengths, vocabulary), micro_batch_tokens, vocabulary, CPU, varlen)
     positions = sum(inputs["input_ids"].numel() for inputs, _ in pieces)
-    assert positions < 0.8 * padded.numel()  # packed indeed
+    assert positions < 0.8 * padded.input_ids.numel()  # packed indeed
     if varlen:
         assert positions == lengths.sum() + 2 * 40  # nothing is padded
         sizes = [inputs["input_ids"].numel() for inputs, _ in pieces]
         alone = [len(inputs["starts"]) == 2 for inputs, _ in pieces]
         assert all(size <= micro_batch_tokens or one for size, one in zip(sizes, alone, strict=True))
-    masked_tokens, loss = int((labels != IGNORED).sum()), 0.0
+    loss = 0.0
     for inputs, wanted in pieces:
-        part = F.cross_entropy(PackedMaskedLM(ours)(**inputs), wanted, reduction="sum") / masked_tokens
+        part = F.cross_entropy(PackedMaskedLM(ours)(**inputs), wanted, reduction="sum") / expected.masked_tokens
         part.backward()
         loss += part.item()
-    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
     for (name, parameter), (_, reference) in zip(ours.named_parameters(), stock.named_parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
 

@@ -103,7 +103,7 @@ def run(*flags):
         (["--batch_size", "many"], "--batch_size"),
         (["--batchsize", "3"], "--batchsize"),
         (["--initial_pretrain_model", "./nowhere"], "error: initial_pretrain_model: there is no folder ./nowhere"),
-        (
+        pytest.param(
             [
                 "--initial_pretrain_model",
                 "scratch:tiny",
@@ -113,6 +113,7 @@ def run(*flags):
                 "tests",
             ],
             "error: path_datasets: no train*.txt in tests",
+            marks=pytest.mark.slow,
         ),
         (["--mixed_precision", "int8"], "--mixed_precision"),
     ],

@@ -1,4 +1,7 @@
-"""Checkpoints and text from a Hub: a stub on loopback serves them, or stays silent, or has never heard of them."""
+"""Law 8: a Hub out of reach, or without what is asked of it, is said plainly; and checkpoints and text from one.
+
+A stub on loopback serves them, or stays silent, or has never heard of them.
+"""
 
 import json
 import os
@@ -21,6 +24,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0" * 40
+pytestmark = pytest.mark.slow
 
 
 class StubHub(BaseHTTPRequestHandler):

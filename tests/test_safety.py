@@ -1,4 +1,4 @@
-"""What is loaded cannot run code, and nothing is sent anywhere."""
+"""Law 7: no pickle and no custom class. What is loaded cannot run code, and nothing is sent anywhere."""
 
 import json
 import pickle

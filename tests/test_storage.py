@@ -1,4 +1,4 @@
-"""Nothing is ever half-written: an interruption leaves what was there, or what was to be there, whole."""
+"""Law 5: nothing is ever half-written. An interruption leaves what was there, or what was to be there, whole."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Words are found in the raw text, and leave the tokens as they are; new ones enter the vocabulary with a meaning."""
+"""Laws 1 and 2 for words: found in the raw text, they leave the tokens as they are. New ones get a meaning."""
 
 import math
 import random

@@ -54,8 +54,10 @@ class PackedMaskedLM(nn.Module):
             apart: dict[str, Any] = {"attention_mask": sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]}
         else:
             apart = {"starts": starts, "longest": longest}
+        # One token type for all, of shape (1, 1): its gradient is a sum, and not a row added for each position in turn.
+        token_type_ids = torch.zeros((1, 1), dtype=torch.long, device=input_ids.device)
         hidden = self.bert.bert(
-            input_ids, position_ids=position_ids, token_type_ids=torch.zeros_like(input_ids), **apart
+            input_ids, position_ids=position_ids, token_type_ids=token_type_ids, **apart
         ).last_hidden_state  # (rows, width, hidden)
         return self.bert.cls(hidden.flatten(0, 1)[masked])
 
@@ -71,7 +73,7 @@ def attend(module, query, key, value, attention_mask, starts=None, longest=None,
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
     def of_one_row(states):  # (1, heads, width, head size) to (width, heads, head size)
-        return states[0].transpose(0, 1)
+        return states.squeeze(0).transpose(0, 1)  # whose backward is a view; that of states[0] fills a copy with zeros
 
     output = varlen_attn(of_one_row(query), of_one_row(key), of_one_row(value), starts, starts, longest, longest)
     return output[None], None

@@ -40,7 +40,7 @@ from mlm.checkpoint import (
 )
 from mlm.evaluation import evaluate, guess, hide_words
 from mlm.memory import micro_batch_positions
-from mlm.ranks import decide_on_main, make_accelerator, quiet_libraries, refuse_differences
+from mlm.ranks import decide_on_main, lose_patience, make_accelerator, quiet_libraries, refuse_differences
 from mlm.report import (
     GuessedWord,
     RunSummary,
@@ -110,9 +110,11 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run:
         "chunks": len(data.train),
         "steps_per_epoch": steps_per_epoch,
         "tokens_per_step": round(len(data.train.tokens) / steps_per_epoch),
+        "positions_per_step": round((len(data.train.tokens) + 2 * len(data.train)) / steps_per_epoch),
     }
     say(describe_run(given, config, data, derived))
-    for line in checkpoint_warnings + model_warnings + hints(accelerator.num_processes, derived["tokens_per_step"]):
+    idle = hints(accelerator.num_processes, derived["positions_per_step"], config.batch_size)
+    for line in checkpoint_warnings + model_warnings + idle:
         say(line)
 
     # The model as it is trained: it takes packed rows, is compiled if asked for, and has a place on every device.
@@ -167,8 +169,9 @@ def begin(run: Run) -> Progress:
         purge = {"purge_step": progress.step + 1 if run.checkpoint else 0}
         run.accelerator.init_trackers("Pretrain_Bert_with_MaskLM", init_kwargs={"tensorboard": purge})
 
-    # Several ranks sum gradients in the same order from the first step on.
+    # Several ranks, which from now on have to answer within minutes, sum gradients in one order from the first step on.
     if run.accelerator.num_processes > 1:
+        lose_patience()
         warm_up_reducer(run)
     return progress
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase, pipeline
 
 from mlm.batches import MaskedChunks, MicroBatch, StepQueue
+from mlm.machine import ran_out_of_memory
 
 SHOWN_WORDS = 5  # hidden words that a model guesses
 
@@ -78,8 +79,10 @@ def _score(model: nn.Module, micro_batches: list[MicroBatch], totals: Tensor) ->
             loss = F.cross_entropy(logits, targets, reduction="sum")
             correct = (logits.argmax(-1) == targets).sum()
             totals += torch.stack([loss, correct, torch.full_like(correct, len(targets))])
-    except torch.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            return None
+        raise
     return totals
 
 

@@ -1,11 +1,14 @@
 """What the hardware can do: its devices, the number format it computes in, its attention kernels, its memory."""
 
 import ctypes
+import math
 import os
 import sys
 
 from Config import Config
 from mlm.errors import UserError
+
+POSITIONS_THAT_FILL_A_GPU = 16_000  # in a step
 
 
 def choose_devices(config: Config) -> None:
@@ -34,14 +37,18 @@ def count_gpus() -> int:
 
 
 def native_precision() -> str:
-    """bf16 where this machine's GPU, or else its CPU, computes in it; otherwise "no"."""
+    """The fastest number format that this machine's GPU, or else its CPU, computes in: bf16, fp16, or "no" for float32.
+
+    Volta and Turing GPUs (V100, T4; compute capability 7.x) have tensor cores for fp16 and none for bf16.
+    """
     import torch
 
-    if count_gpus():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+    if not count_gpus():
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "no"
+        return "bf16" if native else "no"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16" if torch.version.hip is None and torch.cuda.get_device_capability() >= (7, 0) else "no"
 
 
 def choose_precision(config: Config) -> str:
@@ -61,11 +68,27 @@ def choose_precision(config: Config) -> str:
 
 
 def has_variable_length_kernels(config: Config, precision: str, head_size: int) -> bool:
-    """Whether attention can do without padding and mask: on GPUs from Ampere on, in 16 bits, without dropout inside."""
+    """Whether attention can do without padding and mask: on GPUs from Ampere on, in 16 bits, without dropout inside, by
+    a torch that was built with flash attention."""
     import torch
 
     fits = precision != "no" and config.attention_dropout == 0 and head_size % 8 == 0 and head_size <= 256
-    return fits and count_gpus() > 0 and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+    if not fits or count_gpus() == 0 or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
+
+
+OUT_OF_MEMORY = (
+    "out of memory",  # torch.OutOfMemoryError, and torch.AcceleratorError where the driver refuses
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "can't allocate memory",  # on a CPU
+)
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is what an error of torch's says; not all of them are torch.OutOfMemoryError."""
+    return any(words in str(error) for words in OUT_OF_MEMORY) or type(error).__name__ == "OutOfMemoryError"
 
 
 def keep_freed_memory() -> None:
@@ -80,13 +103,15 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 2**28)
 
 
-def hints(processes: int, tokens_per_step: int) -> list[str]:
-    """Hints where GPUs are unused or have too little to do."""
-    lines, tokens_per_gpu = [], tokens_per_step // processes
+def hints(processes: int, positions_per_step: int, batch_size: int) -> list[str]:
+    """Hints where GPUs are unused, or have so little to do that they wait for the next call most of the time."""
+    lines, positions_per_gpu = [], positions_per_step // processes
     if processes == 1 and count_gpus() > 1:
         lines.append(f"hint: {count_gpus()} GPUs are here and one is used; ./run.sh uses them all")
-    if count_gpus() and tokens_per_gpu < 2048:
+    if count_gpus() and positions_per_gpu < POSITIONS_THAT_FILL_A_GPU:
+        enough = math.ceil(batch_size * POSITIONS_THAT_FILL_A_GPU / positions_per_gpu)
         lines.append(
-            f"hint: about {tokens_per_gpu:,} tokens a step leave a GPU idle; a larger batch_size trains faster"
+            f"hint: a step of about {positions_per_gpu:,} positions leaves a GPU idle between its calls; --batch_size "
+            f"{enough} would fill it (and may want a higher learning_rate)"
         )
     return lines

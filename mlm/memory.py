@@ -18,6 +18,7 @@ from mlm.vocabulary import Vocabulary
 # smaller ones slow a small model down, as each call costs more than its work.
 CPU_MICRO_BATCH_POSITIONS = 3072
 LARGEST_MICRO_BATCH_POSITIONS = 1 << 16  # on a GPU, which more would not fill better
+SPARE_SHARE = 0.07  # of a GPU's memory
 
 
 def micro_batch_positions(run: Run, progress: Progress) -> int:
@@ -42,26 +43,41 @@ def fit_memory(
 ) -> int:
     """The positions of the largest micro-batch, at most a step's, that every rank has the memory to train on.
 
-    Found by trial, with the memory that AdamW's moments will take set aside, and more masked tokens than chance brings.
+    Found by trial, beside what training will hold as well: full gradients, AdamW's moments and some spare memory.
     """
     model = accelerator.unwrap_model(model).train()  # a rank that runs out of memory must not leave others waiting
+
+    def fits(chunks: int) -> bool:
+        micro_batches = divide(_trial_chunks(chunks, vocabulary, config), chunks * config.sen_max_length)
+        loss = accumulate_gradients(accelerator, model, micro_batches, masked_tokens=1, seed_of=lambda number: 0)
+        torch.cuda.empty_cache()
+        return loss is not None
+
+    fits(1)  # loads kernels and handles, and leaves gradients as a second micro-batch finds them
     moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    spare = torch.empty(_spare_bytes(accelerator.device), dtype=torch.uint8, device=accelerator.device)
     chunks_on_a_rank = math.ceil(config.batch_size / accelerator.num_processes)
     chunks = max(1, min(chunks_on_a_rank, LARGEST_MICRO_BATCH_POSITIONS // config.sen_max_length))
-    while not _fits(accelerator, model, divide, vocabulary, chunks, config.sen_max_length) and chunks > 1:
+    while chunks > 1 and not fits(chunks):
         chunks //= 2
-    del moments
+    del moments, spare
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    if config.compile:
+        torch.compiler.reset()  # what was compiled for the model by itself would hide its ranks' gradients from overlap
     positions = torch.tensor([chunks * config.sen_max_length], device=accelerator.device)
     return int(accelerator.gather(positions).min())
 
 
-def _fits(accelerator, model, divide, vocabulary, chunks, sen_max_length):
-    """Whether so many chunks of the greatest length, a quarter of their tokens masked, can be trained on at once."""
-    lengths = np.full(chunks, sen_max_length - 2)  # without [CLS] and [SEP]
+def _trial_chunks(chunks, vocabulary, config):
+    """So many chunks of the greatest length, with more masked tokens than chance will bring."""
+    lengths = np.full(chunks, config.sen_max_length - 2)  # without [CLS] and [SEP]
     ids = np.full(lengths.sum(), vocabulary.mask_id)
-    masked = np.arange(0, len(ids), 4)
-    micro_batches = divide(frame(ids, masked, ids[masked], lengths, vocabulary), chunks * sen_max_length)
-    loss = accumulate_gradients(accelerator, model, micro_batches, len(masked), seed_of=lambda number: 0)
-    model.zero_grad()
-    torch.cuda.empty_cache()
-    return loss is not None
+    share = min(1.0, max(0.25, 1.5 * config.mlm_probability))
+    masked = np.arange(0, len(ids), 1 / share).astype(np.int64)
+    return frame(ids, masked, ids[masked], lengths, vocabulary)
+
+
+def _spare_bytes(device):
+    """What is left free for fragmentation and whatever else comes to use the GPU."""
+    return int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0

@@ -1,12 +1,14 @@
-"""The devices of a run as accelerate gives them, and what their ranks agree on before training."""
+"""The devices of a run as accelerate gives them, and what their ranks agree on."""
 
 import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 from warnings import filterwarnings
 
+import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -22,6 +24,8 @@ from mlm.errors import UserError
 from mlm.machine import check_devices, choose_precision
 
 Decision = TypeVar("Decision")
+PATIENCE_WHILE_PREPARING = timedelta(days=1)  # one machine may prepare its text for longer than another
+PATIENCE_WHILE_TRAINING = timedelta(minutes=15)  # a checkpoint may have to go to a slow disk, or a model be compiled
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -38,8 +42,11 @@ def make_accelerator(config: Config) -> Accelerator:
         log_with=tracker,
         project_dir=config.path_model_save,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # one machine may prepare its text longer than another
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # BERT's never change
+            InitProcessGroupKwargs(timeout=PATIENCE_WHILE_PREPARING),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,  # BERT's never change
+                gradient_as_bucket_view=True,  # spares a copy of all gradients
+            ),
         ],
     )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
@@ -82,3 +89,22 @@ def refuse_differences(recipe: dict[str, Any]) -> None:
         raise UserError(
             "path_datasets: text, words or tokenizer differ between the machines; each needs the same files"
         )
+
+
+def lose_patience() -> None:
+    """From now on a rank that does not answer for minutes ends the run; until now it may have been preparing text."""
+    torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE_WHILE_TRAINING)
+
+
+def on_any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any rank. The hosts agree on it among themselves, so that no GPU is waited for."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor([int(flag)])
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_host_group())
+    return bool(flags)
+
+
+@cache
+def _host_group():
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE_WHILE_TRAINING)

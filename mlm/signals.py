@@ -11,6 +11,7 @@ from torch.distributed import DistBackendError
 
 from Config import Config
 from mlm.errors import UserError
+from mlm.machine import ran_out_of_memory
 
 
 def catch_signals(received: list[int], speak: bool) -> None:
@@ -45,9 +46,11 @@ def explain_endings(config: Config) -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nstopped before training began; nothing is lost", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"micro_batch_tokens, sen_max_length: out of memory; lower ones need less. {error}") from error
     except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise UserError(
+                f"micro_batch_tokens, sen_max_length: out of memory; lower ones need less. {error}"
+            ) from error
         if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             reason = " ".join(str(error).splitlines()[:2])
             raise UserError(f"compile: the model cannot be compiled here; leave it out. {reason}") from error

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from mlm.batches import MicroBatch, StepQueue
 from mlm.errors import UserError
+from mlm.machine import ran_out_of_memory
 from mlm.randomness import dropout_seed
+from mlm.ranks import on_any_rank
 from mlm.report import say
 from mlm.schedule import ResolvedConfig, learning_rate_at
 from mlm.state import Progress, Run
@@ -49,7 +51,8 @@ def train_step(run: Run, progress: Progress, queue: StepQueue) -> bool:
     began = time.perf_counter()
     config, accelerator, optimizer = run.config, run.accelerator, run.optimizer
     batch, step, new = queue.batch, progress.step + 1, progress.unreported
-    run.model.train()  # an evaluation leaves it without dropout
+    if not run.bert.training:  # an evaluation left it without dropout
+        run.model.train()
     progress.learning_rate = learning_rate_at(progress.step, config)
     for group in optimizer.param_groups:
         group["lr"] = progress.learning_rate
@@ -58,13 +61,13 @@ def train_step(run: Run, progress: Progress, queue: StepQueue) -> bool:
     def seed_of(micro_batch: int) -> int:
         return dropout_seed(config.seed, step - 1, micro_batch, accelerator.process_index)
 
+    agree = partial(on_any_rank, accelerator)
     while True:
-        rank_loss = accumulate_gradients(accelerator, run.model, queue.micro_batches, batch.masked_tokens, seed_of)
+        micro_batches = queue.micro_batches
+        rank_loss = accumulate_gradients(accelerator, run.model, micro_batches, batch.masked_tokens, seed_of, agree)
         if rank_loss is not None:
             break
         optimizer.zero_grad()
-        if accelerator.num_processes > 1:
-            raise UserError("micro_batch_tokens: out of memory. A lower one, or a lower sen_max_length, needs less")
         queue.halve()
         say(f"step {step}: out of memory; this and all later steps use micro-batches of {queue.micro_batch_positions}")
     rank_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
@@ -101,34 +104,63 @@ def accumulate_gradients(
     micro_batches: list[MicroBatch],
     masked_tokens: int,
     seed_of: Callable[[int], int],
+    agree: Callable[[bool], bool] = bool,
 ) -> Tensor | None:
     """Adds the gradient of the step's mean loss, over the `masked_tokens` of all ranks, to the parameters'.
 
     Dropout is seeded by `seed_of` the micro-batch's number. Returns the loss summed over this rank's masked tokens, or
-    None where memory runs out.
+    None where memory runs out here or, by `agree`, on another rank. Raises UserError where it runs out in the backward
+    pass that several ranks share, and so cannot be repeated.
     """
+    *earlier, last = micro_batches
     loss_sum = torch.zeros((), device=accelerator.device)
+
+    def loss_of(number: int, micro_batch: MicroBatch) -> Tensor:
+        torch.manual_seed(seed_of(number))
+        return F.cross_entropy(model(**micro_batch.inputs).float(), micro_batch.targets, reduction="sum")
+
+    def add_gradient(loss: Tensor) -> None:
+        accelerator.backward(loss * accelerator.num_processes / masked_tokens)  # the ranks' mean is the sum, therefore
+
+    # Everything but the last backward pass, in which the ranks' gradients are summed, each rank does for itself.
+    failed = False
     try:
-        for number, (inputs, targets) in enumerate(micro_batches):
-            torch.manual_seed(seed_of(number))
-            is_last = number == len(micro_batches) - 1
-            with nullcontext() if is_last else accelerator.no_sync(model):
-                loss = F.cross_entropy(model(**inputs).float(), targets, reduction="sum")
-                # DistributedDataParallel divides by the ranks
-                accelerator.backward(loss * accelerator.num_processes / masked_tokens)
-            loss_sum += loss.detach()
-    except torch.OutOfMemoryError:
+        with accelerator.no_sync(model):
+            for number, micro_batch in enumerate(earlier):
+                loss = loss_of(number, micro_batch)
+                add_gradient(loss)
+                loss_sum += loss.detach()
+            loss = loss_of(len(earlier), last)
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        failed = True
+    if agree(failed):
         return None
-    return loss_sum
+
+    try:
+        with accelerator.trigger_sync_in_backward(model):
+            add_gradient(loss)
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        if accelerator.num_processes > 1:
+            raise UserError(
+                "micro_batch_tokens: out of memory. A lower one, or a lower sen_max_length, needs less"
+            ) from error
+        return None
+    return loss_sum + loss.detach()
 
 
 def warm_up_reducer(run: Run) -> None:
-    """Makes one backward pass of zeros.
+    """Makes two passes of zeros, forward and backward.
 
-    DistributedDataParallel regroups the gradients after its first backward pass, and so sums over more than two ranks
-    in another order. Were that first pass a step, it would round differently in a resumed run.
+    DistributedDataParallel regroups the gradients in the order of its first backward pass when the second forward pass
+    begins, and then sums over more than two ranks in another order. Were these passes steps, they would round
+    differently in a resumed run.
     """
     nothing = torch.zeros((1, 1), dtype=torch.long, device=run.accelerator.device)
-    logits = run.model(nothing, nothing, masked=nothing[0, :0], sequence_ids=nothing)
-    (0 * logits.sum()).backward()
+    for _ in range(2):
+        logits = run.model(nothing, nothing, masked=nothing[0, :0], sequence_ids=nothing)
+        (0 * logits.sum()).backward()
     run.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The data's whole story: lines of text -> chunks of tokens (cached, memory-mapped) -> masked steps of training.
+"""The data's whole story: lines of text -> chunks of tokens (cached, memory-mapped) -> masked batches.
 
 A *chunk* is a line, or a part of a line too long for `sen_max_length` (mlm/chunks.py). Each epoch visits the chunks in
 an order of its own (mlm/randomness.py), hides some of their tokens (mlm/masking.py) and puts [CLS] and [SEP] around
@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from Config import MOST_AUTOMATIC_WORDS, Config
-from mlm.batches import MaskedChunks, Step, chunk_bounds, frame, part_of
+from mlm.batches import Batch, MaskedChunks, chunk_bounds, frame, part_of
 from mlm.chunks import Chunks, SplitStats, TextStats, WrittenSplit, take, write_chunks
 from mlm.masking import BERT_RULE, MaskRule, content_keys, mask
 from mlm.randomness import epoch_order, mask_keys
@@ -99,7 +99,7 @@ def words_to_add(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase)
     return [broken.word for broken in stats.broken_words[: config.automatic_words]]
 
 
-# -------------------------------------------------------------------------------------------- chunks -> masked steps
+# ------------------------------------------------------------------------------------------ chunks -> masked batches
 
 
 def training_rule(config: Config) -> MaskRule:
@@ -113,7 +113,7 @@ def training_rule(config: Config) -> MaskRule:
     )
 
 
-def training_steps(
+def training_batches(
     chunks: Chunks,
     vocabulary: Vocabulary,
     rule: MaskRule,
@@ -122,14 +122,15 @@ def training_steps(
     first_step: int = 0,
     rank: int = 0,
     ranks: int = 1,
-) -> Iterator[Step]:
-    """The steps of training from number `first_step` on, without end: the epochs one after the other, each in its own
-    order and with its own masks, in batches of `batch_size` chunks, of which every rank has its share.
+) -> Iterator[Batch]:
+    """The batches of training from step `first_step` on, counted from 0 over all epochs, without end.
 
-    Many steps are masked at once, as numpy's calls cost more than their work on one batch of short lines.
+    Each epoch has its own order and its own masks; of a batch's `batch_size` chunks every rank has its share. Many
+    batches are masked at once, as numpy's calls cost more than their work on one batch of short lines.
     """
     steps_per_epoch = math.ceil(len(chunks) / batch_size)
-    steps_at_once = max(1, MASKED_AT_ONCE * len(chunks) // (len(chunks.tokens) * batch_size))
+    chunks_at_once = MASKED_AT_ONCE * len(chunks) // len(chunks.tokens)
+    steps_at_once = max(1, chunks_at_once // batch_size)
     epoch, step_of_epoch = divmod(first_step, steps_per_epoch)
     while True:
         order = epoch_order(seed, epoch, len(chunks))  # (chunks,)
@@ -137,28 +138,28 @@ def training_steps(
             indices = order[start * batch_size : (start + steps_at_once) * batch_size]  # (n,) of many steps
             tokens, lengths, starts_word = take(chunks, indices)
             hidden = mask(tokens, lengths, mask_keys(seed, epoch, indices), vocabulary, rule, starts_word)
-            yield from _batches(frame(*hidden, lengths, vocabulary), batch_size, rank, ranks)
+            yield from _cut_into_batches(frame(*hidden, lengths, vocabulary), batch_size, rank, ranks)
         epoch, step_of_epoch = epoch + 1, 0
 
 
-def _batches(drawn: MaskedChunks, batch_size: int, rank: int, ranks: int) -> Iterator[Step]:
-    """The chunks of many steps, a batch at a time; of each batch the rank's share, as even as whole chunks allow."""
-    bounds = chunk_bounds(drawn.lengths)
-    for begin in range(0, len(drawn.lengths), batch_size):
-        chunks_in_batch = min(batch_size, len(drawn.lengths) - begin)
-        batch = part_of(drawn, bounds, begin, begin + chunks_in_batch)
+def _cut_into_batches(chunks: MaskedChunks, batch_size: int, rank: int, ranks: int) -> Iterator[Batch]:
+    """The chunks of many batches, one batch at a time; of each the rank's share, as even as whole chunks allow."""
+    bounds = chunk_bounds(chunks.lengths)
+    for begin in range(0, len(chunks.lengths), batch_size):
+        chunks_in_batch = min(batch_size, len(chunks.lengths) - begin)
+        batch = part_of(chunks, bounds, begin, begin + chunks_in_batch)
         share = batch
         if ranks > 1:
             first = begin + chunks_in_batch * rank // ranks
             after = begin + chunks_in_batch * (rank + 1) // ranks
-            share = part_of(drawn, bounds, first, after)
-        yield Step(share, masked_tokens=len(batch.targets), tokens=len(batch.input_ids) - 2 * chunks_in_batch)
+            share = part_of(chunks, bounds, first, after)
+        yield Batch(share, masked_tokens=len(batch.targets), tokens=len(batch.input_ids) - 2 * chunks_in_batch)
 
 
 def evaluation_batches(chunks: Chunks, vocabulary: Vocabulary, rank: int = 0, ranks: int = 1) -> Iterator[MaskedChunks]:
     """Every chunk once, dealt out to the ranks in turn, masked by BERT's rule as each chunk's own tokens decide."""
-    own = np.arange(rank, len(chunks), ranks)
-    for start in range(0, len(own), EVALUATION_CHUNKS):
-        tokens, lengths, _ = take(chunks, own[start : start + EVALUATION_CHUNKS])
+    of_rank = np.arange(rank, len(chunks), ranks)
+    for start in range(0, len(of_rank), EVALUATION_CHUNKS):
+        tokens, lengths, _ = take(chunks, of_rank[start : start + EVALUATION_CHUNKS])
         hidden = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
         yield frame(*hidden, lengths, vocabulary)

@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from accelerate import Accelerator
 
-from data_process import evaluation_batches, load_data, training_rule, training_steps
+from data_process import evaluation_batches, load_data, training_batches, training_rule
 from mlm.batches import StepQueue, make_micro_batches
 from mlm.checkpoint import (
     checkpoint_path,
@@ -203,13 +203,13 @@ def fit(run: Run, progress: Progress) -> Ending:
 
 
 def fill_queue(run: Run, progress: Progress) -> StepQueue:
-    """The steps from where the run stands to its last one."""
+    """The batches of the steps from where the run stands to its last one."""
     config, accelerator, data = run.config, run.accelerator, run.data
-    steps = training_steps(
+    batches = training_batches(
         data.train, data.vocabulary, training_rule(config), config.seed, config.batch_size,
         progress.step, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    remaining = islice(steps, config.max_steps - progress.step)
+    remaining = islice(batches, config.max_steps - progress.step)
     return StepQueue(remaining, run.divide, micro_batch_positions(run, progress), config.sen_max_length)
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-from data_process import training_steps
+from data_process import training_batches
 from mlm.batches import make_micro_batches
 from mlm.chunks import Chunks
 from mlm.masking import BERT_RULE
@@ -37,7 +37,7 @@ def main() -> None:
     tokens = draw.integers(1000, SIZE, lengths.sum(), dtype=np.uint16)
     chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
     vocabulary = Vocabulary(101, 102, 0, 100, 103, np.arange(999, SIZE), np.zeros(SIZE, dtype=bool))
-    steps = training_steps(chunks, vocabulary, BERT_RULE, 42, given.batch_size)
+    steps = training_batches(chunks, vocabulary, BERT_RULE, 42, given.batch_size)
     print(platform.platform(), *(f"{name} {version(name)}" for name in ("numpy", "torch")), sep=", ")
     for layout, varlen, tokens_each in (("rows with a mask", False, 2048), ("one row for varlen", True, 1 << 16)):
         speeds = []

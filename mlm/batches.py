@@ -40,8 +40,8 @@ class Rows(NamedTuple):
     targets: np.ndarray  # (masked,) int64
 
 
-class Step(NamedTuple):
-    """What one device needs for an optimizer step."""
+class Batch(NamedTuple):
+    """What one device needs to know of the batch of an optimizer step."""
 
     chunks: MaskedChunks  # its share of the batch
     masked_tokens: int  # over all devices
@@ -207,18 +207,18 @@ class Divide(Protocol):
 class StepQueue:
     """The batch of the next step, already on the device in micro-batches, and how large these may be."""
 
-    def __init__(self, steps: Iterator[Step], divide: Divide, micro_batch_positions: int, longest_chunk: int):
+    def __init__(self, batches: Iterator[Batch], divide: Divide, micro_batch_positions: int, longest_chunk: int):
         self.micro_batch_positions = micro_batch_positions
-        self._steps, self._divide, self._longest_chunk = steps, divide, longest_chunk
+        self._batches, self._divide, self._longest_chunk = batches, divide, longest_chunk
         self.advance()
 
     def advance(self) -> None:
         """Loads the next step's batch; after the last step there is none, and no micro-batch."""
-        self._batch = next(self._steps, None)
+        self._batch = next(self._batches, None)
         self.micro_batches = self.divide(self._batch.chunks) if self._batch else []
 
     @property
-    def batch(self) -> Step:
+    def batch(self) -> Batch:
         assert self._batch, "there is a batch as long as there is a step to do"
         return self._batch
 

@@ -18,7 +18,7 @@ from reference import IGNORED, labelled, pad, score
 from transformers import BertConfig, BertForMaskedLM
 
 from Config import SCRATCH_SIZES, Config
-from data_process import prepare, training_steps
+from data_process import prepare, training_batches
 from mlm.batches import make_micro_batches
 from mlm.chunks import take
 from mlm.errors import UserError
@@ -94,7 +94,7 @@ def test_any_text_trains_or_is_refused(tmp_path_factory, tokenizer, vocabulary, 
         assert bool(found.test_lines_in_train) == bool(set(lines["train"]) & set(lines["test"]))
 
     seen = []
-    steps = training_steps(chunks, vocabulary, rule, 0, batch_size=4)
+    steps = training_batches(chunks, vocabulary, rule, 0, batch_size=4)
     for _ in range(-(-len(chunks) // 4)):
         step = next(steps)
         of_chunk = np.cumsum(step.chunks.position_ids == 0)

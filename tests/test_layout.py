@@ -67,16 +67,16 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
         return forward(self, input_ids, position_ids, masked, sequence_ids)
 
     monkeypatch.setattr(train.PackedMaskedLM, "forward", watched)
-    training_steps, drawn = train.training_steps, {}
+    training_batches, drawn = train.training_batches, {}
 
     def drawing(*arguments):
-        for step in training_steps(*arguments):
+        for step in training_batches(*arguments):
             both = labelled(step.chunks.input_ids, step.chunks.masked, step.chunks.targets)
             rows = zip(*(array.reshape(-1, 8).tolist() for array in both), strict=True)
             drawn.setdefault(config.run_name, []).append((step.masked_tokens, sorted(rows)))
             yield step
 
-    monkeypatch.setattr(train, "training_steps", drawing)
+    monkeypatch.setattr(train, "training_batches", drawing)
     folders = []
     for chunks in (1, 4, 32):
         config = settings(

@@ -7,7 +7,7 @@ import pytest
 from reference import IGNORED, labelled
 
 import data_process
-from data_process import evaluation_batches, training_steps
+from data_process import evaluation_batches, training_batches
 from mlm.chunks import Chunks
 from mlm.masking import BERT_RULE, MaskRule, content_keys, mask
 from mlm.randomness import epoch_order, random_bits
@@ -193,12 +193,12 @@ def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
         return found
 
     def step(seed=42, epoch=0, **more):
-        return next(training_steps(chunks, vocabulary, BERT_RULE, seed, 40, first_step=epoch, **more))
+        return next(training_batches(chunks, vocabulary, BERT_RULE, seed, 40, first_step=epoch, **more))
 
     drawn, count, seen_tokens = step()
     first = masked(drawn)
     assert len(first) == count and seen_tokens == 2000
-    parts = [step for step, _ in zip(training_steps(chunks, vocabulary, BERT_RULE, 42, 7), range(6), strict=False)]
+    parts = [step for step, _ in zip(training_batches(chunks, vocabulary, BERT_RULE, 42, 7), range(6), strict=False)]
     assert set.union(*(masked(part.chunks) for part in parts)) == first  # batches change no mask
     assert [part.tokens for part in parts] == [350] * 5 + [250]
     [evaluated] = evaluation_batches(chunks, vocabulary)
@@ -216,7 +216,7 @@ def test_steps_are_the_same_wherever_they_begin_and_however_many_are_masked_at_o
     chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
 
     def steps(number, **more):
-        made = training_steps(chunks, vocabulary, BERT_RULE, 42, 8, **more)
+        made = training_batches(chunks, vocabulary, BERT_RULE, 42, 8, **more)
         return [next(made) for _ in range(number)]
 
     for rank in (0, 1):

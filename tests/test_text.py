@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import make_lines
 
-from data_process import prepare, training_steps
+from data_process import prepare, training_batches
 from mlm.batches import pack
 from mlm.chunks import cut_line, take
 from mlm.errors import UserError
@@ -107,7 +107,7 @@ def test_every_token_of_every_line_exactly_once_an_epoch(
     for line in lines:
         expected.update(tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     seen = Counter()
-    steps = training_steps(train, vocabulary, BERT_RULE, 7, 16)
+    steps = training_batches(train, vocabulary, BERT_RULE, 7, 16)
     for _ in range(math.ceil(len(train) / 16)):
         batch = pack(next(steps).chunks, 64, vocabulary)
         batch.input_ids.reshape(-1)[batch.masked] = batch.targets

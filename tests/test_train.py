@@ -166,7 +166,7 @@ def test_the_optimizer_gets_clipped_gradients_scheduled_rates_and_no_decay_for_b
 
 @pytest.mark.parametrize(("setting", "words"), [("whole_words_mask", (True, False)), ("mask_span", (False, True))])
 def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(settings, monkeypatch, setting, words):
-    take, training_steps, taken = data_process.take, train.training_steps, []
+    take, training_batches, taken = data_process.take, train.training_batches, []
 
     def watched_take(chunks, indices):
         taken.append((len(chunks), indices.tolist()))
@@ -174,10 +174,10 @@ def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(sett
 
     def watched_steps(chunks, vocabulary, rule, seed, batch_size, *more):
         assert seed == 5 and batch_size == 7 and rule == (0.3, 0.6, 0.2, *words)
-        return training_steps(chunks, vocabulary, rule, seed, batch_size, *more)
+        return training_batches(chunks, vocabulary, rule, seed, batch_size, *more)
 
     monkeypatch.setattr(data_process, "take", watched_take)
-    monkeypatch.setattr(train, "training_steps", watched_steps)
+    monkeypatch.setattr(train, "training_batches", watched_steps)
     shares = {"mlm_probability": 0.3, "mask_replace_prob": 0.6, "random_replace_prob": 0.2, setting: True}
     folder = run(settings(seed=5, num_epochs=2, batch_size=7, **shares))
     number = json.loads((folder / "settings.json").read_text())["derived"]["chunks"]

@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
-from rjieba import Jieba
 
 from mlm.errors import UserError
 from mlm.text import line_hash
 from mlm.vocabulary import Vocabulary
-from mlm.words import BrokenWord, Encoders, WordCounts, tokenize
+from mlm.words import BrokenWord, Encoders, Segmenter, WordCounts, tokenize
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,8 @@ class Chunks:
     @classmethod
     def read(cls, path: Path) -> "Chunks":
         """What `write_chunks` wrote."""
+        from datasets import Dataset  # here, as it takes a second
+
         column = Dataset.from_file(str(path)).data.column("tokens").chunk(0)
         tokens = column.values.to_numpy(zero_copy_only=True)
         return cls(tokens, offsets=column.offsets.to_numpy(zero_copy_only=True))
@@ -103,7 +103,7 @@ def write_chunks(
     path: Path,
     body_length: int,
     encoders: Encoders,
-    segmenter: Jieba,
+    segmenter: Segmenter,
     vocabulary: Vocabulary,
 ) -> WrittenSplit:
     """Tokenizes the lines, cuts them into chunks of at most `body_length` tokens and writes these to an Arrow file.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from datasets import DownloadConfig, load_dataset
 
 from Config import Config
 from mlm.demo import demo_folder, write_corpus
@@ -139,6 +138,8 @@ def _readable(path, setting="path_datasets"):
 
 
 def _fetch_wikitext(folder):
+    from datasets import DownloadConfig, load_dataset  # here, as it takes a second
+
     offline = locate(**WIKITEXT)
     print(f"{folder} holds no text: fetching WikiText-2 (raw) into it from the Hub", flush=True)
     options = DownloadConfig(local_files_only=offline)

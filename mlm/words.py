@@ -4,10 +4,9 @@ import re
 from collections import Counter
 from itertools import chain, compress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import rjieba
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from transformers import PreTrainedTokenizerBase
@@ -33,9 +32,17 @@ def read_words(path: str | None, setting: str) -> list[str]:
     return list(dict.fromkeys(filter(None, read_lines([Path(path)], setting))))
 
 
-def make_segmenter(user_words: list[str]) -> rjieba.Jieba:
+class Segmenter(Protocol):
+    """Cuts text into words, which joined are the text again: `rjieba.Jieba`."""
+
+    def cut(self, text: str, /) -> list[str]: ...
+
+
+def make_segmenter(user_words: list[str]) -> Segmenter:
     """A segmenter for Chinese that keeps the given words whole. A frequency and a tag behind a word, as in jieba's own
-    files, are passed over."""
+    files, are ignored."""
+    import rjieba  # here, so that what needs no words does without it
+
     segmenter = rjieba.Jieba()
     for line in user_words:
         segmenter.add_word(line.split()[0], None, None)
@@ -72,9 +79,7 @@ class TokenizedLines(NamedTuple):
     segmented: list[str]  # the segmenter's words in the lines that hold Chinese
 
 
-def tokenize(
-    lines: list[str], encoders: Encoders, continues_word: np.ndarray, segmenter: rjieba.Jieba
-) -> TokenizedLines:
+def tokenize(lines: list[str], encoders: Encoders, continues_word: np.ndarray, segmenter: Segmenter) -> TokenizedLines:
     """Tokenizes lines and finds where words start.
 
     Words are what the tokenizer's own pre-tokenizer cuts, at spaces and punctuation. Beside a Chinese character the

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import LAUNCHERS, assert_close, finish, run, start
+from runs import LAUNCHERS, ROOT, assert_close, finish, run, start
 from torch.profiler import ProfilerActivity, profile
 
 import train
@@ -239,3 +241,15 @@ def test_gradients_are_views_of_what_the_ranks_exchange(settings, monkeypatch):
     monkeypatch.setattr("mlm.ranks.Accelerator", Watched)
     run(settings(max_steps=1))
     assert handlers["DistributedDataParallelKwargs"].gradient_as_bucket_view
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_to_its_end_on_a_cpu_and_says_what_it_leaves_out():
+    command = [sys.executable, "benchmarks/gpu.py", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = dict(line.strip("| ").split(" | ", 1) for line in done.stdout.splitlines() if line.startswith("| "))
+    assert "loss off by" in rows["packed rows against the stock model, bf16"]
+    assert rows["memory trial, and memory that runs out"] == "left out: no GPU"
+    assert rows["stopped and resumed"] == "the same bits"
+    assert done.stdout.count("| 25 | ") == 2  # Trainer's speed and ours

@@ -1,0 +1,415 @@
+"""Correctness, then speed, on one GPU or two: one command for whoever has a card. It ends in a table for RESULTS.md.
+
+    python benchmarks/gpu.py            # on a GPU, within 10 minutes
+    python benchmarks/gpu.py --quick    # small models and few steps; on a CPU too, with fewer rows
+
+Text is random tokens, so nothing is downloaded. What needs a package that is missing, or a GPU, is left out by name.
+The exit status is 1 where something is wrong.
+"""
+
+import argparse
+import importlib.util
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers import BertConfig, BertForMaskedLM
+
+from Config import SCRATCH_SIZES, Config
+from data_process import training_batches
+from mlm.batches import StepQueue, make_micro_batches
+from mlm.chunks import Chunks
+from mlm.machine import has_variable_length_kernels
+from mlm.masking import BERT_RULE
+from mlm.memory import fit_memory, micro_batch_positions
+from mlm.schedule import resolve
+from mlm.state import Progress, Run, SaveClock
+from mlm.training import make_optimizer, train_step
+from mlm.vocabulary import Vocabulary
+from model import PackedMaskedLM
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY_SIZE = 30_522
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MISSING = [name for name in ("datasets", "rjieba", "tyro") if not importlib.util.find_spec(name)]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VOCABULARY = Vocabulary(101, 102, 0, 100, 103, np.arange(999, VOCABULARY_SIZE), np.zeros(VOCABULARY_SIZE, dtype=bool))
+
+
+# --------------------------------------------------------------------------------------------- what is trained on what
+
+
+def random_chunks(length: int, number: int) -> Chunks:
+    """Chunks of half to one and a half times so many random tokens, at most 510."""
+    draw = np.random.default_rng(length)
+    lengths = draw.integers(length // 2, min(510, length * 3 // 2) + 1, number)
+    tokens = draw.integers(1000, VOCABULARY_SIZE, lengths.sum(), dtype=np.uint16)
+    return Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def random_bert(size: str, dropout: float = 0.0) -> BertForMaskedLM:
+    torch.manual_seed(0)
+    layers, hidden, _ = SCRATCH_SIZES[size]
+    shape = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64}
+    shape |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
+    return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY_SIZE, intermediate_size=4 * hidden, **shape))
+
+
+def make_run(size: str, chunks: Chunks, batch_size: int, precision: str, on_cpu: bool = False, **changes) -> Run:
+    """What train.py builds before the first step, as far as a step needs it."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
+    usual = {"batch_size": batch_size, "sen_max_length": 512, "max_steps": 10_000, "learning_rate": 1e-4}
+    config = resolve(Config(**usual | changes), 100, precision)
+    bert = random_bert(size)
+    packed = PackedMaskedLM(bert)
+    if config.compile:
+        packed.compile(dynamic=True)
+    model, optimizer = accelerator.prepare(packed, make_optimizer(packed, config))
+    varlen = not on_cpu and has_variable_length_kernels(config, precision, head_size=64)
+    return Run(
+        config=config, accelerator=accelerator, folder=Path(), hidden_words=[], derived={}, steps_per_epoch=100,
+        data=SimpleNamespace(vocabulary=VOCABULARY, train=chunks),  # type: ignore[arg-type]
+        recipe={}, checkpoint=None, bert=bert, model=model, optimizer=optimizer, save_clock=SaveClock(), signals=[],
+        divide=partial(make_micro_batches, vocabulary=VOCABULARY, device=accelerator.device, varlen=varlen),
+    )  # fmt: skip
+
+
+def steps_of(run: Run) -> Iterator[float]:
+    """Trains a step at a time; its mean loss."""
+    progress, config = Progress(), run.config
+    batches = training_batches(run.data.train, VOCABULARY, BERT_RULE, 0, config.batch_size)
+    queue = StepQueue(batches, run.divide, micro_batch_positions(run, progress), config.sen_max_length)
+    while True:
+        before = replace(progress.unreported)
+        train_step(run, progress, queue)
+        new = progress.unreported
+        yield (new.loss - before.loss) / max(1, new.masked_tokens - before.masked_tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------- correctness
+
+
+def losses_and_gradients(precision: str, varlen: bool | None) -> tuple[float, torch.Tensor]:
+    """Of one batch: by the stock model on padded lines where `varlen` is None, else packed, by mask or by kernels."""
+    bert = random_bert("mini").to(DEVICE)
+    batch = next(training_batches(random_chunks(25, 64), VOCABULARY, BERT_RULE, 0, 64))
+    with torch.autocast(DEVICE.type, DTYPES[precision], enabled=precision != "no"):
+        if varlen is None:
+            loss = padded_loss(bert, batch.chunks) / batch.masked_tokens
+        else:
+            model = PackedMaskedLM(bert)
+            parts = make_micro_batches(batch.chunks, 1 << 20, VOCABULARY, DEVICE, varlen)
+            losses = [F.cross_entropy(model(**part.inputs).float(), part.targets, reduction="sum") for part in parts]
+            loss = torch.stack(losses).sum() / batch.masked_tokens
+    loss.backward()
+    gradients = [p.grad.flatten() for p in bert.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(gradients).double()
+
+
+def padded_loss(bert: BertForMaskedLM, chunks) -> torch.Tensor:
+    """The summed loss of the stock model, one chunk a row."""
+    width, ends = int(chunks.lengths.max()), np.cumsum(chunks.lengths)
+    labels = np.full(len(chunks.input_ids), -100)
+    labels[chunks.masked] = chunks.targets
+    ids, attention, wanted = (torch.zeros(len(ends), width, dtype=torch.long) for _ in range(3))
+    wanted -= 100
+    for row, (end, length) in enumerate(zip(ends, chunks.lengths, strict=True)):
+        ids[row, :length] = torch.from_numpy(chunks.input_ids[end - length : end])
+        wanted[row, :length] = torch.from_numpy(labels[end - length : end])
+        attention[row, :length] = 1
+    logits = bert(input_ids=ids.to(DEVICE), attention_mask=attention.to(DEVICE)).logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten().to(DEVICE), reduction="sum")
+
+
+def packed_is_stock(precision: str, varlen: bool) -> str:
+    """The packed loss and gradient are as near to the stock model's in float32 as the stock model is in this format."""
+    exact_loss, exact = losses_and_gradients("no", None)
+    stock_loss, stock = losses_and_gradients(precision, None)
+    loss, gradient = losses_and_gradients(precision, varlen)
+
+    def distance(other: torch.Tensor) -> float:
+        return ((other - exact).norm() / exact.norm()).item()
+
+    assert abs(loss - exact_loss) <= 2 * abs(stock_loss - exact_loss) + 1e-3, (loss, stock_loss, exact_loss)
+    assert distance(gradient) <= 2 * distance(stock) + 1e-4, (distance(gradient), distance(stock))
+    return (
+        f"loss off by {abs(loss - exact_loss):.1e}, gradient by {distance(gradient):.1e} (stock {distance(stock):.1e})"
+    )
+
+
+def memory_trial_and_out_of_memory() -> str:
+    """With little memory: the size that the trial finds trains, and one too large is halved until it fits."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 3 * 2**30 / total))
+    try:
+        chunks = random_chunks(300, 4096)
+        run = make_run("mini", chunks, 512, "bf16" if torch.cuda.is_bf16_supported() else "no")
+        found = fit_memory(run.accelerator, run.model, run.divide, VOCABULARY, run.config)
+        next(steps_of(replace(run, config=replace(run.config, micro_batch_tokens=found))))
+        too_large = 512 * 512
+        run.config = replace(run.config, micro_batch_tokens=too_large)
+        batches = training_batches(chunks, VOCABULARY, BERT_RULE, 0, 512)
+        queue = StepQueue(batches, run.divide, too_large, 512)
+        train_step(run, Progress(), queue)
+        assert queue.micro_batch_positions < too_large, "it never ran out of memory"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return f"in 3 GiB the trial finds {found:,} positions; {too_large:,} were halved to {queue.micro_batch_positions:,}"
+
+
+def one_device_is_the_other(steps: int) -> str:
+    """The losses of the first steps, in float32, on the GPU and on the CPU."""
+    chunks = random_chunks(25, 4096)
+    losses = []
+    for on_cpu in (False, True):
+        stream = steps_of(make_run("mini", chunks, 64, "no", on_cpu, learning_rate=1e-3))
+        losses.append([next(stream) for _ in range(steps)])
+    gap = max(abs(one - other) / other for one, other in zip(*losses, strict=True))
+    assert gap < 1e-3 and losses[0][-1] < losses[0][0], (gap, losses[0][0], losses[0][-1])
+    return f"{steps} losses, from {losses[0][0]:.3f} to {losses[0][-1]:.3f}, differ by at most {gap:.1e} of each"
+
+
+def whole_run(folder: Path, name: str, steps: int, ranks: int = 1, stop_after: int = 0, **changes) -> dict:
+    """The weights that `train.py` ends with, as a user would start it; stopped after a step and resumed where asked."""
+    from safetensors.torch import load_file
+
+    (folder / "text").mkdir(exist_ok=True)
+    draw = np.random.default_rng(0)
+    for split, lines in (("train", 600), ("test", 40)):
+        text = "\n".join(" ".join(f"w{word}" for word in draw.integers(0, 500, 20)) for _ in range(lines))
+        (folder / "text" / f"{split}.txt").write_text(text)
+    config = Config(
+        initial_pretrain_model="scratch:tiny", initial_pretrain_tokenizer="corpus", vocab_size=1000, tracker="none",
+        path_datasets=str(folder / "text"), path_model_save=str(folder / "output"), run_name=name, log_every=1,
+        max_steps=steps, mixed_precision="no", **changes,
+    )  # fmt: skip
+    flags = [f"--{key}={value}" for key, value in asdict(config).items() if value not in (None, False, "")]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "train.py", *flags]
+    if stop_after:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith(f"step {stop_after}/"):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait() == 128 + signal.SIGTERM, process.returncode
+        command.append("--resume")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return load_file(folder / "output" / name / "final" / "model.safetensors")
+
+
+def furthest(one: dict, other: dict) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def resumed_is_uninterrupted(steps: int) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        whole = whole_run(Path(folder), "whole", steps)
+        resumed = whole_run(Path(folder), "resumed", steps, stop_after=steps // 3)
+    gap = furthest(whole, resumed)
+    assert gap <= (0 if DEVICE.type == "cpu" else 1e-4), gap
+    return "the same bits" if gap == 0 else f"weights differ by at most {gap:.1e}"
+
+
+def two_gpus_are_one(steps: int) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        one = whole_run(Path(folder), "one", steps, hidden_dropout=0.0)
+        two = whole_run(Path(folder), "two", steps, ranks=2, hidden_dropout=0.0)
+    gap = furthest(one, two)
+    assert gap <= 1e-4, gap
+    return f"weights differ by at most {gap:.1e}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- speed
+
+
+def measure(step: Callable[[], object], warm_up: int, seconds: float, most: int) -> tuple[int, float]:
+    """Steps and seconds after the warm-up, until so many seconds or steps are over."""
+    for _ in range(warm_up):
+        step()
+    synchronise()
+    began, done = time.perf_counter(), 0
+    while done < most and (done < 3 or time.perf_counter() - began < seconds):
+        step()
+        done += 1
+    synchronise()
+    return done, time.perf_counter() - began
+
+
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ours(
+    size: str, chunks: Chunks, batch_size: int, precision: str, compiled: bool, seconds: float, most: int
+) -> float:
+    """Tokens a second of this project's step."""
+    stream = steps_of(make_run(size, chunks, batch_size, precision, compile=compiled))
+    done, elapsed = measure(lambda: next(stream), 5, seconds, most)
+    return done * batch_size * len(chunks.tokens) / len(chunks) / elapsed
+
+
+def trainer(size: str, chunks: Chunks, batch_size: int, precision: str, seconds: float, most: int) -> float:
+    """Tokens a second of transformers.Trainer with its collator, lines padded to the longest of the batch."""
+    from transformers import (
+        BertTokenizer,
+        DataCollatorForLanguageModeling,
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
+    words = {f"w{index}": index for index in range(VOCABULARY_SIZE) if index not in special.values()}
+    tokenizer = BertTokenizer(vocab=special | words)
+    bounds = zip(chunks.offsets[:-1], chunks.offsets[1:], strict=True)
+    examples = [{"input_ids": [101, *chunks.tokens[begin:end].tolist(), 102]} for begin, end in bounds]
+    warm_up, ended = 5, []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, arguments, state, control, **more):
+            synchronise()
+            ended.append(time.perf_counter())
+            if len(ended) >= warm_up + 3 and (ended[-1] - ended[warm_up] > seconds or len(ended) > warm_up + most):
+                control.should_training_stop = True
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=10_000, per_device_train_batch_size=batch_size, bf16=precision == "bf16",
+            fp16=precision == "fp16", report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
+            use_cpu=DEVICE.type == "cpu",
+        )  # fmt: skip
+        collator = DataCollatorForLanguageModeling(tokenizer)
+        loop = Trainer(
+            random_bert(size), arguments, train_dataset=examples, data_collator=collator, callbacks=[Clock()]
+        )
+        loop.remove_callback(PrinterCallback)
+        loop.train()
+    steps = len(ended) - 1 - warm_up
+    return steps * batch_size * len(chunks.tokens) / len(chunks) / (ended[-1] - ended[warm_up])
+
+
+def matrix_peak(precision: str) -> float:
+    """Floating-point operations a second in the best of ten products of square matrices."""
+    side = 8192 if DEVICE.type == "cuda" else 1024
+    matrix = torch.randn(side, side, device=DEVICE, dtype=DTYPES[precision])
+    seconds = []
+    for _ in range(10):
+        synchronise()
+        began = time.perf_counter()
+        matrix @ matrix
+        synchronise()
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
+
+
+def operations_per_token(size: str, length: float) -> float:
+    """What forward and backward need for one token of a line of `length`; the head for 15% of the tokens."""
+    layers, hidden, _ = SCRATCH_SIZES[size]
+    encoder = layers * (12 * hidden**2 + 2 * hidden * length)  # weights, then scores and their sums over values
+    return 6 * (encoder + 0.15 * (hidden**2 + hidden * VOCABULARY_SIZE))
+
+
+def speed_table(size: str, lengths: list[int], positions: int, seconds: float, most: int) -> None:
+    """A row for each length of lines and system."""
+    precision = "no"
+    if DEVICE.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    peak = matrix_peak(precision)
+    print(f"\nBERT-{size}, {precision}, {positions:,} positions a step; matrix peak {peak / 1e12:.1f} TFLOP/s\n")
+    print("| lines of about | system | tokens/s | of Trainer's | share of the matrix peak | peak memory, GiB |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: |", flush=True)
+    for length in lengths:
+        batch_size = max(1, positions // (length + 2))
+        chunks = random_chunks(length, max(4 * batch_size, 256))
+        systems: dict[str, Callable[[], float]] = {
+            "transformers.Trainer": partial(trainer, size, chunks, batch_size, precision, seconds, most),
+            "this project": partial(ours, size, chunks, batch_size, precision, False, seconds, most),
+        }
+        if DEVICE.type == "cuda":
+            systems["this project, compiled"] = partial(ours, size, chunks, batch_size, precision, True, seconds, most)
+        of_trainer = 0.0
+        for name, tokens_per_s in systems.items():
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            speed = tokens_per_s()
+            of_trainer = of_trainer or speed
+            share = speed * operations_per_token(size, len(chunks.tokens) / len(chunks)) / peak
+            memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if DEVICE.type == "cuda" else "not measured"
+            print(
+                f"| {length} | {name} | {speed:,.0f} | {speed / of_trainer:.2f} | {share:.0%} | {memory} |", flush=True
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def checks(quick: bool) -> Iterator[tuple[str, Callable[[], str] | str]]:
+    """Each check by name: what to call, or why it is left out."""
+    formats = ["no", "bf16", "fp16"] if DEVICE.type == "cuda" else ["no", "bf16"]
+    for precision in formats:
+        yield f"packed rows against the stock model, {precision}", partial(packed_is_stock, precision, False)
+    for precision in formats[1:]:
+        name, head_size = f"variable-length attention against the stock model, {precision}", 64
+        fits = has_variable_length_kernels(Config(), precision, head_size)
+        yield name, partial(packed_is_stock, precision, True) if fits else "no such kernels here"
+    gpu = DEVICE.type == "cuda"
+    yield "memory trial, and memory that runs out", memory_trial_and_out_of_memory if gpu else "no GPU"
+    steps = 5 if quick else 50
+    yield "GPU and CPU, float32", partial(one_device_is_the_other, steps) if gpu or quick else "no GPU"
+    lacks = f"without {', '.join(MISSING)}" if MISSING else ""
+    yield "stopped and resumed", lacks or partial(resumed_is_uninterrupted, 12 if quick else 30)
+    few = "" if torch.cuda.device_count() > 1 else "fewer than two GPUs"
+    yield "two GPUs and one", lacks or few or partial(two_gpus_are_one, 20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small models and few steps")
+    parser.add_argument("--size", choices=SCRATCH_SIZES, help="of the model whose speed is measured; base, or tiny")
+    given = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or "CPU"
+    names = ("torch", "transformers", "accelerate")
+    print(card, f"{torch.cuda.device_count()} GPUs", *(f"{name} {version(name)}" for name in names), sep=", ")
+    print("\n| check | result |\n| --- | --- |", flush=True)
+    failed = False
+    for name, check in checks(given.quick):
+        try:
+            result = f"left out: {check}" if isinstance(check, str) else check()
+        except Exception as error:  # the next check may still tell something
+            failed, result = True, f"FAILED: {type(error).__name__}: {error}"
+        print(f"| {name} | {result} |", flush=True)
+    if given.quick:
+        speed_table(given.size or "tiny", [25], 1024, seconds=1, most=3)
+    else:
+        speed_table(given.size or "base", [25, 100, 512], 1 << 16, seconds=12, most=10_000)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -116,6 +116,7 @@ def test_what_does_not_change_training_may_change(stopped, whole, text_folder, t
 # -------------------------------------------------------------------------------------------------- which run is found
 
 
+@pytest.mark.slow
 def test_the_newest_unfinished_run_is_resumed_or_the_one_named(stopped, capsys):
     output = Path(stopped().path_model_save)
     stop_at(stopped(run_name="b"), 3)

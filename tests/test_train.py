@@ -29,11 +29,11 @@ from mlm.chunks import take
 from mlm.errors import UserError
 from mlm.evaluation import Evaluation
 from mlm.masking import BERT_RULE, content_keys, mask
-from mlm.randomness import epoch_order, mask_keys
+from mlm.randomness import dropout_seed, epoch_order, mask_keys
 from mlm.schedule import learning_rate_at, resolve
 from mlm.text import find_text
 from mlm.vocabulary import load_tokenizer, read_vocabulary
-from model import PackedMaskedLM, load_model
+from model import Dropout, PackedMaskedLM, load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,7 +78,8 @@ def test_what_a_run_leaves(settings, capsys):
     assert output.count("initial_pretrain_model ") == 1  # the settings are printed once
 
 
-def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings):
+def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings, monkeypatch):
+    monkeypatch.setattr(data_process, "EVALUATION_CHUNKS", 7)  # so that it takes several batches
     config = settings(mlm_probability=0.5, random_replace_prob=0.2)
     text = find_text(config)
     tokenizer = load_tokenizer(config, text.train, text.digest)
@@ -139,6 +140,24 @@ def test_dropout_is_on_in_every_step_and_off_in_evaluations(settings, monkeypatc
     monkeypatch.setattr(train.PackedMaskedLM, "forward", watched)
     run(settings(max_steps=4, eval_every=1))
     assert modes == {(True, True), (False, False)}
+
+
+def test_every_micro_batch_of_every_step_drops_units_of_its_own(settings, monkeypatch):
+    dropped = []
+
+    def watched(self, tensor):
+        out = dropout(self, tensor)
+        if torch.is_grad_enabled() and tensor.numel() > 2000:
+            dropped.append(tuple((out == 0).flatten()[:2000].tolist()))
+        return out
+
+    dropout = Dropout.forward
+    monkeypatch.setattr(Dropout, "forward", watched)
+    run(settings(max_steps=3, micro_batch_tokens=64))
+    assert len(set(dropped)) == len(dropped) > 3 * 3
+    usual = (42, 5, 1, 1)  # seed, step, micro-batch, rank
+    others = [(*usual[:place], 7, *usual[place + 1 :]) for place in range(4)]
+    assert len({dropout_seed(*key) for key in (usual, *others)}) == 5
 
 
 def test_the_optimizer_gets_clipped_gradients_scheduled_rates_and_no_decay_for_biases(settings, monkeypatch):

@@ -68,7 +68,7 @@ class Config:
 
     # --- machine
     cuda_visible_devices: str = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"  # auto: the launcher's choice, else bf16 if native
+    mixed_precision: Literal["auto", "no", "tf32", "fp16", "bf16"] = "auto"  # auto: the launcher's choice, else native
     compile: bool = False  # use torch.compile: the start takes minutes longer; meant for long runs on a GPU
     micro_batch_tokens: int | None = None  # positions, padding included, per forward pass on a device; unset: what fits
 

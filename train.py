@@ -5,7 +5,7 @@ import signal
 from Config import Config, parse_flags
 from mlm.errors import UserError, plain_errors
 from mlm.hub import locate_downloads
-from mlm.machine import choose_devices, has_variable_length_kernels, hints, keep_freed_memory
+from mlm.machine import choose_devices, choose_precision, has_variable_length_kernels, hints, keep_freed_memory
 
 if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during an import ends without a traceback
@@ -88,7 +88,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run:
     # Lines of text become chunks of tokens, once for all runs on this text.
     data = load_data(given)
     steps_per_epoch = math.ceil(len(data.train) / given.batch_size)
-    config = resolve(given, steps_per_epoch, accelerator.mixed_precision)
+    config = resolve(given, steps_per_epoch, choose_precision(given))
 
     # A checkpoint is resumed if it is of this very training: the same settings, text, words and tokenizer.
     recipe = make_recipe(config, data.text.digest, data.tokenizer)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -189,15 +190,18 @@ def one_device_is_the_other(steps: int) -> str:
     return f"{steps} losses, from {losses[0][0]:.3f} to {losses[0][-1]:.3f}, differ by at most {gap:.1e} of each"
 
 
-def whole_run(folder: Path, name: str, steps: int, ranks: int = 1, stop_after: int = 0, **changes) -> dict:
-    """The weights that `train.py` ends with, as a user would start it; stopped after a step and resumed where asked."""
-    from safetensors.torch import load_file
-
-    (folder / "text").mkdir(exist_ok=True)
+def write_text(folder: Path) -> None:
+    (folder / "text").mkdir()
     draw = np.random.default_rng(0)
     for split, lines in (("train", 600), ("test", 40)):
         text = "\n".join(" ".join(f"w{word}" for word in draw.integers(0, 500, 20)) for _ in range(lines))
         (folder / "text" / f"{split}.txt").write_text(text)
+
+
+def whole_run(folder: Path, name: str, steps: int, ranks: int = 1, stop_after: int = 0, **changes) -> dict:
+    """The weights that `train.py` ends with, as a user would start it; stopped after a step and resumed where asked."""
+    from safetensors.torch import load_file
+
     config = Config(
         initial_pretrain_model="scratch:tiny", initial_pretrain_tokenizer="corpus", vocab_size=1000, tracker="none",
         path_datasets=str(folder / "text"), path_model_save=str(folder / "output"), run_name=name, log_every=1,
@@ -223,16 +227,18 @@ def furthest(one: dict, other: dict) -> float:
 
 
 def resumed_is_uninterrupted(steps: int) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        whole = whole_run(Path(folder), "whole", steps)
-        resumed = whole_run(Path(folder), "resumed", steps, stop_after=steps // 3)
-    gap = furthest(whole, resumed)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as both:
+        write_text(Path(folder))
+        whole = both.submit(whole_run, Path(folder), "whole", steps)
+        resumed = both.submit(whole_run, Path(folder), "resumed", steps, stop_after=steps // 3)
+        gap = furthest(whole.result(), resumed.result())
     assert gap <= (0 if DEVICE.type == "cpu" else 1e-4), gap
     return "the same bits" if gap == 0 else f"weights differ by at most {gap:.1e}"
 
 
 def two_gpus_are_one(steps: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
+        write_text(Path(folder))
         one = whole_run(Path(folder), "one", steps, hidden_dropout=0.0)
         two = whole_run(Path(folder), "two", steps, ranks=2, hidden_dropout=0.0)
     gap = furthest(one, two)

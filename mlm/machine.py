@@ -54,16 +54,16 @@ def native_precision() -> str:
 def choose_precision(config: Config) -> str:
     """The number format of forward passes: the setting's, else the launcher's, else the native one.
 
-    Raises UserError for fp16 on a CPU, and for a launcher's choice that is not known here.
+    Raises UserError for fp16 and tf32 on a CPU, and for a launcher's choice that is not known here.
     """
     chosen: str = config.mixed_precision
     if chosen == "auto":
         chosen = os.environ.get("ACCELERATE_MIXED_PRECISION") or native_precision()
-    if chosen not in ("no", "fp16", "bf16"):
+    if chosen not in ("no", "tf32", "fp16", "bf16"):
         raise UserError(f"mixed_precision: the launcher's {chosen} is not supported; pass --mixed_precision bf16")
-    if chosen == "fp16" and not count_gpus():
-        by = "" if config.mixed_precision == "fp16" else ", which the launcher chose (see `accelerate config`),"
-        raise UserError(f"mixed_precision: fp16{by} needs a GPU and none is used; on a CPU choose bf16 or no")
+    if chosen in ("fp16", "tf32") and not count_gpus():
+        by = "" if config.mixed_precision == chosen else ", which the launcher chose (see `accelerate config`),"
+        raise UserError(f"mixed_precision: {chosen}{by} needs a GPU and none is used; on a CPU choose bf16 or no")
     return chosen
 
 

@@ -37,8 +37,10 @@ def make_accelerator(config: Config) -> Accelerator:
     if tracker and tracker not in map(str, get_available_trackers()):
         raise UserError(f"tracker: {tracker} is not installed, or not one that accelerate knows")
     check_devices(config)
+    precision = choose_precision(config)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     accelerator = Accelerator(
-        mixed_precision=choose_precision(config),
+        mixed_precision="no" if precision == "tf32" else precision,  # float32 whose products round their inputs
         log_with=tracker,
         project_dir=config.path_model_save,
         kwargs_handlers=[

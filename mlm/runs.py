@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import chain, count, islice
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -26,14 +27,16 @@ def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
     with ExitStack() as held:  # the lock, for as long as the run lasts
         made = []
 
-        def claim() -> Path:
-            folder = find_run(config) if config.resume else name_run(config)
+        def claim(others: int = 0) -> Path:
+            folder = find_run(config) if config.resume else name_run(config, others)
             if config.check_only:
                 return folder
             try:
                 held.enter_context(lock(folder.parent / ".cache" / f"{folder.name}.lock", timeout_s=0))
             except Timeout as error:
-                raise UserError(f"run_name: another process is at work in {folder}") from error
+                if config.resume or config.run_name:
+                    raise UserError(f"run_name: another process is at work in {folder}") from error
+                return claim(others + 1)  # which began in this very second
             except OSError as error:
                 raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from error
             if not folder.exists():
@@ -56,20 +59,21 @@ def _make_run(folder: Path, config: Config) -> None:
         write_json(temporary / "settings.json", {"settings": asdict(config)})
 
 
-def name_run(config: Config) -> Path:
-    """The folder of a new run: `run_name`, or date, time and model, numbered where two begin in one second.
+def name_run(config: Config, others: int = 0) -> Path:
+    """The folder of a new run: `run_name`, or date, time and model, numbered where several begin in one second.
 
-    Raises UserError where `run_name` is taken.
+    others: so many names are being taken by other processes. Raises UserError where `run_name` is taken.
     """
     model = "demo" if config.demo else re.sub(r"[^\w.-]+", "-", Path(config.initial_pretrain_model).name)
     name = config.run_name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}")
-    folder, runs_of_that_name = Path(config.path_model_save) / name, 1
-    if config.run_name and folder.exists():
-        raise UserError(f"run_name: {folder} exists already; choose another name, or resume it by --resume")
-    while folder.exists():
-        runs_of_that_name += 1
-        folder = folder.with_name(f"{name}-{runs_of_that_name}")
-    return folder
+    first = Path(config.path_model_save) / name
+    if config.run_name:
+        if first.exists():
+            raise UserError(f"run_name: {first} exists already; choose another name, or resume it by --resume")
+        return first
+    numbered = (first.with_name(f"{name}-{number}") for number in count(2))
+    free = (folder for folder in chain([first], numbered) if not folder.exists())
+    return next(islice(free, others, None))
 
 
 def find_run(config: Config) -> Path:

@@ -18,6 +18,7 @@ import train
 from Config import Config
 from mlm import machine, memory
 from mlm.batches import frame, make_micro_batches
+from mlm.errors import UserError
 from mlm.memory import fit_memory, micro_batch_positions
 from mlm.schedule import resolve
 from mlm.state import Progress
@@ -241,6 +242,20 @@ def test_gradients_are_views_of_what_the_ranks_exchange(settings, monkeypatch):
     monkeypatch.setattr("mlm.ranks.Accelerator", Watched)
     run(settings(max_steps=1))
     assert handlers["DistributedDataParallelKwargs"].gradient_as_bucket_view
+
+
+def test_tf32_rounds_the_inputs_of_products_and_is_another_format_to_resume_in(settings, monkeypatch):
+    with pytest.raises(UserError, match="mixed_precision: tf32 needs a GPU"):
+        run(settings(mixed_precision="tf32"))
+    monkeypatch.setattr(machine, "choose_precision", lambda config: config.mixed_precision)
+    monkeypatch.setattr("mlm.ranks.choose_precision", machine.choose_precision)
+    monkeypatch.setattr("train.choose_precision", machine.choose_precision)
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    folder = run(settings(mixed_precision="tf32", max_steps=1))
+    assert json.loads((folder / "settings.json").read_text())["settings"]["mixed_precision"] == "tf32"
+    run(settings(mixed_precision="no", max_steps=1))
+    assert chosen == ["high", "highest"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from mlm.errors import UserError
         ("auto", "no", "bf16", "no"),  # what the launcher says is obeyed
         ("auto", "bf16", "no", "bf16"),
         ("no", "bf16", "bf16", "no"),  # and the setting before it
+        ("tf32", "bf16", "bf16", "tf32"),
     ],
 )
 def test_precision_is_the_settings_else_the_launchers_else_the_native(monkeypatch, setting, launcher, native, chosen):
@@ -23,6 +24,7 @@ def test_precision_is_the_settings_else_the_launchers_else_the_native(monkeypatc
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     monkeypatch.setattr(machine, "native_precision", lambda: native)
+    monkeypatch.setattr(machine, "count_gpus", lambda: 1)
     assert machine.choose_precision(Config(mixed_precision=setting)) == chosen
 
 

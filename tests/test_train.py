@@ -31,6 +31,7 @@ from mlm.evaluation import Evaluation
 from mlm.masking import BERT_RULE, content_keys, mask
 from mlm.randomness import dropout_seed, epoch_order, mask_keys
 from mlm.schedule import learning_rate_at, resolve
+from mlm.storage import lock
 from mlm.text import find_text
 from mlm.vocabulary import load_tokenizer, read_vocabulary
 from model import Dropout, PackedMaskedLM, load_model
@@ -354,6 +355,12 @@ def test_two_runs_in_one_second_do_not_collide(settings, monkeypatch):
     run(config)
     run(config)
     assert len([path for path in Path(config.path_model_save).iterdir() if not path.name.startswith(".")]) == 2
+
+
+def test_a_run_that_another_process_begins_in_the_same_second_is_numbered_too(settings, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda layout: "now")
+    with lock(Path(settings().path_model_save) / ".cache" / "now.lock"):
+        assert run(settings(max_steps=1)).name == "now-2"
 
 
 def test_a_run_that_measured_nothing_leaves_no_folder(settings, text_folder):

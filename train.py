@@ -28,8 +28,6 @@ from accelerate import Accelerator
 from data_process import evaluation_batches, load_data, training_batches, training_rule
 from mlm.batches import StepQueue, make_micro_batches
 from mlm.checkpoint import (
-    checkpoint_path,
-    checkpoints_of,
     find_checkpoint,
     is_save_due,
     load_checkpoint,
@@ -57,7 +55,7 @@ from mlm.report import (
 from mlm.runs import run_folder
 from mlm.schedule import resolve
 from mlm.signals import catch_signals, explain_endings
-from mlm.state import Ending, Progress, Run, SaveClock
+from mlm.state import Ending, Progress, Run, SaveClock, checkpoint_path
 from mlm.storage import atomic_write, write_json
 from mlm.training import make_optimizer, patience, train_step, warm_up_reducer
 from model import PackedMaskedLM, has_finite_weights, load_model
@@ -72,8 +70,7 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     and SystemExit once a run that was told to stop has saved a checkpoint.
     """
     run = set_up(config, accelerator, folder)
-    if config.check_only:
-        say("Settings and text are in order.")
+    if run is None:
         return
     progress = begin(run)
     ending = fit(run, progress)
@@ -83,8 +80,11 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- set up
 
 
-def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run:
-    """Prepares text and model and says what was found. Raises UserError where something is missing or does not fit."""
+def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
+    """Prepares text and model and says what was found; None where that is all that was asked for.
+
+    Raises UserError where something is missing or does not fit.
+    """
     # Lines of text become chunks of tokens, once for all runs on this text.
     data = load_data(given)
     steps_per_epoch = math.ceil(len(data.train) / given.batch_size)
@@ -113,9 +113,12 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run:
         "positions_per_step": round((len(data.train.tokens) + 2 * len(data.train)) / steps_per_epoch),
     }
     say(describe_run(given, config, data, derived))
-    idle = hints(accelerator.num_processes, derived["positions_per_step"], config.batch_size)
+    idle = hints(accelerator.num_processes, derived["positions_per_step"], config.batch_size, len(data.train))
     for line in checkpoint_warnings + model_warnings + idle:
         say(line)
+    if config.check_only:
+        say("Settings and text are in order.")
+        return None
 
     # The model as it is trained: it takes packed rows, is compiled if asked for, and has a place on every device.
     packed = PackedMaskedLM(bert)
@@ -224,7 +227,10 @@ def evaluate_and_keep_best(run: Run, progress: Progress, queue: StepQueue) -> bo
     accelerator, step = run.accelerator, progress.step
     ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
     batches = evaluation_batches(run.data.test, run.data.vocabulary, **ranks)
+    positions = queue.micro_batch_positions
     evaluation, told_to_stop = evaluate(accelerator, run.model, batches, queue, run.signals)
+    if queue.micro_batch_positions < positions:
+        say(f"out of memory in an evaluation; micro-batches of {queue.micro_batch_positions} are used from now on")
     if told_to_stop:
         return True
 
@@ -299,8 +305,7 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
     if ending in (Ending.SKIPPING, Ending.BROKEN):
         if not run.is_main:
             sys.exit(2)
-        checkpoints = checkpoints_of(run.folder)
-        raise UserError(describe_divergence(run, progress, ending, checkpoints[-1] if checkpoints else None))
+        raise UserError(describe_divergence(run, progress, ending))
 
 
 def main(config: Config) -> None:

@@ -35,9 +35,10 @@ from transformers import BertConfig, BertForMaskedLM
 
 from Config import SCRATCH_SIZES, Config
 from data_process import training_batches
+from mlm import memory
 from mlm.batches import StepQueue, make_micro_batches
 from mlm.chunks import Chunks
-from mlm.machine import has_variable_length_kernels
+from mlm.machine import has_variable_length_kernels, native_precision
 from mlm.masking import BERT_RULE
 from mlm.memory import fit_memory, micro_batch_positions
 from mlm.schedule import resolve
@@ -49,7 +50,7 @@ from model import PackedMaskedLM
 ROOT = Path(__file__).parent.parent
 VOCABULARY_SIZE = 30_522
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MISSING = [name for name in ("datasets", "rjieba", "tyro") if not importlib.util.find_spec(name)]
+MISSING = [name for name in ("datasets", "pyarrow", "rjieba", "tyro") if not importlib.util.find_spec(name)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCABULARY = Vocabulary(101, 102, 0, 100, 103, np.arange(999, VOCABULARY_SIZE), np.zeros(VOCABULARY_SIZE, dtype=bool))
 
@@ -162,9 +163,10 @@ def memory_trial_and_out_of_memory() -> str:
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 3 * 2**30 / total))
+    spare, memory.SPARE_SHARE = memory.SPARE_SHARE, 0.07 * min(1.0, 3 * 2**30 / total)
     try:
         chunks = random_chunks(300, 4096)
-        run = make_run("mini", chunks, 512, "bf16" if torch.cuda.is_bf16_supported() else "no")
+        run = make_run("mini", chunks, 512, native_precision())
         found = fit_memory(run.accelerator, run.model, run.divide, VOCABULARY, run.config)
         next(steps_of(replace(run, config=replace(run.config, micro_batch_tokens=found))))
         too_large = 512 * 512
@@ -174,6 +176,7 @@ def memory_trial_and_out_of_memory() -> str:
         train_step(run, Progress(), queue)
         assert queue.micro_batch_positions < too_large, "it never ran out of memory"
     finally:
+        memory.SPARE_SHARE = spare
         torch.cuda.set_per_process_memory_fraction(1.0)
     return f"in 3 GiB the trial finds {found:,} positions; {too_large:,} were halved to {queue.micro_batch_positions:,}"
 
@@ -254,6 +257,8 @@ def measure(step: Callable[[], object], warm_up: int, seconds: float, most: int)
     for _ in range(warm_up):
         step()
     synchronise()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # without the trial of this project's
     began, done = time.perf_counter(), 0
     while done < most and (done < 3 or time.perf_counter() - began < seconds):
         step()
@@ -340,9 +345,7 @@ def operations_per_token(size: str, length: float) -> float:
 
 def speed_table(size: str, lengths: list[int], positions: int, seconds: float, most: int) -> None:
     """A row for each length of lines and system."""
-    precision = "no"
-    if DEVICE.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = native_precision() if DEVICE.type == "cuda" else "no"
     peak = matrix_peak(precision)
     print(f"\nBERT-{size}, {precision}, {positions:,} positions a step; matrix peak {peak / 1e12:.1f} TFLOP/s\n")
     print("| lines of about | system | tokens/s | of Trainer's | share of the matrix peak | peak memory, GiB |")

@@ -18,7 +18,8 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 from Config import Config
 from mlm.batches import StepQueue
 from mlm.errors import UserError
-from mlm.state import Ending, Progress, Run, Unreported
+from mlm.memory import is_found_by_trial
+from mlm.state import Ending, Progress, Run, Unreported, checkpoint_path
 from mlm.storage import atomic_write, digest
 from mlm.words import read_words
 
@@ -56,15 +57,10 @@ def save_if_due(run: Run, progress: Progress, queue: StepQueue, ending: Ending |
         wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
     if not wanted or not run.is_main or run.save_clock.saved_step == progress.step:
         return
-    if progress.micro_batch_tokens:  # found by trial
+    if is_found_by_trial(run):
         progress.micro_batch_tokens = queue.micro_batch_positions
     with run.save_clock.saving(progress.step):
         save_checkpoint(run, progress)
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step is saved in the folder of a run."""
-    return run / "checkpoints" / f"step-{step:08}"
 
 
 def save_checkpoint(run: Run, progress: Progress) -> None:

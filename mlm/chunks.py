@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from mlm.errors import UserError
 from mlm.text import line_hash
@@ -138,6 +137,8 @@ def write_chunks(
                     counts["dropped"] += 1
     if not chunk_lengths:
         raise UserError(f"path_datasets: no line of {path.stem}*.txt holds a token to train or test on")
+
+    import pyarrow as pa  # here, so that a GPU can be checked without it
 
     offsets = np.concatenate([[0], np.cumsum(chunk_lengths)])
     column = pa.LargeListArray.from_arrays(offsets, np.memmap(tokens_file, dtype, mode="r"))

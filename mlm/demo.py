@@ -57,6 +57,6 @@ def _docstrings(folder):
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # the library keeps a few files that are wrong on purpose
+        except (SyntaxError, ValueError, OSError):  # the library keeps a few files that are wrong on purpose
             continue
         yield from filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)))

@@ -103,13 +103,16 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 2**28)
 
 
-def hints(processes: int, positions_per_step: int, batch_size: int) -> list[str]:
-    """Hints where GPUs are unused, or have so little to do that they wait for the next call most of the time."""
-    lines, positions_per_gpu = [], positions_per_step // processes
+def hints(processes: int, positions_per_step: int, batch_size: int, chunks: int) -> list[str]:
+    """Hints where GPUs are unused, or have so little to do that they wait for the next call most of the time.
+
+    chunks: in the text; a batch cannot be larger.
+    """
+    lines, positions_per_gpu = [], max(1, positions_per_step // processes)
     if processes == 1 and count_gpus() > 1:
         lines.append(f"hint: {count_gpus()} GPUs are here and one is used; ./run.sh uses them all")
-    if count_gpus() and positions_per_gpu < POSITIONS_THAT_FILL_A_GPU:
-        enough = math.ceil(batch_size * POSITIONS_THAT_FILL_A_GPU / positions_per_gpu)
+    if count_gpus() and positions_per_gpu < POSITIONS_THAT_FILL_A_GPU and batch_size < chunks:
+        enough = min(chunks, math.ceil(batch_size * POSITIONS_THAT_FILL_A_GPU / positions_per_gpu))
         lines.append(
             f"hint: a step of about {positions_per_gpu:,} positions leaves a GPU idle between its calls; --batch_size "
             f"{enough} would fill it (and may want a higher learning_rate)"

@@ -19,6 +19,7 @@ from mlm.vocabulary import Vocabulary
 CPU_MICRO_BATCH_POSITIONS = 3072
 LARGEST_MICRO_BATCH_POSITIONS = 1 << 16  # on a GPU, which more would not fill better
 SPARE_SHARE = 0.07  # of a GPU's memory
+UNDIVIDED = 1 << 30  # positions, which no batch has
 
 
 def micro_batch_positions(run: Run, progress: Progress) -> int:
@@ -26,16 +27,19 @@ def micro_batch_positions(run: Run, progress: Progress) -> int:
 
     What was found is kept in `progress`, as a resumed run must use the same micro-batches to draw the same dropout.
     """
-    if run.config.micro_batch_tokens:
-        return run.config.micro_batch_tokens
-    if run.accelerator.device.type != "cuda":
-        return CPU_MICRO_BATCH_POSITIONS
+    if not is_found_by_trial(run):
+        return run.config.micro_batch_tokens or CPU_MICRO_BATCH_POSITIONS
     if progress.micro_batch_tokens is None:
         progress.micro_batch_tokens = fit_memory(
             run.accelerator, run.model, run.divide, run.data.vocabulary, run.config
         )
         say(f"micro_batch_tokens: {progress.micro_batch_tokens:,} fit the memory")
     return progress.micro_batch_tokens
+
+
+def is_found_by_trial(run: Run) -> bool:
+    """Whether nobody but the GPU's memory decides how large a micro-batch may be."""
+    return not run.config.micro_batch_tokens and run.accelerator.device.type == "cuda"
 
 
 def fit_memory(
@@ -48,7 +52,7 @@ def fit_memory(
     model = accelerator.unwrap_model(model).train()  # a rank that runs out of memory must not leave others waiting
 
     def fits(chunks: int) -> bool:
-        micro_batches = divide(_trial_chunks(chunks, vocabulary, config), chunks * config.sen_max_length)
+        micro_batches = divide(_trial_chunks(chunks, vocabulary, config), UNDIVIDED)
         loss = accumulate_gradients(accelerator, model, micro_batches, masked_tokens=1, seed_of=lambda number: 0)
         torch.cuda.empty_cache()
         return loss is not None
@@ -63,7 +67,7 @@ def fit_memory(
     del moments, spare
     model.zero_grad()
     torch.cuda.empty_cache()
-    if config.compile:
+    if config.compile and accelerator.num_processes > 1:
         torch.compiler.reset()  # what was compiled for the model by itself would hide its ranks' gradients from overlap
     positions = torch.tensor([chunks * config.sen_max_length], device=accelerator.device)
     return int(accelerator.gather(positions).min())

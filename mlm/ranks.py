@@ -86,8 +86,12 @@ def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> 
 
 
 def refuse_differences(recipe: dict[str, Any]) -> None:
-    """Raises UserError where the machines do not have the same text, words and tokenizer."""
-    if any(other != recipe for other in gather_object([recipe])):
+    """Raises UserError where the machines do not have the same text, words and tokenizer, wherever these lie.
+
+    recipe: what `make_recipe` returns.
+    """
+    digests = {name: value for name, value in recipe.items() if name != "settings"}
+    if any(other != digests for other in gather_object([digests])):
         raise UserError(
             "path_datasets: text, words or tokenizer differ between the machines; each needs the same files"
         )
@@ -95,6 +99,7 @@ def refuse_differences(recipe: dict[str, Any]) -> None:
 
 def lose_patience() -> None:
     """From now on a rank that does not answer for minutes ends the run; until now it may have been preparing text."""
+    _host_group()  # made here, so that hosts which cannot reach each other end the run before it trains
     torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE_WHILE_TRAINING)
 
 

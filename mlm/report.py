@@ -12,7 +12,7 @@ from Config import Config
 from mlm.chunks import TextStats
 from mlm.evaluation import Evaluation, HiddenWord, perplexity
 from mlm.settings import describe_settings
-from mlm.state import Data, Ending, Progress, Run, Unreported
+from mlm.state import Data, Ending, Progress, Run, Unreported, checkpoint_path
 from mlm.storage import atomic_write
 from mlm.words import MANY_PIECES, BrokenWord
 
@@ -181,15 +181,15 @@ def closing_words(summary: RunSummary) -> str:
     return "\n".join([*lines, "", f"The model: {summary.model}", command])
 
 
-def describe_divergence(run: Run, progress: Progress, ending: Ending, last_good: Path | None) -> str:
+def describe_divergence(run: Run, progress: Progress, ending: Ending) -> str:
     """What went wrong, the setting to change, and where the last good weights are: in a checkpoint, and in best/."""
     what = f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, had no finite loss and gradient"
     if ending is Ending.BROKEN:
         what = f"the weights after step {progress.step} are not finite"
     rate = f"most often {run.config.learning_rate:g} is too high. Begin a new run with a lower one"
     lines = [f"learning_rate: {what}; {rate}"]
-    if last_good:
-        lines.append(f"  the last good weights are in {last_good}")
+    if run.save_clock.saved_step is not None:
+        lines.append(f"  the last good weights are in {checkpoint_path(run.folder, run.save_clock.saved_step)}")
     if progress.best_loss is not None:
         lines.append(f"  those with the lowest test loss are in {run.folder / 'best'}")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The folder of a run: named, found again to be resumed, and claimed by one process at a time."""
 
+import json
 import re
 import shutil
 import time
@@ -15,7 +16,7 @@ from filelock import Timeout
 from Config import Config
 from mlm.errors import UserError
 from mlm.ranks import decide_on_main
-from mlm.storage import atomic_write, lock, write_json
+from mlm.storage import atomic_write, lock
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def _make_run(folder: Path, config: Config) -> None:
     """A folder with settings.json, by which it is known as a run's, or none at all."""
     with atomic_write(folder) as temporary:
         temporary.mkdir()
-        write_json(temporary / "settings.json", {"settings": asdict(config)})
+        (temporary / "settings.json").write_text(json.dumps({"settings": asdict(config)}, indent=2), encoding="utf-8")
 
 
 def name_run(config: Config, others: int = 0) -> Path:

@@ -13,7 +13,7 @@ class ResolvedConfig(Config):
     """A configuration in which settings that were left unset have the value that they stand for.
 
     Two may stay unset: `micro_batch_tokens`, which the device decides (mlm/memory.py), and `save_every`, as checkpoints
-    at the ends of epochs alone are saved only as often as costs little.
+    at the ends of epochs alone are saved only as often as costs little. Defaults stay those of Config.
     """
 
     max_steps: int

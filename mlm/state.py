@@ -26,6 +26,11 @@ from mlm.vocabulary import Vocabulary
 LARGEST_SAVE_SHARE = 0.05  # of the time, for checkpoints at the ends of epochs where save_every is unset
 
 
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is saved in the folder of a run."""
+    return run / "checkpoints" / f"step-{step:08}"
+
+
 class SaveClock:
     """When a checkpoint was last saved, after which step, and what that cost."""
 

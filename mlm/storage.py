@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-from safetensors import SafetensorError
 
 from mlm.errors import UserError
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, setting: str = "path_model_save") -> Iterator[Path]:
     """Yields a temporary path; once the block has written a file or a folder there, that takes the place of `path`.
 
     Where the block fails, `path` stays as it was; where the process is killed, too, except that a folder killed between
-    its two renames is put back by the next write. One writer at a time. Raises UserError where the disk refuses.
+    its two renames is put back by the next write. One writer at a time. Raises UserError, which names `setting`, where
+    the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.new")
     previous = path.with_name(f".{path.name}.old")
@@ -38,8 +38,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
             _restore(path, previous)
             _remove(temporary)
             _remove(previous)
-    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of the first
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        # safetensors and tokenizers make errors of their own of what the system says
+        if not isinstance(error, OSError) and "(os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{setting}: cannot write {path}: {reason}") from error
 
 
 def _restore(path, previous):

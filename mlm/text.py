@@ -152,6 +152,6 @@ def _fetch_wikitext(folder):
             f"path_datasets: WikiText-2 could not be fetched ({first_line(error)}); put text into {folder}"
         ) from error
     for split, rows in (("test", test), ("train", train)):  # train.txt last: a folder without it is not trained on
-        with atomic_write(folder / f"{split}.txt") as temporary:
+        with atomic_write(folder / f"{split}.txt", "path_datasets") as temporary:
             text = "".join(line.rstrip("\n") + "\n" for line in rows["text"])
             temporary.write_text(text, encoding="utf-8", newline="\n")

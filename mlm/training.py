@@ -73,7 +73,7 @@ def train_step(run: Run, progress: Progress, queue: StepQueue) -> bool:
     rank_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
     queue.advance()  # while a GPU is still at work
 
-    # The step's one synchronisation: the loss of all ranks, and whether one of them was told to stop.
+    # The devices' one synchronisation in a step: the loss of all ranks, and whether one of them was told to stop.
     signalled = torch.full((), float(bool(run.signals)), device=accelerator.device)
     over_ranks = accelerator.reduce(torch.stack([rank_loss, signalled]))
     loss_sum, stops, grad_norm = torch.stack([*over_ranks, rank_norm]).tolist()
@@ -120,7 +120,8 @@ def accumulate_gradients(
         return F.cross_entropy(model(**micro_batch.inputs).float(), micro_batch.targets, reduction="sum")
 
     def add_gradient(loss: Tensor) -> None:
-        accelerator.backward(loss * accelerator.num_processes / masked_tokens)  # the ranks' mean is the sum, therefore
+        # DistributedDataParallel averages over the ranks; times their number that is the sum.
+        accelerator.backward(loss * accelerator.num_processes / masked_tokens)
 
     # Everything but the last backward pass, in which the ranks' gradients are summed, each rank does for itself.
     failed = False
@@ -138,13 +139,14 @@ def accumulate_gradients(
     if agree(failed):
         return None
 
+    several = accelerator.num_processes > 1
     try:
-        with accelerator.trigger_sync_in_backward(model):
+        with accelerator.trigger_sync_in_backward(model) if several else accelerator.no_sync(model):
             add_gradient(loss)
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
-        if accelerator.num_processes > 1:
+        if several:
             raise UserError(
                 "micro_batch_tokens: out of memory. A lower one, or a lower sen_max_length, needs less"
             ) from error

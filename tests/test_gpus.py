@@ -43,7 +43,6 @@ def trial(settings, vocabulary, monkeypatch):
             return forward(self, input_ids, *arguments, masked=masked, **more)
 
         monkeypatch.setattr(PackedMaskedLM, "forward", watched)
-        monkeypatch.setattr("mlm.batches.ROW_POSITIONS", 512)  # so that one row holds it all, as on a GPU
         divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"))
         return fit_memory(Accelerator(), model, divide, vocabulary, config), passes, model
 
@@ -54,13 +53,14 @@ def trial(settings, vocabulary, monkeypatch):
 def test_the_memory_trial_masks_more_than_chance_will(trial, probability, share):
     _, passes, _ = trial(mlm_probability=probability)
     positions, masked, _ = passes[-1]
-    assert positions == 16 * 32 and masked == pytest.approx(share * 16 * 30, abs=1)
+    assert 16 * 32 <= positions < 1.2 * 16 * 32  # in one micro-batch, padding included
+    assert masked == pytest.approx(share * 16 * 30, abs=1)
 
 
 def test_the_memory_trial_loads_kernels_with_one_chunk_and_then_holds_full_gradients(trial):
     positions, passes, model = trial(largest_that_fits=200)
     assert positions == 128
-    assert [(size, held) for size, _, held in passes] == [(32, False), (512, True), (256, True), (128, True)]
+    assert [(size, held) for size, _, held in passes] == [(32, False), (576, True), (256, True), (128, True)]
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -74,6 +74,9 @@ def test_the_memory_trial_leaves_some_memory_to_others(monkeypatch):
 def test_what_the_trial_compiled_is_dropped(trial, monkeypatch):
     dropped = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: dropped.append(True))
+    trial(compile=True)
+    assert not dropped
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
     trial()
     assert not dropped
     trial(compile=True)
@@ -106,6 +109,7 @@ def test_a_checkpoint_holds_the_size_that_was_found_or_halved_since(settings, mo
 
     train_step = train.train_step
     monkeypatch.setattr(train, "micro_batch_positions", found)
+    monkeypatch.setattr("mlm.checkpoint.is_found_by_trial", lambda run: True)
     monkeypatch.setattr(train, "train_step", halving)
     folder = run(settings(max_steps=5, save_every=2))
     sizes = [

@@ -207,6 +207,13 @@ def test_machines_with_different_text_are_refused(settings, monkeypatch):
         train.main(settings())
 
 
+def test_machines_may_have_their_text_and_gpus_by_other_names(settings, monkeypatch):
+    gathered = []
+    monkeypatch.setattr("mlm.ranks.gather_object", lambda objects: gathered.extend(objects) or objects)
+    run(settings(max_steps=1))
+    assert [digests.keys() for digests in gathered] == [{"text", "tokenizer", "user_words"}]
+
+
 def run_out_of_memory(monkeypatch, positions: int) -> None:
     """Has every forward pass of more than so many positions fail as on a GPU without memory."""
     forward = train.PackedMaskedLM.forward

@@ -52,14 +52,15 @@ def test_a_cpu_computes_bf16_with_avx512_bf16_or_amx(monkeypatch, flags, expecte
     [
         (0, 1, 10, []),
         (1, 1, 16_000, []),
-        (1, 1, 800, ["about 800 positions leaves a GPU idle between its calls; --batch_size 640 would"]),
+        (1, 1, 800, ["about 800 positions leaves a GPU idle between its calls; --batch_size 500 would"]),
         (4, 1, 100_000, ["4 GPUs are here and one is used; ./run.sh"]),
+        (8, 8, 6, ["about 1 positions"]),
         (4, 4, 32_000, ["about 8,000 positions leaves a GPU idle between its calls; --batch_size 64 would"]),
     ],
 )
 def test_hints_where_the_machine_is_wasted(monkeypatch, gpus, processes, positions_per_step, hints):
     monkeypatch.setattr(machine, "count_gpus", lambda: gpus)
-    found = machine.hints(processes, positions_per_step, batch_size=32)
+    found = machine.hints(processes, positions_per_step, batch_size=32, chunks=500)
     assert len(found) == len(hints) and all(hint in line for hint, line in zip(hints, found, strict=True))
 
 

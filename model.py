@@ -32,6 +32,9 @@ class PackedMaskedLM(nn.Module):
         super().__init__()
         self.bert = bert
         bert.set_attn_implementation("packed")
+        for module in bert.modules():
+            if isinstance(module, BertSelfAttention):
+                module.register_forward_pre_hook(_cast_once)
 
     def forward(
         self,
@@ -60,6 +63,14 @@ class PackedMaskedLM(nn.Module):
             input_ids, position_ids=position_ids, token_type_ids=token_type_ids, **apart
         ).last_hidden_state  # (rows, width, hidden)
         return self.bert.cls(hidden.flatten(0, 1)[masked])
+
+
+def _cast_once(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Casts the input of query, key and value before it branches: under autocast each would keep a copy of its own."""
+    hidden, *others = inputs  # (rows, width, hidden)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return (hidden, *others)
 
 
 def attend(module, query, key, value, attention_mask, starts=None, longest=None, **options):

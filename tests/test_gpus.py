@@ -235,6 +235,21 @@ def test_the_backward_pass_fills_no_zeros_for_attention_and_adds_one_row_of_toke
     assert sorted(indices) == [[1, 1], [1, 96], [1, 96]]  # token types once; words and positions at each place
 
 
+def test_query_key_and_value_share_one_copy_of_their_input_in_16_bits(settings, vocabulary):
+    model = PackedMaskedLM(load_model(settings(), vocabulary.size, vocabulary.pad_id)[0])
+    attention, inputs = model.bert.bert.encoder.layer[0].attention.self, []
+    for projection in (attention.query, attention.key, attention.value):
+        projection.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    ids = torch.full((1, 8), vocabulary.unk_id)
+    packed = {"position_ids": torch.arange(8)[None], "masked": torch.tensor([3]), "sequence_ids": torch.ones_like(ids)}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, **packed)
+    assert {tensor.dtype for tensor in inputs} == {torch.bfloat16} and len({id(tensor) for tensor in inputs}) == 1
+    inputs.clear()
+    model(ids, **packed)
+    assert {tensor.dtype for tensor in inputs} == {torch.float32}
+
+
 def test_gradients_are_views_of_what_the_ranks_exchange(settings, monkeypatch):
     handlers = {}
 

@@ -137,7 +137,6 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
         data=data,
         hidden_words=hide_words(islice(data.text.test(), 2000), data.tokenizer) if accelerator.is_main_process else [],
         derived=derived,
-        steps_per_epoch=steps_per_epoch,
         recipe=recipe,
         checkpoint=checkpoint,
         bert=bert,
@@ -225,8 +224,8 @@ def is_evaluation_due(run: Run, progress: Progress) -> bool:
 def evaluate_and_keep_best(run: Run, progress: Progress, queue: StepQueue) -> bool:
     """Scores the model on the test text and keeps the best in best/. Returns True if a signal stopped it."""
     accelerator, step = run.accelerator, progress.step
-    ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
-    batches = evaluation_batches(run.data.test, run.data.vocabulary, **ranks)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    batches = evaluation_batches(run.data.test, run.data.vocabulary, rank, ranks)
     positions = queue.micro_batch_positions
     evaluation, told_to_stop = evaluate(accelerator, run.model, batches, queue, run.signals)
     if queue.micro_batch_positions < positions:

@@ -88,7 +88,7 @@ def make_run(size: str, chunks: Chunks, batch_size: int, precision: str, on_cpu:
     model, optimizer = accelerator.prepare(packed, make_optimizer(packed, config))
     varlen = not on_cpu and has_variable_length_kernels(config, precision, head_size=64)
     return Run(
-        config=config, accelerator=accelerator, folder=Path(), hidden_words=[], derived={}, steps_per_epoch=100,
+        config=config, accelerator=accelerator, folder=Path(), hidden_words=[], derived={},
         data=SimpleNamespace(vocabulary=VOCABULARY, train=chunks),  # type: ignore[arg-type]
         recipe={}, checkpoint=None, bert=bert, model=model, optimizer=optimizer, save_clock=SaveClock(), signals=[],
         divide=partial(make_micro_batches, vocabulary=VOCABULARY, device=accelerator.device, varlen=varlen),

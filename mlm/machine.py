@@ -79,7 +79,7 @@ def has_variable_length_kernels(config: Config, precision: str, head_size: int) 
 
 
 OUT_OF_MEMORY = (
-    "out of memory",  # torch.OutOfMemoryError, and torch.AcceleratorError where the driver refuses
+    "out of memory",  # torch.AcceleratorError where the driver refuses
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "can't allocate memory",  # on a CPU
@@ -88,7 +88,9 @@ OUT_OF_MEMORY = (
 
 def ran_out_of_memory(error: RuntimeError) -> bool:
     """Whether that is what an error of torch's says; not all of them are torch.OutOfMemoryError."""
-    return any(words in str(error) for words in OUT_OF_MEMORY) or type(error).__name__ == "OutOfMemoryError"
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def keep_freed_memory() -> None:

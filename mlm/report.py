@@ -11,6 +11,7 @@ from tqdm import tqdm
 from Config import Config
 from mlm.chunks import TextStats
 from mlm.evaluation import Evaluation, HiddenWord, perplexity
+from mlm.schedule import learning_rate_at
 from mlm.settings import describe_settings
 from mlm.state import Data, Ending, Progress, Run, Unreported, checkpoint_path
 from mlm.storage import atomic_write
@@ -102,15 +103,16 @@ def report_if_due(run: Run, progress: Progress, bar: tqdm) -> None:
     if not new.masked_tokens or (step % config.log_every and step != config.max_steps):
         return
     train_loss = new.loss / new.masked_tokens
+    learning_rate = learning_rate_at(step - 1, config)
     tokens_per_s = new.tokens / new.seconds
     time_left = tqdm.format_interval(new.seconds / new.steps * (config.max_steps - step))
     say(
         f"step {step}/{config.max_steps}, epoch {step / run.steps_per_epoch:.2f}: loss {train_loss:.3f}, "
-        f"perplexity {figure(perplexity(train_loss))}, lr {progress.learning_rate:.2e}, {tokens_per_s:,.0f} tokens/s, "
+        f"perplexity {figure(perplexity(train_loss))}, lr {learning_rate:.2e}, {tokens_per_s:,.0f} tokens/s, "
         f"{time_left} left"
     )
     bar.set_postfix_str(f"loss {train_loss:.3f}")
-    record(run, progress, {"train_loss": train_loss, "lr": progress.learning_rate, "tokens_per_s": tokens_per_s})
+    record(run, progress, {"train_loss": train_loss, "lr": learning_rate, "tokens_per_s": tokens_per_s})
     progress.unreported = Unreported()
 
 

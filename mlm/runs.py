@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from itertools import chain, count, islice
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -28,8 +27,8 @@ def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
     with ExitStack() as held:  # the lock, for as long as the run lasts
         made = []
 
-        def claim(others: int = 0) -> Path:
-            folder = find_run(config) if config.resume else name_run(config, others)
+        def claim(*others: Path) -> Path:
+            folder = find_run(config) if config.resume else name_run(config, *others)
             if config.check_only:
                 return folder
             try:
@@ -37,7 +36,7 @@ def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
             except Timeout as error:
                 if config.resume or config.run_name:
                     raise UserError(f"run_name: another process is at work in {folder}") from error
-                return claim(others + 1)  # which began in this very second
+                return claim(*others, folder)  # which another process begins in this very second
             except OSError as error:
                 raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from error
             if not folder.exists():
@@ -60,21 +59,20 @@ def _make_run(folder: Path, config: Config) -> None:
         (temporary / "settings.json").write_text(json.dumps({"settings": asdict(config)}, indent=2), encoding="utf-8")
 
 
-def name_run(config: Config, others: int = 0) -> Path:
+def name_run(config: Config, *others: Path) -> Path:
     """The folder of a new run: `run_name`, or date, time and model, numbered where several begin in one second.
 
-    others: so many names are being taken by other processes. Raises UserError where `run_name` is taken.
+    others: what other processes are about to make. Raises UserError where `run_name` is taken.
     """
     model = "demo" if config.demo else re.sub(r"[^\w.-]+", "-", Path(config.initial_pretrain_model).name)
     name = config.run_name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}")
-    first = Path(config.path_model_save) / name
-    if config.run_name:
-        if first.exists():
-            raise UserError(f"run_name: {first} exists already; choose another name, or resume it by --resume")
-        return first
-    numbered = (first.with_name(f"{name}-{number}") for number in count(2))
-    free = (folder for folder in chain([first], numbered) if not folder.exists())
-    return next(islice(free, others, None))
+    folder, runs_of_that_name = Path(config.path_model_save) / name, 1
+    if config.run_name and folder.exists():
+        raise UserError(f"run_name: {folder} exists already; choose another name, or resume it by --resume")
+    while folder.exists() or folder in others:
+        runs_of_that_name += 1
+        folder = folder.with_name(f"{name}-{runs_of_that_name}")
+    return folder
 
 
 def find_run(config: Config) -> Path:

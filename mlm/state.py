@@ -3,6 +3,7 @@
 Beside these two only the next step's batch lives across steps (StepQueue, mlm/batches.py).
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +75,6 @@ class Run:
     data: Data
     hidden_words: list[HiddenWord]  # of the test text, for the guesses before and after
     derived: dict[str, Any]  # numbers that follow from settings, text and machine, to be shown
-    steps_per_epoch: int
     recipe: dict[str, Any]  # all that decides the training
     checkpoint: Path | None  # the one to resume from
     bert: BertForMaskedLM  # what is saved
@@ -87,6 +87,10 @@ class Run:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train) / self.config.batch_size)
 
 
 @dataclass
@@ -112,7 +116,6 @@ class Progress:
     skipped: int = 0  # steps without a finite loss and gradient
     skipped_in_a_row: int = 0
     guesses_before: list[str] = field(default_factory=list)  # the starting checkpoint's, for the closing words
-    learning_rate: float = 0.0  # of the last step
     micro_batch_tokens: int | None = None  # what was found to fit a GPU's memory
 
 

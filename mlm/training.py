@@ -53,9 +53,8 @@ def train_step(run: Run, progress: Progress, queue: StepQueue) -> bool:
     batch, step, new = queue.batch, progress.step + 1, progress.unreported
     if not run.bert.training:  # an evaluation left it without dropout
         run.model.train()
-    progress.learning_rate = learning_rate_at(progress.step, config)
     for group in optimizer.param_groups:
-        group["lr"] = progress.learning_rate
+        group["lr"] = learning_rate_at(progress.step, config)
 
     # Gradients of the loss's mean over all ranks' masked tokens, in finer micro-batches where memory runs out.
     def seed_of(micro_batch: int) -> int:

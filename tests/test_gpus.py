@@ -1,5 +1,6 @@
 """What users of GPUs rely on, as far as a CPU can show it: the memory trial, memory that runs out, kernels, formats."""
 
+import gc
 import json
 import re
 import subprocess
@@ -69,6 +70,22 @@ def test_the_memory_trial_leaves_some_memory_to_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     assert 4 * 10**9 <= memory._spare_bytes(torch.device("cuda", 0)) <= 8 * 10**9
     assert memory._spare_bytes(torch.device("cpu")) == 0
+
+
+def test_the_memory_trial_holds_what_training_will_hold_and_the_spare(trial, monkeypatch):
+    monkeypatch.setattr(memory, "_spare_bytes", lambda device: 12_345)
+    forward, held = PackedMaskedLM.forward, []
+
+    def counting(self, *arguments, **more):
+        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        rows = self.bert.bert.embeddings.word_embeddings.weight.shape
+        held.append((sum(t.numel() == 12_345 for t in tensors), sum(t.shape == rows for t in tensors)))
+        return forward(self, *arguments, **more)
+
+    monkeypatch.setattr(PackedMaskedLM, "forward", counting)
+    trial()
+    (_, without), (spare, with_moments) = held
+    assert spare == 1 and with_moments >= without + 2  # beside the gradient, AdamW's two moments
 
 
 def test_what_the_trial_compiled_is_dropped(trial, monkeypatch):

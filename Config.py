@@ -1,4 +1,6 @@
-"""Every setting of a run: its type, default, unit and meaning on one line. Edit the defaults here, or pass flags.
+"""Every setting, its type, default, unit and meaning on one line: train.py's in Config, downstream.py's below it.
+
+Edit the defaults here, or pass flags.
 
 The checks of values stand below the settings.
 """
@@ -8,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from mlm.settings import check_settings, parse_flags_onto, require
+from mlm.settings import check_settings, parse_settings, require
 
 
 class Size(NamedTuple):
@@ -104,6 +106,46 @@ class Config:
         return size if prefix == "scratch" else None
 
 
+@dataclass
+class DownstreamConfig:
+    """Fine-tune several checkpoints on a labelled task of your own, and say which serves it better."""
+
+    # --- what is compared
+    task: str  # labelled file: .tsv .csv .jsonl, or .conll for entities; or a folder with train.*, test.*, dev.*
+    models: tuple[str, ...]  # Hub names or local folders; the first is what the others are compared with
+    metric: Literal["auto", "accuracy", "macro_f1", "micro_f1"] = "auto"  # auto: accuracy, or micro F1 of entities
+    general_text: str | None = None  # file or folder of plain text: how well does each model still know that?
+
+    # --- task
+    text_column: str | None = None  # name of the text's column or JSON key; unset: found by its usual names
+    pair_column: str | None = None  # that of a second text, where two belong to one label
+    label_column: str | None = None  # that of the label
+    test_fraction: float = 0.2  # share of the texts that are tested on, where there is no test file
+    dev_fraction: float = 0.1  # share that chooses learning rate and epoch, where there is no dev file
+    examples_per_class: tuple[str, ...] = ("all",)  # training texts a class, such as 10 50 all: a learning curve
+    sen_max_length: int = 128  # positions of a text: tokens, [CLS] and [SEP]; what is beyond is not read
+
+    # --- fine-tuning
+    frozen: bool = False  # a quick look: logistic regression on each model's features, and no fine-tuning
+    seeds: int = 6  # fine-tunings of each model; with fewer than 6 no difference can be told from chance
+    num_epochs: int = 4  # times the training texts are seen, at least
+    least_steps: int = 300  # optimizer steps, whatever num_epochs says: small data need more epochs
+    batch_size: int = 32  # texts per optimizer step
+    learning_rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4)  # peaks, each tried with the first seed; dev chooses
+    seed: int = 42  # the first; decides splits, drawn texts, new heads, order and dropout
+
+    # --- machine
+    cuda_visible_devices: str = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
+    mixed_precision: Literal["auto", "no", "tf32", "fp16", "bf16"] = "auto"  # auto: the launcher's choice, else native
+
+    # --- output
+    path_model_save: str = "output"  # receives downstream/NAME OF THE TASK/
+
+    def __post_init__(self):
+        """Raises UserError that names every field whose value, or combination of values, cannot work."""
+        check_settings(self, lambda: _wrong_in_comparison(self))
+
+
 def _wrong_numbers(config: Config) -> Iterator[str]:
     counts = ["num_epochs", "max_steps", "batch_size", "micro_batch_tokens"]
     counts += ["log_every", "eval_every", "save_every", "keep_checkpoints"]
@@ -138,9 +180,7 @@ def _wrong_names(config: Config) -> Iterator[str]:
     prefix, colon, number = (config.add_words or "").partition(":")
     if prefix + colon == "auto:" and not 1 <= (config.automatic_words or 0) <= MOST_AUTOMATIC_WORDS:
         yield f"add_words: auto: takes a number from 1 to {MOST_AUTOMATIC_WORDS:,}, not {number!r}"
-    devices = config.cuda_visible_devices
-    if devices and not (devices.isprintable() and all(device.strip() for device in devices.split(","))):
-        yield f"cuda_visible_devices: must be GPUs separated by commas, such as 0,1, not {devices!r}"
+    yield from _wrong_devices(config.cuda_visible_devices)
     folder = config.run_name
     if folder is not None and (
         not folder.strip() or folder.startswith(".") or any(c in "/\\" or not c.isprintable() for c in folder)
@@ -169,6 +209,38 @@ def _wrong_combinations(config: Config) -> Iterator[str]:
         )
 
 
+def _wrong_devices(devices: str) -> Iterator[str]:
+    if devices and not (devices.isprintable() and all(device.strip() for device in devices.split(","))):
+        yield f"cuda_visible_devices: must be GPUs separated by commas, such as 0,1, not {devices!r}"
+
+
+def _wrong_in_comparison(config: DownstreamConfig) -> Iterator[str]:
+    largest = sys.float_info.max
+    counts = ("seeds", "num_epochs", "least_steps", "batch_size")
+    yield from require(config, lambda value: 1 <= value < 2**31, "1 or more and below 2**31", *counts)
+    yield from require(config, lambda value: 0 < value < 1, "above 0 and below 1", "test_fraction", "dev_fraction")
+    yield from require(config, lambda value: 4 <= value < 2**31, "4 or more and below 2**31", "sen_max_length")
+    yield from require(config, lambda value: 0 <= value < 2**62, "0 or more and below 2**62", "seed")
+    if not config.test_fraction + config.dev_fraction < 1:
+        yield "test_fraction, dev_fraction: together must be below 1, as the rest is trained on"
+    if not (config.learning_rates and all(0 < rate <= largest for rate in config.learning_rates)):
+        yield "learning_rates: must be one or more, each above 0"
+    sizes = config.examples_per_class
+    if not (sizes and all(size == "all" or (size.isdecimal() and 0 < int(size[:10]) < 2**31) for size in sizes)):
+        yield f"examples_per_class: must be numbers of 1 or more, or all, not {' '.join(sizes)!r}"
+    if not config.task:
+        yield "task: name a labelled file, such as --task labelled.tsv with lines of text, a tab and a label"
+    if not config.models:
+        yield "models: name one or more, such as --models bert-base-uncased output/my_run/final"
+    if len(set(config.models)) < len(config.models):
+        yield "models: each is to be named once"
+    paths = (config.task, config.path_model_save, config.general_text, *config.models)
+    columns = (config.text_column, config.pair_column, config.label_column)
+    if not all(name is None or name.isprintable() for name in (*paths, *columns)):
+        yield "task, models, general_text, path_model_save: must not hold a character that cannot be printed"
+    yield from _wrong_devices(config.cuda_visible_devices)
+
+
 def demo_config() -> Config:
     """The defaults of `--demo`: a small BERT from scratch that learns in under three minutes on two CPU cores."""
     return replace(
@@ -188,4 +260,9 @@ def parse_flags(arguments: list[str] | None = None) -> Config:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     default = demo_config() if "--demo" in arguments or Config.demo else Config()
-    return parse_flags_onto(default, "train.py", arguments)
+    return parse_settings(Config, "train.py", arguments, default)
+
+
+def parse_downstream_flags(arguments: list[str] | None = None) -> DownstreamConfig:
+    """As `parse_flags`, for downstream.py."""
+    return parse_settings(DownstreamConfig, "downstream.py", sys.argv[1:] if arguments is None else arguments)

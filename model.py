@@ -1,4 +1,7 @@
-"""Starting model -> BertForMaskedLM; logits at the masked positions alone; packed chunks kept apart in attention."""
+"""Starting model -> BertForMaskedLM; logits at the masked positions alone; packed chunks kept apart in attention.
+
+And, for downstream.py, a classifier of texts or words on the same packed chunks.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +17,10 @@ from transformers import (
     AutoConfig,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
+    BertPreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -25,10 +31,11 @@ from mlm.errors import UserError, first_line
 from mlm.hub import locate
 
 
-class PackedMaskedLM(nn.Module):
-    """A BertForMaskedLM whose forward takes packed rows. A module, as DistributedDataParallel hooks `forward` alone."""
+class PackedBert(nn.Module):
+    """A BERT whose forward takes packed rows; the heads follow below. A module, as DistributedDataParallel hooks
+    `forward` alone."""
 
-    def __init__(self, bert: BertForMaskedLM):
+    def __init__(self, bert: BertPreTrainedModel):
         super().__init__()
         self.bert = bert
         bert.set_attn_implementation("packed")
@@ -45,24 +52,64 @@ class PackedMaskedLM(nn.Module):
         starts: Tensor | None = None,
         longest: int | None = None,
     ) -> Tensor:
-        """Logits (masked, vocabulary) at the positions `masked`, (masked,) indices into the flattened (rows, width).
+        """What the head makes of the positions `masked`, (masked,) indices into the flattened (rows, width).
 
         The ids are (rows, width). A position attends to those of its own row with its own sequence id, so padding
         (id 0) attends to padding and no softmax is empty; or, for one row, variable-length attention takes `starts` and
-        `longest` instead (see `attend`). The vocabulary projection, the largest product of a small BERT, runs where a
-        token is predicted and nowhere else.
+        `longest` instead (see `attend`).
         """
         assert (sequence_ids is None) == (starts is not None), "chunks are kept apart in one of two ways"
         if sequence_ids is not None:  # a mask of (rows, 1, width, width)
             apart: dict[str, Any] = {"attention_mask": sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]}
         else:
             apart = {"starts": starts, "longest": longest}
-        # One token type for all, of shape (1, 1): its gradient is a sum, and not a row added for each position in turn.
-        token_type_ids = torch.zeros((1, 1), dtype=torch.long, device=input_ids.device)
-        hidden = self.bert.bert(
+        token_type_ids = self.token_types(input_ids, position_ids)
+        hidden = self.bert.base_model(
             input_ids, position_ids=position_ids, token_type_ids=token_type_ids, **apart
         ).last_hidden_state  # (rows, width, hidden)
-        return self.bert.cls(hidden.flatten(0, 1)[masked])
+        return self.head(hidden.flatten(0, 1)[masked])
+
+    def token_types(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """One token type for all, of shape (1, 1): its gradient is a sum, and not a row added for each position."""
+        return torch.zeros((1, 1), dtype=torch.long, device=input_ids.device)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The hidden states (masked, hidden) themselves: features."""
+        return hidden
+
+
+class PackedMaskedLM(PackedBert):
+    """BertForMaskedLM. The vocabulary projection, the largest product of a small BERT, runs where a token is predicted
+    and nowhere else."""
+
+    bert: BertForMaskedLM
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (masked, vocabulary)."""
+        return self.bert.cls(hidden)
+
+
+class PackedClassifier(PackedBert):
+    """BertForSequenceClassification, `masked` being where each chunk's [CLS] stands, or BertForTokenClassification."""
+
+    bert: BertForSequenceClassification | BertForTokenClassification
+
+    def __init__(self, bert: BertPreTrainedModel, sep_id: int):
+        super().__init__(bert)
+        self.sep_id = sep_id
+
+    def token_types(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """(rows, width): 0 up to a chunk's first [SEP], 1 behind it, where a second text may stand."""
+        separators = (input_ids == self.sep_id).long()
+        before = separators.cumsum(1) - separators  # in the row
+        chunk_starts = torch.arange(input_ids.shape[1], device=input_ids.device) - position_ids
+        return (before - before.gather(1, chunk_starts)).clamp(max=1)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (masked, classes)."""
+        pooler = self.bert.bert.pooler
+        pooled = pooler(hidden[:, None]) if pooler else hidden  # a pooler takes the first of (masked, 1, hidden)
+        return self.bert.classifier(self.bert.dropout(pooled))
 
 
 def _cast_once(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -126,7 +173,7 @@ def load_model(
         model, warnings = _pretrained_bert(config, str(checkpoint or config.initial_pretrain_model), known_tokens)
     if not checkpoint and added:
         _add_embeddings(model, vocabulary_size, added)
-    _set_dropouts(model, config)
+    _set_dropouts(model, config.hidden_dropout, config.attention_dropout)
     for module in model.modules():
         if isinstance(module, BertSelfAttention):
             # A softmax does not see a constant added to all its inputs, so this bias has no gradient but rounding
@@ -152,9 +199,7 @@ def _new_bert(config, size, vocabulary_size, pad_id):
 
 def _pretrained_bert(config, name, known_tokens):
     """The weights in a folder or on the Hub, and a warning where the head for masked tokens is missing."""
-    bert_config = _load(AutoConfig, name)
-    if bert_config.model_type != "bert" or bert_config.is_decoder:
-        raise UserError(f"initial_pretrain_model: {name} is not a BERT encoder but of type {bert_config.model_type}")
+    bert_config = load_bert_config(name, "initial_pretrain_model")
     _check_fit(config, bert_config, known_tokens)
     torch.manual_seed(config.seed)  # of a head that the checkpoint lacks
     model, loading = _load(BertForMaskedLM, name, output_loading_info=True)
@@ -175,16 +220,16 @@ def _pretrained_bert(config, name, known_tokens):
     return model, warnings
 
 
-def _set_dropouts(model, config):
-    """The settings' dropouts, in the modules alone; outside attention in the faster kind."""
+def _set_dropouts(model, hidden_dropout, attention_dropout):
+    """The dropouts, in the modules alone: inside attention, and outside, in the faster kind; None: the model's own."""
     for module in list(model.modules()):
         for child_name, child in module.named_children():
             if isinstance(child, nn.Dropout):
-                share = child.p if config.hidden_dropout is None else config.hidden_dropout
+                share = child.p if hidden_dropout is None else hidden_dropout
                 setattr(module, child_name, Dropout(share))
     for module in model.modules():
         if isinstance(module, BertSelfAttention):
-            module.dropout.p = config.attention_dropout
+            module.dropout.p = attention_dropout
 
 
 @torch.no_grad()
@@ -199,14 +244,22 @@ def _add_embeddings(model, vocabulary_size, added):
         bias[row] = bias[pieces].mean()
 
 
-def _load(kind, name, **options):
+def load_bert_config(name: str, setting: str) -> BertConfig:
+    """The config of a checkpoint. Raises UserError, which names the setting, where it is not that of a BERT encoder."""
+    bert_config = _load(AutoConfig, name, setting)
+    if bert_config.model_type != "bert" or bert_config.is_decoder:
+        raise UserError(f"{setting}: {name} is not a BERT encoder but of type {bert_config.model_type}")
+    return bert_config
+
+
+def _load(kind, name, setting="initial_pretrain_model", **options):
     if kind is not AutoConfig:
         options |= {"dtype": torch.float32, "attn_implementation": "sdpa"}  # not the dtype the checkpoint was saved in
-    offline = locate(name, "initial_pretrain_model")
+    offline = locate(name, setting)
     try:
         return kind.from_pretrained(name, local_files_only=offline, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
-        raise UserError(f"initial_pretrain_model: {name} cannot be loaded as BERT: {first_line(error)}") from error
+        raise UserError(f"{setting}: {name} cannot be loaded as BERT: {first_line(error)}") from error
 
 
 def _check_fit(config, bert_config, vocabulary_size):
@@ -222,6 +275,39 @@ def _check_fit(config, bert_config, vocabulary_size):
             f"sen_max_length, initial_pretrain_model: chunks of {config.sen_max_length} tokens do not fit the "
             f"{bert_config.max_position_embeddings} positions of {config.initial_pretrain_model}"
         )
+
+
+# ---------------------------------------------------------------------------------------------------- for downstream.py
+
+
+def load_encoder(name: str) -> BertModel:
+    """The model that `models` names, without a head. Its pooler, where the checkpoint has none, is always the same."""
+    load_bert_config(name, "models")
+    torch.manual_seed(0)
+    return _load(BertModel, name, "models")
+
+
+def load_classifier(
+    name: str, classes: int, seed: int, of_words: bool
+) -> BertForSequenceClassification | BertForTokenClassification:
+    """The model that `models` names, with a new head for so many classes, of each text or of each word.
+
+    The head is drawn from the seed, so that models of one width start from the same one; so is a pooler that the
+    checkpoint lacks. Dropout is the checkpoint's own, but for none inside attention, which rules out fast kernels.
+    """
+    kind = BertForTokenClassification if of_words else BertForSequenceClassification
+    model, loading = _load(
+        kind, name, "models", num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    std = model.config.initializer_range
+    torch.manual_seed(seed)
+    nn.init.normal_(model.classifier.weight, std=std)
+    nn.init.zeros_(model.classifier.bias)
+    if any("pooler" in key for key in loading["missing_keys"]):
+        nn.init.normal_(model.bert.pooler.dense.weight, std=std)
+        nn.init.zeros_(model.bert.pooler.dense.bias)
+    _set_dropouts(model, None, 0.0)
+    return model
 
 
 def has_finite_weights(model: nn.Module) -> bool:

@@ -124,11 +124,11 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     packed = PackedMaskedLM(bert)
     if config.compile:
         packed.compile(dynamic=True)  # once for all sizes of batches
-    model, optimizer = accelerator.prepare(packed, make_optimizer(packed, config))
+    model, optimizer = accelerator.prepare(packed, make_optimizer(packed, config.learning_rate, config.weight_decay))
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     head_size = bert.config.hidden_size // bert.config.num_attention_heads
-    varlen = has_variable_length_kernels(config, accelerator.mixed_precision, head_size)
+    varlen = has_variable_length_kernels(config.attention_dropout, accelerator.mixed_precision, head_size)
 
     return Run(
         config=config,
@@ -312,7 +312,7 @@ def main(config: Config) -> None:
     cast(Any, sys.stdout).reconfigure(line_buffering=True)  # a log file shows each line at once
     quiet_libraries()
     with explain_endings(config):
-        accelerator = make_accelerator(config)
+        accelerator = make_accelerator(config, config.tracker, config.path_model_save)
         with run_folder(config, accelerator) as folder:
             accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
             train(config, accelerator, folder)

@@ -4,20 +4,29 @@ import ctypes
 import math
 import os
 import sys
+from typing import Protocol
 
-from Config import Config
 from mlm.errors import UserError
 
 POSITIONS_THAT_FILL_A_GPU = 16_000  # in a step
 
 
-def choose_devices(config: Config) -> None:
+class DeviceSettings(Protocol):
+    """The settings of any program that runs a model."""
+
+    @property
+    def cuda_visible_devices(self) -> str: ...
+    @property
+    def mixed_precision(self) -> str: ...
+
+
+def choose_devices(config: DeviceSettings) -> None:
     """Lets CUDA see `cuda_visible_devices` alone; to be called before anything asks CUDA for a GPU."""
     if config.cuda_visible_devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices.replace(" ", "")
 
 
-def check_devices(config: Config) -> None:
+def check_devices(config: DeviceSettings) -> None:
     """Raises UserError where `cuda_visible_devices` names GPUs that are not here."""
     named = len(config.cuda_visible_devices.split(",")) if config.cuda_visible_devices else 0
     if named > count_gpus():
@@ -51,7 +60,7 @@ def native_precision() -> str:
     return "fp16" if torch.version.hip is None and torch.cuda.get_device_capability() >= (7, 0) else "no"
 
 
-def choose_precision(config: Config) -> str:
+def choose_precision(config: DeviceSettings) -> str:
     """The number format of forward passes: the setting's, else the launcher's, else the native one.
 
     Raises UserError for fp16 and tf32 on a CPU, and for a launcher's choice that is not known here.
@@ -67,12 +76,12 @@ def choose_precision(config: Config) -> str:
     return chosen
 
 
-def has_variable_length_kernels(config: Config, precision: str, head_size: int) -> bool:
+def has_variable_length_kernels(attention_dropout: float, precision: str, head_size: int) -> bool:
     """Whether attention can do without padding and mask: on GPUs from Ampere on, in 16 bits, without dropout inside, by
     a torch that was built with flash attention."""
     import torch
 
-    fits = precision != "no" and config.attention_dropout == 0 and head_size % 8 == 0 and head_size <= 256
+    fits = precision != "no" and attention_dropout == 0 and head_size % 8 == 0 and head_size <= 256
     if not fits or count_gpus() == 0 or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability() >= (8, 0) and torch.backends.cuda.is_flash_attention_available()

@@ -19,30 +19,28 @@ from accelerate.utils import (
     gather_object,
 )
 
-from Config import Config
 from mlm.errors import UserError
-from mlm.machine import check_devices, choose_precision
+from mlm.machine import DeviceSettings, check_devices, choose_precision
 
 Decision = TypeVar("Decision")
 PATIENCE_WHILE_PREPARING = timedelta(days=1)  # one machine may prepare its text for longer than another
 PATIENCE_WHILE_TRAINING = timedelta(minutes=15)  # a checkpoint may have to go to a slow disk, or a model be compiled
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    """The devices, number format and tracker of a run.
+def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str | None = None) -> Accelerator:
+    """The devices, number format and tracker of a run, which leaves its files under `output`.
 
     Raises UserError where the tracker, the devices or the format cannot be had, or several processes share one device.
     """
-    tracker = None if config.tracker == "none" else config.tracker
-    if tracker and tracker not in map(str, get_available_trackers()):
+    if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise UserError(f"tracker: {tracker} is not installed, or not one that accelerate knows")
     check_devices(config)
     precision = choose_precision(config)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     accelerator = Accelerator(
         mixed_precision="no" if precision == "tf32" else precision,  # float32 whose products round their inputs
-        log_with=tracker,
-        project_dir=config.path_model_save,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=output,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PATIENCE_WHILE_PREPARING),
             DistributedDataParallelKwargs(

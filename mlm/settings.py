@@ -28,12 +28,20 @@ def _wrong_types(settings):
         if typing.get_origin(hint) is Literal:
             valid = value in typing.get_args(hint)
             rule = f"one of {', '.join(typing.get_args(hint))}"
+        elif typing.get_origin(hint) is tuple:  # of any length
+            kind = typing.get_args(hint)[0]
+            valid = type(value) is tuple and all(_has_type(part, (kind,)) for part in value)
+            rule = f"a tuple of {kind.__name__}"
         else:
             kinds = typing.get_args(hint) or (hint,)
-            valid = type(value) in kinds or (type(value) is int and float in kinds)  # but True is not a number
+            valid = _has_type(value, kinds)
             rule = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         if not valid:
             yield f"{field.name}: must be {rule}, not {type(value).__name__} {value!r}"
+
+
+def _has_type(value, kinds):
+    return type(value) in kinds or (type(value) is int and float in kinds)  # but True is not a number
 
 
 def require(settings: Any, allowed: Callable[[Any], bool], rule: str, *names: str) -> Iterator[str]:
@@ -47,14 +55,18 @@ def require(settings: Any, allowed: Callable[[Any], bool], rule: str, *names: st
             yield f"{name}: must be {rule}, not {value}"
 
 
-def parse_flags_onto(default: Settings, program: str, arguments: list[str]) -> Settings:
-    """The settings of `default`, changed by flags named as the fields; the fields' comments are the help.
+def parse_settings(
+    kind: type[Settings], program: str, arguments: list[str], default: Settings | None = None
+) -> Settings:
+    """Settings of a class, from flags named as its fields, whose comments are the help.
 
+    default: what holds where a flag is not given; None: the class's own defaults, and fields without one are required.
     `--help` and unknown or ill-typed flags are answered by tyro, with exit status 0 and 2.
     """
     import tyro  # here, so that whoever builds settings in code does without it
 
-    return tyro.cli(type(default), prog=program, args=arguments, default=default, use_underscores=True)
+    of_default: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, prog=program, args=arguments, use_underscores=True, **of_default)
 
 
 def describe_settings(settings: Any, given: Any) -> str:
@@ -64,5 +76,6 @@ def describe_settings(settings: Any, given: Any) -> str:
     for field in fields(settings):
         value = getattr(settings, field.name)
         star = " " if getattr(given, field.name) == field.default else "*"
-        lines.append(f" {star} {field.name:<{width}}  {'unset' if value is None or value == '' else value}")
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        lines.append(f" {star} {field.name:<{width}}  {'unset' if shown is None or shown == '' else shown}")
     return "\n".join(lines)

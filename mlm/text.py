@@ -93,7 +93,25 @@ def line_hash(line: str, salt: bytes = b"") -> int:
 
 
 def read_lines(files: list[Path], setting: str = "path_datasets") -> Iterator[str]:
-    r"""The lines of UTF-8 files (.gz too), stripped of surrounding white space.
+    """The lines of UTF-8 files (.gz too), stripped of surrounding white space. Raises UserError as `decode_lines`."""
+    return (line.strip() for line in decode_lines(files, setting))
+
+
+def read_sample(path: Path, setting: str, most: int) -> list[str]:
+    """At most so many lines that are not blank, spread evenly over a file or over a folder's *.txt and *.txt.gz.
+
+    Raises UserError, which names the setting, where there is none.
+    """
+    files = [path] if path.is_file() else sorted([*path.glob("*.txt"), *path.glob("*.txt.gz")])
+    lines = [line for line in read_lines(files, setting) if line]
+    if not lines:
+        raise UserError(f"{setting}: {path} is no file or folder of .txt files with a line of text in it")
+    every = max(1, len(lines) // most)
+    return lines[::every][:most]
+
+
+def decode_lines(files: list[Path], setting: str) -> Iterator[str]:
+    r"""The lines of UTF-8 files (.gz too), without their ends.
 
     Only \n and \r\n end a line; a lone \r stays inside it and is white space to the tokenizer.
 
@@ -112,7 +130,7 @@ def read_lines(files: list[Path], setting: str = "path_datasets") -> Iterator[st
                         f"{setting}: {path}, line {number} is not UTF-8; it looks like {encoding}. "
                         f"Save it as plain UTF-8 text{remedy}"
                     ) from error
-                yield line.strip()
+                yield line.removesuffix("\n").removesuffix("\r")
 
 
 def _likely_encoding(sample: bytes) -> str:

@@ -16,22 +16,22 @@ from mlm.machine import ran_out_of_memory
 from mlm.randomness import dropout_seed
 from mlm.ranks import on_any_rank
 from mlm.report import say
-from mlm.schedule import ResolvedConfig, learning_rate_at
+from mlm.schedule import learning_rate_at
 from mlm.state import Progress, Run
 
 MOST_SKIPPED_STEPS = 5  # in a row; so many without a finite loss and gradient end a run
 FP16_HALVINGS = 16  # so many more in fp16, whose gradient scaler may first have to halve its 65,536 down to 1
 
 
-def make_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices and embeddings alone: not on biases and LayerNorm."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     # BERT's own epsilon: with 1e-8 Adam would blow the rounding noise of the smallest gradients up into steps.
-    return torch.optim.AdamW(groups, lr=config.learning_rate, eps=1e-6, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, eps=1e-6, fused=True)
 
 
 def patience(accelerator: Accelerator) -> int:

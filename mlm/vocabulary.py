@@ -33,20 +33,23 @@ def load_tokenizer(
             learn_tokenizer(train_lines, config.vocab_size).save_pretrained(temporary)
 
         return AutoTokenizer.from_pretrained(once(folder, learn))
-    offline = locate(name, "initial_pretrain_tokenizer")
+    return load_pretrained_tokenizer(name, "initial_pretrain_tokenizer")
+
+
+def load_pretrained_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or of a Hub name. Raises UserError, which names the setting, as `load_tokenizer`."""
+    offline = locate(name, setting)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
-        raise UserError(
-            f"initial_pretrain_tokenizer: {name} cannot be loaded as a tokenizer: {first_line(error)}"
-        ) from error
+        raise UserError(f"{setting}: {name} cannot be loaded as a tokenizer: {first_line(error)}") from error
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, models.WordPiece):
-        raise UserError(f"initial_pretrain_tokenizer: {name} is not a WordPiece tokenizer, so it is not BERT's")
+        raise UserError(f"{setting}: {name} is not a WordPiece tokenizer, so it is not BERT's")
     missing = [kind for kind in ("pad", "unk", "cls", "sep", "mask") if getattr(tokenizer, f"{kind}_token_id") is None]
     if missing:
-        raise UserError(f"initial_pretrain_tokenizer: {name} has no {' and no '.join(missing)} token; BERT needs one")
+        raise UserError(f"{setting}: {name} has no {' and no '.join(missing)} token; BERT needs one")
     if not len(read_vocabulary(tokenizer).ordinary_ids):  # transformers makes one up where the files are missing
-        raise UserError(f"initial_pretrain_tokenizer: {name} has no vocabulary; vocab.txt or tokenizer.json is missing")
+        raise UserError(f"{setting}: {name} has no vocabulary; vocab.txt or tokenizer.json is missing")
     return tokenizer
 
 

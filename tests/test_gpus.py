@@ -226,9 +226,9 @@ def test_a_gpu_computes_in_the_fastest_format_it_has(monkeypatch, capability, bf
 )
 def test_variable_length_kernels_need_the_card_and_a_torch_that_has_them(monkeypatch, capability, flash, expected):
     pretend_gpu(monkeypatch, capability, flash=flash)
-    assert machine.has_variable_length_kernels(Config(), "bf16", head_size=64) is expected
-    assert not machine.has_variable_length_kernels(Config(), "no", head_size=64)
-    assert not machine.has_variable_length_kernels(Config(attention_dropout=0.1), "bf16", head_size=64)
+    assert machine.has_variable_length_kernels(0.0, "bf16", head_size=64) is expected
+    assert not machine.has_variable_length_kernels(0.0, "no", head_size=64)
+    assert not machine.has_variable_length_kernels(0.1, "bf16", head_size=64)
 
 
 def test_the_backward_pass_fills_no_zeros_for_attention_and_adds_one_row_of_token_types(

@@ -1,0 +1,162 @@
+"""Is one model better than another, or was it chance? Paired differences over seeds and test texts.
+
+Scores vary with the seed (new head, order, dropout) and with the texts that happen to be tested on, and so must an
+interval for their difference: Bouthillier et al., Accounting for Variance in Machine Learning Benchmarks (arXiv
+2103.03098); Dror et al., The Hitchhiker's Guide to Testing Statistical Significance in NLP (doi 10.18653/v1/P18-1128).
+"""
+
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from mlm.scores import Metric
+
+LEVEL = 0.05  # of all tests together
+POWER = 0.8  # with which the smallest gain shows
+REPLICATES = 1000  # of the bootstrap
+ALL_FLIPS = 12  # seeds, up to which every combination of signs is tried
+RANDOM_FLIPS = 4096
+DRAWS = 400  # experiments that the smallest gain is found with
+
+
+class Gain(NamedTuple):
+    """How much better a model is than the first, as a share (0.01 is one point)."""
+
+    mean: float
+    low: float  # of the interval
+    high: float
+    p: float
+    smallest: float  # the true gain that would show in four of five such comparisons; infinite with too few seeds
+
+    @property
+    def verdict(self) -> str:
+        """better, worse or cannot tell: whether chance is ruled out by both the interval and the test of signs."""
+        if self.p <= LEVEL and (self.low > 0 or self.high < 0):
+            return "better" if self.low > 0 else "worse"
+        return "cannot tell"
+
+
+class Spread(NamedTuple):
+    """Where a difference's variance comes from, as variances of its mean over seeds and texts."""
+
+    seeds: float
+    texts: float
+    residual: float  # of a seed on a text
+    number_of_seeds: int
+    number_of_texts: int
+
+    def standard_error(self, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The mean's standard error and its degrees of freedom (Satterthwaite, doi 10.2307/3002019), each of the shape
+        of `seeds`: variances of the mean of the seeds' differences, in which the residual is contained."""
+        of_seeds = np.maximum(seeds - self.residual, 0)
+        of_texts = self.texts + self.residual
+        freedom_left = of_seeds**2 / max(1, self.number_of_seeds - 1) + of_texts**2 / max(1, self.number_of_texts - 1)
+        variance = of_seeds + of_texts
+        freedom = np.divide(variance**2, freedom_left, out=np.ones_like(variance), where=freedom_left > 0)
+        return np.sqrt(variance), freedom
+
+
+def compare(counts: np.ndarray, metric: Metric, seed: int = 0) -> list[Gain]:
+    """The gain of each model but the first.
+
+    counts: (models, seeds, texts, 3, classes), as `count_answers` gives them. Every model has the same seeds and texts.
+    The interval covers the mean over seeds and texts: Student's t about the mean difference, whose variance is that
+    between seeds and, by a bootstrap, that between texts. (A bootstrap of so few seeds by itself is too narrow.) The
+    p-value is that of flipping the signs of the seeds' differences, all models' at once (Westfall and Young, 1993), so
+    that it holds for all of them together; the intervals share the level evenly.
+    """
+    models, seeds, texts, *_ = counts.shape
+    if models == 1:
+        return []
+    scores = metric(counts.sum(2, dtype=np.float64))  # (models, seeds)
+    differences = scores[1:] - scores[:1]  # (compared, seeds)
+    resampled = _bootstrap(counts, metric, np.random.default_rng(seed))  # (replicates, models, seeds)
+    resampled = resampled[:, 1:] - resampled[:, :1]
+    level = LEVEL / (models - 1)
+    gains = []
+    for of_model, replicas, p in zip(differences, resampled.swapaxes(0, 1), flip_signs(differences), strict=True):
+        spread = _find_spread(of_model, replicas, texts)
+        variance = np.array(of_model.var(ddof=1) / seeds if seeds > 1 else 0.0)
+        error, freedom = spread.standard_error(variance)
+        half = float(stats.t.ppf(1 - level / 2, freedom) * error)
+        mean = float(of_model.mean())
+        gains.append(Gain(mean, mean - half, mean + half, float(p), smallest_gain(spread, level)))
+    return gains
+
+
+def _bootstrap(counts: np.ndarray, metric: Metric, draw: np.random.Generator) -> np.ndarray:
+    """Scores (replicates, models, seeds) on texts drawn with replacement, the same for all models and seeds."""
+    models, seeds, texts, *rest = counts.shape
+    flat = counts.swapaxes(0, 2).reshape(texts, -1)  # (texts, seeds * models * 3 * classes)
+    shape = (-1, seeds, models, *rest)
+    scores = []
+    for _ in range(0, REPLICATES, 50):  # so many at once that memory stays small
+        weights = draw.multinomial(texts, np.full(texts, 1 / texts), size=50).astype(np.float32)
+        scores.append(metric((weights @ flat).reshape(shape)))
+    return np.concatenate(scores).swapaxes(1, 2)
+
+
+def _find_spread(differences: np.ndarray, replicas: np.ndarray, texts: int) -> Spread:
+    """From the differences (seeds,) and their bootstrap replicas (replicates, seeds).
+
+    The replicas of one seed vary with texts and residual, those of the mean with texts and a part of the residual.
+    """
+    seeds = len(differences)
+    of_mean, of_one = replicas.mean(1).var(), replicas.var(0).mean()
+    residual = max(0.0, (of_one - of_mean) / (seeds - 1)) if seeds > 1 else 0.0
+    between_seeds = differences.var(ddof=1) / seeds if seeds > 1 else 0.0
+    return Spread(max(0.0, between_seeds - residual), max(0.0, of_mean - residual), residual, seeds, texts)
+
+
+# ------------------------------------------------------------------------------------------------------ signs flipped
+
+
+def flip_signs(differences: np.ndarray) -> np.ndarray:
+    """Two-sided p-values (compared,) for differences (compared, seeds): how often chance signs give as large a mean.
+
+    With n seeds the least there can be is 2 / 2**n.
+    """
+    signs = _signs(differences.shape[1])  # (flips, seeds)
+    sizes = np.sqrt((differences**2).sum(1))  # unchanged by signs, so the sums compare as Student's t would
+    scaled = differences / np.where(sizes > 0, sizes, 1)[:, None]
+    largest = np.abs(signs @ scaled.T).max(1)  # (flips,) over the models
+    observed = np.abs(scaled.sum(1))  # (compared,)
+    return (largest[:, None] >= observed - 1e-9).mean(0)
+
+
+def _signs(seeds: int) -> np.ndarray:
+    if seeds <= ALL_FLIPS:
+        return np.array(list(product((1.0, -1.0), repeat=seeds)))
+    flips = np.random.default_rng(0).choice((1.0, -1.0), (RANDOM_FLIPS, seeds))
+    flips[0] = 1.0  # what was observed is one of the possibilities
+    return flips
+
+
+# ------------------------------------------------------------------------------------------------- the smallest gain
+
+
+def smallest_gain(spread: Spread, level: float) -> float:
+    """The true gain that is called better in a share POWER of experiments, drawn with this spread."""
+    seeds = spread.number_of_seeds
+    if 2 / 2**seeds > LEVEL:
+        return np.inf
+    draw = np.random.default_rng(0)
+    of_texts = draw.normal(0, spread.texts**0.5, (DRAWS, 1))
+    of_seeds = draw.normal(0, ((spread.seeds + spread.residual) * seeds) ** 0.5, (DRAWS, seeds))
+    chance = of_texts + of_seeds  # (draws, seeds) differences without a gain
+    error, freedom = spread.standard_error(chance.var(1, ddof=1) / seeds)
+    half = stats.t.ppf(1 - level / 2, freedom) * error  # (draws,)
+    signs = _signs(seeds)
+
+    def power(gain: float) -> float:
+        differences = chance + gain
+        flipped = np.abs(differences.sum(1)) - 1e-12 <= np.abs(differences @ signs.T).T  # (flips, draws)
+        return float(((differences.mean(1) > half) & (flipped.mean(0) <= LEVEL)).mean())
+
+    low, high = 0.0, 20 * float(error.mean()) + 1e-9
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
+    return high

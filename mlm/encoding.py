@@ -1,0 +1,123 @@
+"""Labelled examples -> chunks for the model, and the order in which batches take them.
+
+They are packed as training text is (mlm/batches.py): `masked` are the positions at which something is read off the
+model, and `targets` what belongs there.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlm.batches import MaskedChunks, chunk_bounds, part_of
+from mlm.labelled import Example
+from mlm.randomness import epoch_order
+from mlm.tasks import Task
+from mlm.vocabulary import Vocabulary, read_vocabulary
+from mlm.words import make_encoders
+
+
+class Encoded(NamedTuple):
+    """Examples as chunks: a text or a pair is one; a sentence of words, too, unless it is too long for one."""
+
+    chunks: MaskedChunks  # masked: where each text's [CLS], or each word's first piece stands; targets: its class
+    words: np.ndarray  # (positions,) int64: the number of the text or word that a position is of; -1 for [CLS], [SEP]
+    answers: int  # texts, or words: as many as masked
+    shortened: int  # examples that `sen_max_length` cut: texts lose their end, sentences become two chunks or more
+
+
+def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBase, sen_max_length: int) -> Encoded:
+    """Encodes examples as chunks of at most `sen_max_length` positions. Text that spells [SEP] is text."""
+    vocabulary = read_vocabulary(tokenizer)
+    encoder = make_encoders(tokenizer).any_line
+    flat = [part for example in examples for part in example.parts]
+    pieces = iter(encoder.encode_batch_fast(flat, add_special_tokens=False))
+    ids: list[list[int]] = []
+    words: list[list[int]] = []
+    read_at: list[list[int]] = []  # in each chunk
+    answers = shortened = 0
+    for example in examples:
+        parts = [next(pieces).ids for _ in example.parts]
+        if task.kind == "entities":
+            framed = list(_frame_words(parts, answers, vocabulary, sen_max_length))
+            answers += len(parts)
+            shortened += len(framed) > 1
+        else:
+            framed = [_frame_text(parts, answers, vocabulary, sen_max_length)]
+            answers += 1
+            shortened += len(framed[0][0]) < sum(map(len, parts)) + len(parts) + 1
+        for chunk_ids, chunk_words, chunk_read_at in framed:
+            ids.append(chunk_ids)
+            words.append(chunk_words)
+            read_at.append(chunk_read_at)
+    lengths = np.array([len(chunk) for chunk in ids], dtype=np.int64)
+    starts = chunk_bounds(lengths)[:-1]
+    classes = {name: number for number, name in enumerate(task.classes)}
+    chunks = MaskedChunks(
+        input_ids=_join(ids),
+        position_ids=np.arange(lengths.sum()) - np.repeat(starts, lengths),
+        masked=_join(read_at) + np.repeat(starts, [len(chunk) for chunk in read_at]),
+        targets=np.array([classes[label] for example in examples for label in example.labels], dtype=np.int64),
+        lengths=lengths,
+    )
+    return Encoded(chunks, _join(words), answers, shortened)
+
+
+def _join(lists: Iterable[list[int]]) -> np.ndarray:
+    return np.array([value for some in lists for value in some], dtype=np.int64)
+
+
+Framed = tuple[list[int], list[int], list[int]]  # a chunk's ids, the text or word of each, and where answers are read
+
+
+def _frame_text(parts: list[list[int]], number: int, vocabulary: Vocabulary, longest: int) -> Framed:
+    """[CLS] text [SEP], or [CLS] text [SEP] text [SEP]; of what is too long the longer text loses its end."""
+    room = longest - 1 - len(parts)
+    keep = [len(part) for part in parts]
+    while sum(keep) > room:
+        keep[keep.index(max(keep))] -= 1
+    ids, words = [vocabulary.cls_id], [-1]
+    for part, kept in zip(parts, keep, strict=True):
+        ids += [*part[:kept], vocabulary.sep_id]
+        words += [number] * kept + [-1]
+    return ids, words, [0]
+
+
+def _frame_words(parts: list[list[int]], number: int, vocabulary: Vocabulary, longest: int) -> Iterator[Framed]:
+    """Words in as many chunks as they need. A word without a token is [UNK]; one longer than a chunk loses its end."""
+    ids, words = [vocabulary.cls_id], [-1]
+    read_at: list[int] = []
+    for word, pieces in enumerate(parts, start=number):
+        pieces = pieces[: longest - 2] or [vocabulary.unk_id]
+        if len(ids) + len(pieces) + 1 > longest:
+            yield [*ids, vocabulary.sep_id], [*words, -1], read_at
+            ids, words, read_at = [vocabulary.cls_id], [-1], []
+        read_at.append(len(ids))
+        ids += pieces
+        words += [word] * len(pieces)
+    yield [*ids, vocabulary.sep_id], [*words, -1], read_at
+
+
+def select(chunks: MaskedChunks, indices: np.ndarray) -> MaskedChunks:
+    """The chunks at some indices (n,), in that order."""
+    bounds = chunk_bounds(chunks.lengths)
+    parts = [part_of(chunks, bounds, index, index + 1) for index in indices.tolist()]
+    offsets = chunk_bounds(np.array([len(part.input_ids) for part in parts]))
+    return MaskedChunks(
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        position_ids=np.concatenate([part.position_ids for part in parts]),
+        masked=np.concatenate([part.masked + offset for part, offset in zip(parts, offsets, strict=False)]),
+        targets=np.concatenate([part.targets for part in parts]),
+        lengths=chunks.lengths[indices],
+    )
+
+
+def training_order(chunks: MaskedChunks, batch_size: int, seed: int) -> Iterator[MaskedChunks]:
+    """Batches without end, in a new order every epoch; the seed alone decides it, so all models see the same."""
+    epoch = 0
+    while True:
+        order = epoch_order(seed, epoch, len(chunks.lengths))
+        for start in range(0, len(order), batch_size):
+            yield select(chunks, order[start : start + batch_size])
+        epoch += 1

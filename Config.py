@@ -8,6 +8,7 @@ The checks of values stand below the settings.
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from os.path import normpath
 from typing import Literal, NamedTuple
 
 from mlm.settings import check_settings, parse_settings, require
@@ -228,16 +229,21 @@ def _wrong_in_comparison(config: DownstreamConfig) -> Iterator[str]:
     sizes = config.examples_per_class
     if not (sizes and all(size == "all" or (size.isdecimal() and 0 < int(size[:10]) < 2**31) for size in sizes)):
         yield f"examples_per_class: must be numbers of 1 or more, or all, not {' '.join(sizes)!r}"
+    if len(set(sizes)) < len(sizes):
+        yield "examples_per_class: each is to be named once"
     if not config.task:
         yield "task: name a labelled file, such as --task labelled.tsv with lines of text, a tab and a label"
     if not config.models:
         yield "models: name one or more, such as --models bert-base-uncased output/my_run/final"
-    if len(set(config.models)) < len(config.models):
+    if len(set(map(normpath, config.models))) < len(config.models):
         yield "models: each is to be named once"
     paths = (config.task, config.path_model_save, config.general_text, *config.models)
     columns = (config.text_column, config.pair_column, config.label_column)
     if not all(name is None or name.isprintable() for name in (*paths, *columns)):
-        yield "task, models, general_text, path_model_save: must not hold a character that cannot be printed"
+        yield (
+            "task, models, general_text, path_model_save, text_column, pair_column, label_column: must not hold a "
+            "character that cannot be printed"
+        )
     yield from _wrong_devices(config.cuda_visible_devices)
 
 

@@ -8,9 +8,11 @@ each (mlm/batches.py, which also packs them for the model).
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -69,6 +71,18 @@ def prepare(
     folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)
     train, test = (Chunks.read(folder / f"{split}.arrow") for split in ("train", "test"))
     return train, test, _read_stats(folder / "stats.json")
+
+
+@contextmanager
+def chunks_of(
+    lines: list[str], tokenizer: PreTrainedTokenizerBase, sen_max_length: int
+) -> Iterator[tuple[Chunks, SplitStats]]:
+    """Lines as chunks of tokens that are not kept, and what was found in them."""
+    with TemporaryDirectory() as folder:
+        path, vocabulary = Path(folder, "chunks.arrow"), read_vocabulary(tokenizer)
+        rest = (sen_max_length - 2, make_encoders(tokenizer), make_segmenter([]), vocabulary)
+        stats = write_chunks(iter(lines), path, *rest).stats
+        yield Chunks.read(path), stats
 
 
 def _compare(train: WrittenSplit, test: WrittenSplit, broken_words: list[BrokenWord]) -> TextStats:

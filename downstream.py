@@ -5,7 +5,13 @@ import signal
 from Config import Config, DownstreamConfig, parse_downstream_flags
 from mlm.errors import UserError, plain_errors
 from mlm.hub import locate
-from mlm.machine import choose_devices, has_variable_length_kernels, keep_freed_memory, ran_out_of_memory
+from mlm.machine import (
+    choose_devices,
+    choose_precision,
+    has_variable_length_kernels,
+    keep_freed_memory,
+    ran_out_of_memory,
+)
 
 if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during an import ends without a traceback
@@ -17,33 +23,33 @@ if __name__ == "__main__":  # before the imports that take seconds: help, wrong 
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
+import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
 
-from data_process import evaluation_batches
+from data_process import chunks_of, evaluation_batches
 from mlm.batches import Divide, StepQueue, make_micro_batches
-from mlm.chunks import Chunks, write_chunks
 from mlm.comparison import compare
-from mlm.encoding import Encoded, encode
+from mlm.encoding import encode
 from mlm.evaluation import evaluate
 from mlm.finetuning import Budget, answer, fine_tune
-from mlm.frozen import features, fit, resample
+from mlm.frozen import features, fit, resample, rows_of
 from mlm.leakage import count_read_before
 from mlm.memory import CPU_MICRO_BATCH_POSITIONS
+from mlm.picture import save_picture
 from mlm.ranks import make_accelerator, quiet_libraries
 from mlm.report import say
-from mlm.scores import Metric, choose_metric, count_answers, metrics_of
-from mlm.storage import digest
+from mlm.scores import choose_metric, count_answers, metrics_of
+from mlm.storage import digest, lock, make_folder, write_json
 from mlm.tasks import Task, draw_few, load_task
 from mlm.text import read_sample
-from mlm.trials import Result, Trial, Trials, fingerprint
+from mlm.training import has_finite_weights
+from mlm.trials import Candidate, Comparison, Result, Trial, Trials, fingerprint
 from mlm.verdict import (
     Known,
     Outcome,
@@ -57,41 +63,10 @@ from mlm.verdict import (
     trial_bar,
 )
 from mlm.vocabulary import load_pretrained_tokenizer, read_vocabulary
-from mlm.words import make_encoders, make_segmenter
 from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_model
 
 GPU_MICRO_BATCH_POSITIONS = 1 << 14  # positions that go through the model at once, where they fit
 MOST_GENERAL_LINES = 2000  # of which each model guesses hidden words
-
-
-@dataclass(eq=False)
-class Candidate:
-    """A model to be compared."""
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    fingerprint: str  # of weights and tokenizer
-    head_size: int  # of attention
-    dev: Encoded
-    test: Encoded
-    read_before: int | None  # test texts that it was pre-trained on, as far as that can be seen
-
-
-@dataclass(eq=False)
-class Comparison:
-    """What is built once, and kept to the end."""
-
-    config: DownstreamConfig
-    accelerator: Accelerator
-    folder: Path
-    task: Task
-    metric_name: str
-    metric: Metric
-    candidates: dict[str, Candidate]
-    trials: Trials
-
-    def score_on_dev(self, answers: list[int]) -> float:
-        return float(self.metric(count_answers(self.task, answers, self.task.dev).sum(0)))
 
 
 def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
@@ -106,7 +81,10 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
         outcomes.append(judge(comparison, size, results))
         say(describe_outcome(outcomes[-1]))
     if accelerator.is_main_process:
-        save_outcomes(comparison.folder, outcomes)
+        with lock(comparison.folder / "trials" / "results.lock"):  # another process may end at this moment
+            save_outcomes(comparison.folder, outcomes)
+            save_picture(comparison.folder / "results.svg", outcomes)
+            write_json(comparison.folder / "settings.json", asdict(config))
     if config.general_text:
         measure_forgetting(comparison, config.general_text)
     say(f"\nEvery seed, the differences and a picture: {comparison.folder}")
@@ -119,6 +97,9 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
     """Reads the task and the models, and says what was found. Raises UserError where something is missing."""
     task = load_task(config)
     metric_name = choose_metric(task, config.metric)
+    general_lines = []
+    if config.general_text:
+        general_lines = read_sample(Path(config.general_text), "general_text", MOST_GENERAL_LINES)
     say(describe_task(task))
 
     # The models, each with the texts as its tokenizer sees them.
@@ -127,16 +108,26 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
 
     # All that decides a trial has a part in its file's name, so that a second call finds what a first has done.
     budget = (config.num_epochs, config.least_steps, config.batch_size, config.sen_max_length)
-    precision = accelerator.mixed_precision
+    machine = (accelerator.device.type, choose_precision(config))
     decided_by = {
-        name: digest(candidate.fingerprint, task.digest, metric_name, config.frozen, precision, budget)
+        name: digest(candidate.fingerprint, task.digest, metric_name, config.frozen, machine, budget)
         for name, candidate in candidates.items()
     }
+    answers = {name: candidate.test.answers for name, candidate in candidates.items()}
     kind = "-frozen" if config.frozen else ""
     folder = Path(config.path_model_save) / "downstream" / f"{task.name}-{task.digest[:6]}{kind}"
-    trials = Trials(folder / "trials", decided_by)
-    metric = metrics_of(task)[metric_name]
-    return Comparison(config, accelerator, folder, task, metric_name, metric, candidates, trials)
+    make_folder(folder / "trials")
+    return Comparison(
+        config=config,
+        accelerator=accelerator,
+        folder=folder,
+        task=task,
+        metric_name=metric_name,
+        metric=metrics_of(task)[metric_name],
+        candidates=candidates,
+        trials=Trials(folder / "trials", decided_by, answers, len(task.classes)),
+        general_lines=general_lines,
+    )
 
 
 def read_candidate(name: str, task: Task, config: DownstreamConfig) -> Candidate:
@@ -146,11 +137,16 @@ def read_candidate(name: str, task: Task, config: DownstreamConfig) -> Candidate
     longest = encoder.config.max_position_embeddings
     if config.sen_max_length > longest:
         raise UserError(f"sen_max_length, models: {name} takes texts of at most {longest} positions")
-    if len(tokenizer) > encoder.config.vocab_size:
+    tokens = read_vocabulary(tokenizer).size
+    if tokens > encoder.config.vocab_size:
         raise UserError(
-            f"models: the tokenizer of {name} has {len(tokenizer):,} tokens, the model {encoder.config.vocab_size:,}; "
+            f"models: the tokenizer of {name} has {tokens:,} tokens, the model {encoder.config.vocab_size:,}; "
             "they do not belong together"
         )
+    if task.kind == "pair" and encoder.config.type_vocab_size < 2:
+        raise UserError(f"models: {name} was not made for pairs of texts: it knows one token type")
+    if not has_finite_weights(encoder):
+        raise UserError(f"models: {name} has weights that are not finite")
     return Candidate(
         name=name,
         tokenizer=tokenizer,
@@ -158,7 +154,7 @@ def read_candidate(name: str, task: Task, config: DownstreamConfig) -> Candidate
         head_size=encoder.config.hidden_size // encoder.config.num_attention_heads,
         dev=encode(task.dev, task, tokenizer, config.sen_max_length),
         test=encode(task.test, task, tokenizer, config.sen_max_length),
-        read_before=count_read_before(name, task.test),
+        read_before=count_read_before(name, task),
     )
 
 
@@ -170,22 +166,30 @@ def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
     config, trials = comparison.config, comparison.trials
     seeds = range(config.seed, config.seed + config.seeds)
     if config.frozen:
-        todo = [Trial(name, size, seed, 0.0) for name in config.models for seed in seeds]
-        results = trials.do(todo, partial(fit_features, comparison), say_result)
-        return {name: [result for result in results if result.model == name] for name in config.models}
+        todo = [Trial(name, size, seed, None) for name in config.models for seed in seeds]
+        return by_model(trials.do(todo, partial(fit_features, comparison), say_result))
 
     # The first seed tries every learning rate, and dev chooses one for each model.
+    do = partial(fine_tune_once, comparison)
     first = [Trial(name, size, config.seed, rate) for name in config.models for rate in config.learning_rates]
-    tried = trials.do(first, partial(fine_tune_once, comparison), say_result)
     chosen = {}
-    for name in config.models:
-        of_model = [result for result in tried if result.model == name]
-        chosen[name] = max(of_model, key=lambda result: result.dev_score).setting
+    for name, tried in by_model(trials.do(first, do, say_result)).items():
+        chosen[name] = max(tried, key=lambda result: result.dev_score).learning_rate
+        if len(tried) > 1 and chosen[name] in (min(config.learning_rates), max(config.learning_rates)):
+            end = "highest" if chosen[name] == max(config.learning_rates) else "lowest"
+            say(f"hint: {name} did best at the {end} of the learning rates; --learning_rates may go further")
 
-    # The other seeds, model by model in turn, so that a comparison that is stopped has the same seeds of each.
+    # The other seeds, of all models in turn, so that a comparison that is stopped has about as many of each.
     todo = [Trial(name, size, seed, chosen[name]) for seed in seeds for name in config.models]
-    results = trials.do(todo, partial(fine_tune_once, comparison), say_result)
-    return {name: [result for result in results if result.model == name] for name in config.models}
+    return by_model(trials.do(todo, do, say_result))
+
+
+def by_model(results: list[Result]) -> dict[str, list[Result]]:
+    """In the order of their first results."""
+    models: dict[str, list[Result]] = {}
+    for result in results:
+        models.setdefault(result.model, []).append(result)
+    return models
 
 
 def fine_tune_once(comparison: Comparison, trial: Trial) -> Result:
@@ -200,6 +204,7 @@ def fine_tune_once(comparison: Comparison, trial: Trial) -> Result:
             if positions <= comparison.config.sen_max_length:
                 raise UserError("sen_max_length: out of memory, though texts go through the model singly") from error
             positions //= 2
+            torch.cuda.empty_cache()
             say(f"out of memory; begun again with {positions} positions at once")
 
 
@@ -208,28 +213,29 @@ def _fine_tune(comparison: Comparison, trial: Trial, positions: int) -> Result:
     config, accelerator, task = comparison.config, comparison.accelerator, comparison.task
     candidate = comparison.candidates[trial.model]
     drawn = [task.train[index] for index in draw_few(task, trial.size, trial.seed)]
-    train = encode(drawn, task, candidate.tokenizer, config.sen_max_length).chunks
-    budget = Budget.of(
-        len(train.lengths), config.num_epochs, config.least_steps, config.batch_size, trial.learning_rate
-    )
+    train = encode(drawn, task, candidate.tokenizer, config.sen_max_length)
+    assert trial.learning_rate is not None
+    budget = Budget.of(len(drawn), config.num_epochs, config.least_steps, config.batch_size, trial.learning_rate)
     bert = load_classifier(trial.model, len(task.classes), trial.seed, of_words=task.kind == "entities")
-    classifier = PackedClassifier(bert, read_vocabulary(candidate.tokenizer).sep_id).to(accelerator.device)
+    classifier = PackedClassifier(bert, sep_id_for(comparison, candidate)).to(accelerator.device)
     divide = partial(divider(comparison, candidate), positions=positions)
-    with trial_bar(trial, budget.steps) as bar:
-        best = fine_tune(
-            classifier,
-            train,
-            lambda: comparison.score_on_dev(answer(classifier, candidate.dev, accelerator, divide)),
-            budget,
-            trial.seed,
-            accelerator,
-            divide,
-            bar.update,
-        )
-    answers = answer(classifier, candidate.test, accelerator, divide)
-    accelerator.free_memory()
+    try:
+        with trial_bar(trial, budget.steps) as bar:
+            best = fine_tune(
+                classifier,
+                train,
+                lambda: comparison.score_on_dev(answer(classifier, candidate.dev, accelerator, divide)),
+                budget,
+                trial.seed,
+                accelerator,
+                divide,
+                bar.update,
+            )
+        answers = answer(classifier, candidate.test, accelerator, divide)
+    finally:
+        accelerator.free_memory()  # which holds the optimizer
     seconds = time.perf_counter() - began
-    return Result(trial.model, trial.size, trial.seed, trial.learning_rate, best.step, best.score, seconds, answers)
+    return Result(*trial, penalty=None, best_step=best.step, dev_score=best.score, seconds=seconds, answers=answers)
 
 
 def fit_features(comparison: Comparison, trial: Trial) -> Result:
@@ -238,15 +244,11 @@ def fit_features(comparison: Comparison, trial: Trial) -> Result:
     began = time.perf_counter()
     task = comparison.task
     drawn = resample(task, draw_few(task, trial.size, trial.seed), trial.seed)
-    numbers = {name: number for number, name in enumerate(task.classes)}
-    classes_of = [[numbers[label] for label in example.labels] for example in task.train]
-    ends = np.cumsum([len(classes) for classes in classes_of])  # (examples,) in the answers of all training examples
-    rows = np.concatenate([np.arange(ends[index] - len(classes_of[index]), ends[index]) for index in drawn])
-    classes = np.concatenate([classes_of[index] for index in drawn])
+    rows, classes = rows_of(task, drawn)
     classifier, penalty, score = fit(train[rows], classes, dev, comparison.score_on_dev)
     answers = classifier.predict(test).tolist()
     seconds = time.perf_counter() - began
-    return Result(trial.model, trial.size, trial.seed, penalty, 0, score, seconds, answers)
+    return Result(*trial, penalty=penalty, best_step=None, dev_score=score, seconds=seconds, answers=answers)
 
 
 @cache
@@ -255,9 +257,14 @@ def features_of(comparison: Comparison, model: str, split: str) -> np.ndarray:
     candidate, accelerator = comparison.candidates[model], comparison.accelerator
     examples = getattr(comparison.task, split)
     encoded = encode(examples, comparison.task, candidate.tokenizer, comparison.config.sen_max_length)
-    encoder = PackedBert(load_encoder(model)).to(accelerator.device)
+    encoder = PackedBert(load_encoder(model), sep_id_for(comparison, candidate)).to(accelerator.device)
     divide = partial(divider(comparison, candidate), positions=CPU_MICRO_BATCH_POSITIONS)
     return features(encoder, encoded, accelerator, divide)
+
+
+def sep_id_for(comparison: Comparison, candidate: Candidate) -> int | None:
+    """What separates two texts, where the task has pairs."""
+    return candidate.tokenizer.sep_token_id if comparison.task.kind == "pair" else None
 
 
 def divider(comparison: Comparison, candidate: Candidate) -> Divide:
@@ -289,8 +296,8 @@ def judge(comparison: Comparison, size: str, results: dict[str, list[Result]]) -
 
 
 def measure_forgetting(comparison: Comparison, path: str) -> None:
-    """Says how well each model still guesses hidden words of general text. Raises UserError where there is no text."""
-    lines = read_sample(Path(path), "general_text", MOST_GENERAL_LINES)
+    """Says how well each model still guesses hidden words of general text."""
+    lines = comparison.general_lines
     known = {}
     for name in comparison.config.models:
         known[name] = ask_for_hidden_words(comparison, comparison.candidates[name], lines)
@@ -306,14 +313,14 @@ def ask_for_hidden_words(comparison: Comparison, candidate: Candidate, lines: li
     as_start = Config(
         initial_pretrain_model=candidate.name, initial_pretrain_tokenizer=candidate.name, sen_max_length=length
     )
-    bert, warnings = load_model(as_start, vocabulary.size, vocabulary.pad_id)
+    try:
+        bert, warnings = load_model(as_start, vocabulary.size, vocabulary.pad_id)
+    except UserError:  # far more rows than its tokenizer has tokens
+        return None
     if warnings:  # that the head is missing
         return None
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch, "general.arrow")
-        encoders = make_encoders(candidate.tokenizer)
-        stats = write_chunks(iter(lines), path, length - 2, encoders, make_segmenter([]), vocabulary).stats
-        batches = evaluation_batches(Chunks.read(path), vocabulary)
+    with chunks_of(lines, candidate.tokenizer, length) as (chunks, stats):
+        batches = evaluation_batches(chunks, vocabulary)
         divide = divider(comparison, candidate)
         queue = StepQueue(iter(()), divide, CPU_MICRO_BATCH_POSITIONS, length)
         with accelerator.autocast():
@@ -324,7 +331,7 @@ def ask_for_hidden_words(comparison: Comparison, candidate: Candidate, lines: li
 
 def main(config: DownstreamConfig) -> None:
     """Raises UserError for what the user can put right; Ctrl-C ends with status 130 and loses no finished trial."""
-    cast(Any, sys.stdout).reconfigure(line_buffering=True)  # a log file shows each line at once
+    cast(Any, sys.stdout).reconfigure(line_buffering=True, errors="backslashreplace")  # lines at once, on any terminal
     quiet_libraries()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -35,9 +35,10 @@ class PackedBert(nn.Module):
     """A BERT whose forward takes packed rows; the heads follow below. A module, as DistributedDataParallel hooks
     `forward` alone."""
 
-    def __init__(self, bert: BertPreTrainedModel):
+    def __init__(self, bert: BertPreTrainedModel, sep_id: int | None = None):
+        """sep_id: that of [SEP], where a chunk may hold two texts."""
         super().__init__()
-        self.bert = bert
+        self.bert, self.sep_id = bert, sep_id
         bert.set_attn_implementation("packed")
         for module in bert.modules():
             if isinstance(module, BertSelfAttention):
@@ -63,15 +64,21 @@ class PackedBert(nn.Module):
             apart: dict[str, Any] = {"attention_mask": sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]}
         else:
             apart = {"starts": starts, "longest": longest}
-        token_type_ids = self.token_types(input_ids, position_ids)
+        token_type_ids = self._token_types(input_ids, position_ids)
         hidden = self.bert.base_model(
             input_ids, position_ids=position_ids, token_type_ids=token_type_ids, **apart
         ).last_hidden_state  # (rows, width, hidden)
         return self.head(hidden.flatten(0, 1)[masked])
 
-    def token_types(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """One token type for all, of shape (1, 1): its gradient is a sum, and not a row added for each position."""
-        return torch.zeros((1, 1), dtype=torch.long, device=input_ids.device)
+    def _token_types(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """(rows, width): 0 up to a chunk's first [SEP], 1 behind it, where a second text may stand; or (1, 1), 0 for
+        all, whose gradient is a sum, and not a row added for each position."""
+        if self.sep_id is None:
+            return torch.zeros((1, 1), dtype=torch.long, device=input_ids.device)
+        separators = (input_ids == self.sep_id).long()
+        before = separators.cumsum(1) - separators  # in the row
+        chunk_starts = torch.arange(input_ids.shape[1], device=input_ids.device) - position_ids
+        return (before - before.gather(1, chunk_starts)).clamp(max=1)
 
     def head(self, hidden: Tensor) -> Tensor:
         """The hidden states (masked, hidden) themselves: features."""
@@ -94,22 +101,12 @@ class PackedClassifier(PackedBert):
 
     bert: BertForSequenceClassification | BertForTokenClassification
 
-    def __init__(self, bert: BertPreTrainedModel, sep_id: int):
-        super().__init__(bert)
-        self.sep_id = sep_id
-
-    def token_types(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """(rows, width): 0 up to a chunk's first [SEP], 1 behind it, where a second text may stand."""
-        separators = (input_ids == self.sep_id).long()
-        before = separators.cumsum(1) - separators  # in the row
-        chunk_starts = torch.arange(input_ids.shape[1], device=input_ids.device) - position_ids
-        return (before - before.gather(1, chunk_starts)).clamp(max=1)
-
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (masked, classes)."""
-        pooler = self.bert.bert.pooler
-        pooled = pooler(hidden[:, None]) if pooler else hidden  # a pooler takes the first of (masked, 1, hidden)
-        return self.bert.classifier(self.bert.dropout(pooled))
+        """Logits (masked, classes), in float32: in 16 bits the likeliest classes would often be equally likely."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden, pooler = hidden.float(), self.bert.bert.pooler
+            pooled = pooler(hidden[:, None]) if pooler else hidden  # a pooler takes the first of (masked, 1, hidden)
+            return self.bert.classifier(self.bert.dropout(pooled))
 
 
 def _cast_once(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -213,11 +210,15 @@ def _pretrained_bert(config, name, known_tokens):
     encoder, loading = _load(BertModel, name, output_loading_info=True)
     if not any(key.startswith("pooler") for key in loading["missing_keys"]):
         model.bert.pooler = encoder.pooler.requires_grad_(False)
-    for parameter in model.parameters():
-        # Loaded weights are views of the file, at any address, and matrix products round by their inputs' alignment:
-        # a resumed run would drift from the uninterrupted one.
-        parameter.data = parameter.data.clone()
+    _own_memory(model)
     return model, warnings
+
+
+def _own_memory(model):
+    """Copies loaded weights: they are views of the file, at any address, and matrix products round by their inputs'
+    alignment, so that a resumed run would drift from the uninterrupted one."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _set_dropouts(model, hidden_dropout, attention_dropout):
@@ -248,7 +249,8 @@ def load_bert_config(name: str, setting: str) -> BertConfig:
     """The config of a checkpoint. Raises UserError, which names the setting, where it is not that of a BERT encoder."""
     bert_config = _load(AutoConfig, name, setting)
     if bert_config.model_type != "bert" or bert_config.is_decoder:
-        raise UserError(f"{setting}: {name} is not a BERT encoder but of type {bert_config.model_type}")
+        kind = "a decoder" if bert_config.model_type == "bert" else f"of type {bert_config.model_type}"
+        raise UserError(f"{setting}: {name} is not a BERT encoder but {kind}")
     return bert_config
 
 
@@ -281,10 +283,18 @@ def _check_fit(config, bert_config, vocabulary_size):
 
 
 def load_encoder(name: str) -> BertModel:
-    """The model that `models` names, without a head. Its pooler, where the checkpoint has none, is always the same."""
+    """The model that `models` names, without a head. Its pooler, where the checkpoint has none, is always the same.
+
+    Raises UserError where it is no BERT, or lacks weights, or has some that are not finite.
+    """
     load_bert_config(name, "models")
     torch.manual_seed(0)
-    return _load(BertModel, name, "models")
+    encoder, loading = _load(BertModel, name, "models", output_loading_info=True)
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler"))
+    if missing:
+        raise UserError(f"models: {name} lacks {len(missing):,} of BERT's weights, such as {missing[0]}")
+    _own_memory(encoder)
+    return encoder
 
 
 def load_classifier(
@@ -296,20 +306,18 @@ def load_classifier(
     checkpoint lacks. Dropout is the checkpoint's own, but for none inside attention, which rules out fast kernels.
     """
     kind = BertForTokenClassification if of_words else BertForSequenceClassification
-    model, loading = _load(
-        kind, name, "models", num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    std = model.config.initializer_range
+    options = {"num_labels": classes, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, loading = _load(kind, name, "models", **options)
     torch.manual_seed(seed)
-    nn.init.normal_(model.classifier.weight, std=std)
-    nn.init.zeros_(model.classifier.bias)
+    _init_linear(model.classifier)
     if any("pooler" in key for key in loading["missing_keys"]):
-        nn.init.normal_(model.bert.pooler.dense.weight, std=std)
-        nn.init.zeros_(model.bert.pooler.dense.bias)
+        _init_linear(model.bert.pooler.dense)
+    _own_memory(model)
     _set_dropouts(model, None, 0.0)
     return model
 
 
-def has_finite_weights(model: nn.Module) -> bool:
-    """Whether no weight is infinite or not a number."""
-    return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
+def _init_linear(linear: nn.Linear) -> None:
+    """As BERT does, whatever the checkpoint's config says: all models' heads start alike."""
+    nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)

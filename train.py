@@ -57,8 +57,8 @@ from mlm.schedule import resolve
 from mlm.signals import catch_signals, explain_endings
 from mlm.state import Ending, Progress, Run, SaveClock, checkpoint_path
 from mlm.storage import atomic_write, write_json
-from mlm.training import make_optimizer, patience, train_step, warm_up_reducer
-from model import PackedMaskedLM, has_finite_weights, load_model
+from mlm.training import has_finite_weights, make_optimizer, patience, train_step, warm_up_reducer
+from model import PackedMaskedLM, load_model
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
 
@@ -309,7 +309,7 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
 
 def main(config: Config) -> None:
     """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError; SystemExit on a signal."""
-    cast(Any, sys.stdout).reconfigure(line_buffering=True)  # a log file shows each line at once
+    cast(Any, sys.stdout).reconfigure(line_buffering=True, errors="backslashreplace")  # lines at once, on any terminal
     quiet_libraries()
     with explain_endings(config):
         accelerator = make_accelerator(config, config.tracker, config.path_model_save)

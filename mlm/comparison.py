@@ -18,7 +18,7 @@ POWER = 0.8  # with which the smallest gain shows
 REPLICATES = 1000  # of the bootstrap
 ALL_FLIPS = 12  # seeds, up to which every combination of signs is tried
 RANDOM_FLIPS = 4096
-DRAWS = 400  # experiments that the smallest gain is found with
+DRAWS = 400  # experiments that the detectable gain is found with
 
 
 class Gain(NamedTuple):
@@ -28,7 +28,7 @@ class Gain(NamedTuple):
     low: float  # of the interval
     high: float
     p: float
-    smallest: float  # the true gain that would show in four of five such comparisons; infinite with too few seeds
+    detectable: float  # the true gain that would show in four of five such comparisons; infinite with too few seeds
 
     @property
     def verdict(self) -> str:
@@ -47,15 +47,18 @@ class Spread(NamedTuple):
     number_of_seeds: int
     number_of_texts: int
 
-    def standard_error(self, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The mean's standard error and its degrees of freedom (Satterthwaite, doi 10.2307/3002019), each of the shape
-        of `seeds`: variances of the mean of the seeds' differences, in which the residual is contained."""
-        of_seeds = np.maximum(seeds - self.residual, 0)
+    def standard_error(self, between_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The mean's standard error and its degrees of freedom (Satterthwaite, doi 10.2307/3002019).
+
+        between_seeds: the variance of the seeds' differences over their number, of any shape; it holds the residual,
+        as the variance between texts does, which counts once.
+        """
         of_texts = self.texts + self.residual
-        freedom_left = of_seeds**2 / max(1, self.number_of_seeds - 1) + of_texts**2 / max(1, self.number_of_texts - 1)
-        variance = of_seeds + of_texts
-        freedom = np.divide(variance**2, freedom_left, out=np.ones_like(variance), where=freedom_left > 0)
-        return np.sqrt(variance), freedom
+        variance = np.maximum(between_seeds - self.residual, 0) + of_texts
+        uncertainty = between_seeds**2 / max(1, self.number_of_seeds - 1) + of_texts**2 / max(
+            1, self.number_of_texts - 1
+        )
+        return np.sqrt(variance), variance**2 / uncertainty
 
 
 def compare(counts: np.ndarray, metric: Metric, seed: int = 0) -> list[Gain]:
@@ -63,9 +66,10 @@ def compare(counts: np.ndarray, metric: Metric, seed: int = 0) -> list[Gain]:
 
     counts: (models, seeds, texts, 3, classes), as `count_answers` gives them. Every model has the same seeds and texts.
     The interval covers the mean over seeds and texts: Student's t about the mean difference, whose variance is that
-    between seeds and, by a bootstrap, that between texts. (A bootstrap of so few seeds by itself is too narrow.) The
-    p-value is that of flipping the signs of the seeds' differences, all models' at once (Westfall and Young, 1993), so
-    that it holds for all of them together; the intervals share the level evenly.
+    between seeds and, by a bootstrap, that between texts. (A bootstrap of so few seeds by itself is too narrow.) All
+    intervals together hold at 95%, as they share the level (Bonferroni). The p-value is that of flipping the signs of
+    the seeds' differences, of each model by itself: corrected too, it would need more seeds with every model. What is
+    found holds for these training texts.
     """
     models, seeds, texts, *_ = counts.shape
     if models == 1:
@@ -76,13 +80,16 @@ def compare(counts: np.ndarray, metric: Metric, seed: int = 0) -> list[Gain]:
     resampled = resampled[:, 1:] - resampled[:, :1]
     level = LEVEL / (models - 1)
     gains = []
-    for of_model, replicas, p in zip(differences, resampled.swapaxes(0, 1), flip_signs(differences), strict=True):
+    for of_model, replicas in zip(differences, resampled.swapaxes(0, 1), strict=True):
         spread = _find_spread(of_model, replicas, texts)
         variance = np.array(of_model.var(ddof=1) / seeds if seeds > 1 else 0.0)
         error, freedom = spread.standard_error(variance)
         half = float(stats.t.ppf(1 - level / 2, freedom) * error)
         mean = float(of_model.mean())
-        gains.append(Gain(mean, mean - half, mean + half, float(p), smallest_gain(spread, level)))
+        if not replicas.any():  # on no draw of texts do they differ
+            half = 0.0
+        low, high = max(-1.0, mean - half), min(1.0, mean + half)
+        gains.append(Gain(mean, low, high, float(flip_signs(of_model)), detectable_gain(spread, level)))
     return gains
 
 
@@ -104,26 +111,29 @@ def _find_spread(differences: np.ndarray, replicas: np.ndarray, texts: int) -> S
     The replicas of one seed vary with texts and residual, those of the mean with texts and a part of the residual.
     """
     seeds = len(differences)
-    of_mean, of_one = replicas.mean(1).var(), replicas.var(0).mean()
+    # A bootstrap draws from n texts as from a population, and sees no spread where all agree: of a text more it knows
+    # nothing, so one text's weight is added.
+    of_mean, of_one = (variance * texts / max(1, texts - 1) + texts**-2 for variance in _variances(replicas))
     residual = max(0.0, (of_one - of_mean) / (seeds - 1)) if seeds > 1 else 0.0
     between_seeds = differences.var(ddof=1) / seeds if seeds > 1 else 0.0
     return Spread(max(0.0, between_seeds - residual), max(0.0, of_mean - residual), residual, seeds, texts)
+
+
+def _variances(replicas: np.ndarray) -> tuple[float, float]:
+    """Of the seeds' mean, and of one seed in the mean."""
+    return float(replicas.mean(1).var()), float(replicas.var(0).mean())
 
 
 # ------------------------------------------------------------------------------------------------------ signs flipped
 
 
 def flip_signs(differences: np.ndarray) -> np.ndarray:
-    """Two-sided p-values (compared,) for differences (compared, seeds): how often chance signs give as large a mean.
+    """Two-sided p-values (...) for differences (..., seeds): how often chance signs give as large a mean.
 
     With n seeds the least there can be is 2 / 2**n.
     """
-    signs = _signs(differences.shape[1])  # (flips, seeds)
-    sizes = np.sqrt((differences**2).sum(1))  # unchanged by signs, so the sums compare as Student's t would
-    scaled = differences / np.where(sizes > 0, sizes, 1)[:, None]
-    largest = np.abs(signs @ scaled.T).max(1)  # (flips,) over the models
-    observed = np.abs(scaled.sum(1))  # (compared,)
-    return (largest[:, None] >= observed - 1e-9).mean(0)
+    flipped = np.abs(differences @ _signs(differences.shape[-1]).T)  # (..., flips)
+    return (flipped >= np.abs(differences.sum(-1, keepdims=True)) - 1e-9).mean(-1)
 
 
 def _signs(seeds: int) -> np.ndarray:
@@ -134,10 +144,10 @@ def _signs(seeds: int) -> np.ndarray:
     return flips
 
 
-# ------------------------------------------------------------------------------------------------- the smallest gain
+# ----------------------------------------------------------------------------------------------- what could be found
 
 
-def smallest_gain(spread: Spread, level: float) -> float:
+def detectable_gain(spread: Spread, level: float) -> float:
     """The true gain that is called better in a share POWER of experiments, drawn with this spread."""
     seeds = spread.number_of_seeds
     if 2 / 2**seeds > LEVEL:
@@ -148,15 +158,13 @@ def smallest_gain(spread: Spread, level: float) -> float:
     chance = of_texts + of_seeds  # (draws, seeds) differences without a gain
     error, freedom = spread.standard_error(chance.var(1, ddof=1) / seeds)
     half = stats.t.ppf(1 - level / 2, freedom) * error  # (draws,)
-    signs = _signs(seeds)
 
     def power(gain: float) -> float:
         differences = chance + gain
-        flipped = np.abs(differences.sum(1)) - 1e-12 <= np.abs(differences @ signs.T).T  # (flips, draws)
-        return float(((differences.mean(1) > half) & (flipped.mean(0) <= LEVEL)).mean())
+        return float(((differences.mean(1) > half) & (flip_signs(differences) <= LEVEL)).mean())
 
-    low, high = 0.0, 20 * float(error.mean()) + 1e-9
+    low, high = 0.0, 20 * float(error.mean())
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (low, middle) if power(middle) >= POWER else (middle, high)
-    return high
+    return min(high, 1.0)

@@ -22,6 +22,7 @@ class Encoded(NamedTuple):
     """Examples as chunks: a text or a pair is one; a sentence of words, too, unless it is too long for one."""
 
     chunks: MaskedChunks  # masked: where each text's [CLS], or each word's first piece stands; targets: its class
+    bounds: np.ndarray  # (examples + 1,) int64: the first chunk of each example, and the end of the last
     words: np.ndarray  # (positions,) int64: the number of the text or word that a position is of; -1 for [CLS], [SEP]
     answers: int  # texts, or words: as many as masked
     shortened: int  # examples that `sen_max_length` cut: texts lose their end, sentences become two chunks or more
@@ -36,6 +37,7 @@ def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBa
     ids: list[list[int]] = []
     words: list[list[int]] = []
     read_at: list[list[int]] = []  # in each chunk
+    bounds = [0]
     answers = shortened = 0
     for example in examples:
         parts = [next(pieces).ids for _ in example.parts]
@@ -51,6 +53,7 @@ def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBa
             ids.append(chunk_ids)
             words.append(chunk_words)
             read_at.append(chunk_read_at)
+        bounds.append(len(ids))
     lengths = np.array([len(chunk) for chunk in ids], dtype=np.int64)
     starts = chunk_bounds(lengths)[:-1]
     classes = {name: number for number, name in enumerate(task.classes)}
@@ -61,7 +64,7 @@ def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBa
         targets=np.array([classes[label] for example in examples for label in example.labels], dtype=np.int64),
         lengths=lengths,
     )
-    return Encoded(chunks, _join(words), answers, shortened)
+    return Encoded(chunks, np.array(bounds), _join(words), answers, shortened)
 
 
 def _join(lists: Iterable[list[int]]) -> np.ndarray:
@@ -99,25 +102,29 @@ def _frame_words(parts: list[list[int]], number: int, vocabulary: Vocabulary, lo
     yield [*ids, vocabulary.sep_id], [*words, -1], read_at
 
 
-def select(chunks: MaskedChunks, indices: np.ndarray) -> MaskedChunks:
-    """The chunks at some indices (n,), in that order."""
-    bounds = chunk_bounds(chunks.lengths)
-    parts = [part_of(chunks, bounds, index, index + 1) for index in indices.tolist()]
-    offsets = chunk_bounds(np.array([len(part.input_ids) for part in parts]))
+def select(encoded: Encoded, indices: np.ndarray) -> MaskedChunks:
+    """The chunks of the examples at some indices (n,), in that order."""
+    positions = chunk_bounds(encoded.chunks.lengths)
+    parts = [
+        part_of(encoded.chunks, positions, first, after)
+        for first, after in zip(encoded.bounds[indices].tolist(), encoded.bounds[indices + 1].tolist(), strict=True)
+    ]
+    offsets = chunk_bounds(np.array([len(part.input_ids) for part in parts]))[:-1]
     return MaskedChunks(
         input_ids=np.concatenate([part.input_ids for part in parts]),
         position_ids=np.concatenate([part.position_ids for part in parts]),
-        masked=np.concatenate([part.masked + offset for part, offset in zip(parts, offsets, strict=False)]),
+        masked=np.concatenate([part.masked + offset for part, offset in zip(parts, offsets, strict=True)]),
         targets=np.concatenate([part.targets for part in parts]),
-        lengths=chunks.lengths[indices],
+        lengths=np.concatenate([part.lengths for part in parts]),
     )
 
 
-def training_order(chunks: MaskedChunks, batch_size: int, seed: int) -> Iterator[MaskedChunks]:
-    """Batches without end, in a new order every epoch; the seed alone decides it, so all models see the same."""
-    epoch = 0
+def training_order(encoded: Encoded, batch_size: int, seed: int) -> Iterator[MaskedChunks]:
+    """Batches of examples without end, in a new order every epoch. The seed alone decides it: all models see the same,
+    however many tokens or chunks an example is to each."""
+    examples, epoch = len(encoded.bounds) - 1, 0
     while True:
-        order = epoch_order(seed, epoch, len(chunks.lengths))
-        for start in range(0, len(order), batch_size):
-            yield select(chunks, order[start : start + batch_size])
+        order = epoch_order(seed, epoch, examples)
+        for start in range(0, examples, batch_size):
+            yield select(encoded, order[start : start + batch_size])
         epoch += 1

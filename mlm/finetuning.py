@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from mlm.batches import MaskedChunks, MicroBatch, chunk_bounds, part_of
 from mlm.encoding import Encoded, training_order
 from mlm.randomness import dropout_seed
-from mlm.training import make_optimizer
+from mlm.training import has_finite_weights, make_optimizer
 
 WARMUP_SHARE, WEIGHT_DECAY, LARGEST_NORM = 0.1, 0.01, 1.0
 MOST_EVALUATIONS = 10  # on dev, in one fine-tuning
@@ -33,13 +33,13 @@ class Budget(NamedTuple):
 
     steps: int  # optimizer steps
     evaluate_every: int  # steps
-    batch_size: int  # chunks
+    batch_size: int  # examples
     learning_rate: float  # peak
 
     @classmethod
-    def of(cls, chunks: int, num_epochs: int, least_steps: int, batch_size: int, learning_rate: float) -> "Budget":
-        """For so many training chunks: an evaluation an epoch, or fewer where epochs are many."""
-        steps_per_epoch = math.ceil(chunks / batch_size)
+    def of(cls, examples: int, num_epochs: int, least_steps: int, batch_size: int, learning_rate: float) -> "Budget":
+        """For so many training examples: an evaluation an epoch, or fewer where epochs are many."""
+        steps_per_epoch = math.ceil(examples / batch_size)
         steps = max(num_epochs * steps_per_epoch, least_steps)
         return cls(steps, max(steps_per_epoch, math.ceil(steps / MOST_EVALUATIONS)), batch_size, learning_rate)
 
@@ -53,7 +53,7 @@ class Best(NamedTuple):
 
 def fine_tune(
     classifier: nn.Module,
-    train: MaskedChunks,
+    train: Encoded,
     score_on_dev: Callable[[], float],
     budget: Budget,
     seed: int,
@@ -63,12 +63,14 @@ def fine_tune(
 ) -> Best:
     """Trains the classifier, and leaves it with the weights that scored best on dev, the earliest of equals.
 
-    train: `masked` are the places that have a class, `targets` the classes. The seed decides order and dropout.
-    advance: called after every step.
+    The seed decides order and dropout. Weights that are not finite are never the best; where all are, it is left as it
+    was. advance: called after every step.
     """
+    if accelerator.scaler is not None:  # which remembers the scale that the last classifier needed
+        accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
     optimizer = accelerator.prepare(make_optimizer(classifier, budget.learning_rate, WEIGHT_DECAY))
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * budget.steps), budget.steps)
-    best, best_weights = Best(0, -math.inf), {}
+    best, best_weights = Best(0, 0.0), copy_of_weights(classifier)
     batches = training_order(train, budget.batch_size, seed)
     for step, batch in enumerate(islice(batches, budget.steps), start=1):
         classifier.train()
@@ -84,11 +86,15 @@ def fine_tune(
         advance()
         if step % budget.evaluate_every == 0 or step == budget.steps:
             score = score_on_dev()
-            if score > best.score:
-                best = Best(step, score)
-                best_weights = {name: weight.clone() for name, weight in classifier.state_dict().items()}
+            if (score > best.score or best.step == 0) and has_finite_weights(classifier):
+                best, best_weights = Best(step, score), copy_of_weights(classifier)
     classifier.load_state_dict(best_weights)
     return best
+
+
+def copy_of_weights(module: nn.Module) -> dict[str, Tensor]:
+    """By name."""
+    return {name: weight.clone() for name, weight in module.state_dict().items()}
 
 
 @torch.no_grad()

@@ -42,11 +42,20 @@ def resample(task: Task, drawn: list[int], seed: int) -> list[int]:
 
     So that seeds differ, though nothing in logistic regression is random: they show how much the training texts matter.
     """
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng([seed, 3])
     of_class: dict[str, list[int]] = {}
     for index in drawn:
         of_class.setdefault("" if task.kind == "entities" else task.train[index].labels[0], []).append(index)
     return [index for members in of_class.values() for index in draw.choice(members, len(members)).tolist()]
+
+
+def rows_of(task: Task, drawn: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the texts, or words, of the drawn training examples stand among those of all, and their classes: (n,)."""
+    numbers = {name: number for number, name in enumerate(task.classes)}
+    classes = [[numbers[label] for label in example.labels] for example in task.train]
+    ends = np.cumsum([len(of_example) for of_example in classes])  # (examples,)
+    rows = [np.arange(ends[index] - len(classes[index]), ends[index]) for index in drawn]
+    return np.concatenate(rows), np.concatenate([classes[index] for index in drawn])
 
 
 def fit(

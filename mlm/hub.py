@@ -50,8 +50,11 @@ def locate(name: str, setting: str, file: str = "config.json", repo_type: str = 
             f"{setting}: there is no folder {name}, and {hub} has no {repo_type} of that name with a {file}; check the "
             "spelling, or run `hf auth login` if it is private"
         )
+    unreachable = f"{setting}: {name} is no folder and not in the local cache, and the Hub ({hub}) cannot be reached."
+    if setting == "models":
+        raise UserError(f"{unreachable} Name a local folder, or a mirror by HF_ENDPOINT=https://your.mirror")
     raise UserError(
-        f"{setting}: {name} is no folder and not in the local cache, and the Hub ({hub}) cannot be reached. Ways out:\n"
+        f"{unreachable} Ways out:\n"
         "  a mirror         HF_ENDPOINT=https://your.mirror python train.py\n"
         "  local folders    --initial_pretrain_model FOLDER --initial_pretrain_tokenizer FOLDER\n"
         "  from scratch     --initial_pretrain_model scratch:mini --initial_pretrain_tokenizer corpus\n"

@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent: written under a temporary name beside their place, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -66,6 +67,16 @@ def _flush(path):
         if file.is_file():
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
+
+
+def make_folder(path: Path, setting: str = "path_model_save") -> None:
+    """Makes a folder to be written to. Raises UserError, which names `setting`, where the disk refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{setting}: cannot write to {path}: {error.strerror}") from error
 
 
 def lock(path: Path, timeout_s: float = -1) -> FileLock:

@@ -34,6 +34,11 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
     return torch.optim.AdamW(groups, lr=learning_rate, eps=1e-6, fused=True)
 
 
+def has_finite_weights(model: nn.Module) -> bool:
+    """Whether no weight is infinite or not a number."""
+    return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
+
+
 def patience(accelerator: Accelerator) -> int:
     """How many steps in a row may be skipped before a run is given up."""
     return MOST_SKIPPED_STEPS + (FP16_HALVINGS if accelerator.scaler is not None else 0)

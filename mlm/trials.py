@@ -1,4 +1,4 @@
-"""Trials of a comparison: each a fine-tuning of one model with one seed, each a file, so that none is done twice.
+"""A comparison and its trials: each a fine-tuning of one model with one seed, each a file, so that none is done twice.
 
 Several processes may be at work on one comparison; each takes trials that no other has taken.
 """
@@ -10,13 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from accelerate import Accelerator
 from filelock import Timeout
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from Config import DownstreamConfig
+from mlm.encoding import Encoded
+from mlm.scores import Metric, count_answers
 from mlm.storage import digest, lock, write_json
+from mlm.tasks import Task
 
 FORMAT = 1  # raise when trials are done in another way
+NOT_THE_MODELS = ("_name_or_path", "transformers_version", "architectures", "dtype")  # of a config
 
 
 class Trial(NamedTuple):
@@ -25,7 +30,7 @@ class Trial(NamedTuple):
     model: str
     size: str  # of examples_per_class
     seed: int
-    learning_rate: float  # 0 where features are frozen
+    learning_rate: float | None  # None where features are frozen
 
 
 @dataclass
@@ -35,8 +40,9 @@ class Result:
     model: str
     size: str
     seed: int
-    setting: float  # the learning rate; for frozen features logistic regression's C
-    steps: int  # after which dev was best; 0 for frozen features
+    learning_rate: float | None  # None where features are frozen
+    penalty: float | None  # logistic regression's C, for frozen features
+    best_step: int | None  # after which dev was best; 0: it diverged before, and the head is as it was drawn
     dev_score: float
     seconds: float
     answers: list[int]  # the class of each test text, or of each word
@@ -45,39 +51,82 @@ class Result:
 class Trials:
     """The files of trials in a folder, named by all that decides them."""
 
-    def __init__(self, folder: Path, decided_by: dict[str, str]):
-        """decided_by: for each model, a digest of all that decides its trials beside what Trial says."""
-        self._folder, self._decided_by = folder, decided_by
+    def __init__(self, folder: Path, decided_by: dict[str, str], answers: dict[str, int], classes: int):
+        """decided_by: for each model, a digest of all that decides its trials beside what Trial says; answers: how many
+        a model gives on the test, each one of so many classes."""
+        self._folder, self._decided_by, self._answers, self._classes = folder, decided_by, answers, classes
 
-    def path(self, trial: Trial) -> Path:
-        return self._folder / f"{digest(FORMAT, trial[1:], self._decided_by[trial.model])}.json"
-
-    def read(self, trial: Trial) -> Result:
-        """The result, under the name by which the model is called now."""
-        content = json.loads(self.path(trial).read_text(encoding="utf-8"))
-        return Result(**content | {"model": trial.model})
+    def read(self, trial: Trial) -> Result | None:
+        """The result, under the name by which the model is called now; None where there is none, or it is damaged."""
+        try:
+            content = json.loads(self._path(trial).read_text(encoding="utf-8"))
+            result = Result(**content | {"model": trial.model})
+            are_classes = all(type(answer) is int and 0 <= answer < self._classes for answer in result.answers)
+            return result if are_classes and len(result.answers) == self._answers[trial.model] else None
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
 
     def do(
         self, trials: list[Trial], do: Callable[[Trial], Result], tell: Callable[[Result, int], None]
     ) -> list[Result]:
         """The results of the trials, by `do` where they are not there yet; each is told, with how many are left."""
-        for patience_s in (0, -1):  # first those that nobody is at work on; then, where others failed, the rest
+        results: dict[Trial, Result] = {}
+        for patience_s in (0, -1):  # first those that nobody is at work on, then those that others have done or left
             for trial in trials:
-                path = self.path(trial)
+                if trial in results:
+                    continue
                 try:
-                    with lock(path.with_suffix(".lock"), patience_s):
-                        if not path.exists():
+                    with lock(self._path(trial).with_suffix(".lock"), patience_s):
+                        result = self.read(trial)
+                        if result is None:
                             result = do(trial)
-                            write_json(path, asdict(result))
-                            tell(result, sum(not self.path(other).exists() for other in trials))
+                            write_json(self._path(trial), asdict(result))
+                            tell(result, sum(self.read(other) is None for other in trials))
+                        results[trial] = result
                 except Timeout:
                     continue
-        return [self.read(trial) for trial in trials]
+        return [results[trial] for trial in trials]
+
+    def _path(self, trial: Trial) -> Path:
+        return self._folder / f"{digest(FORMAT, trial[1:], self._decided_by[trial.model])}.json"
 
 
-def fingerprint(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of a model's weights and its tokenizer, so that a changed model is not taken for what it was."""
-    state = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16)
+@dataclass(eq=False)
+class Candidate:
+    """A model to be compared."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str  # of weights and tokenizer
+    head_size: int  # of attention
+    dev: Encoded
+    test: Encoded
+    read_before: int | None  # test texts that it was pre-trained on, as far as that can be seen
+
+
+@dataclass(eq=False)
+class Comparison:
+    """What is built once, and kept to the end."""
+
+    config: DownstreamConfig
+    accelerator: Accelerator
+    folder: Path
+    task: Task
+    metric_name: str
+    metric: Metric
+    candidates: dict[str, Candidate]
+    trials: Trials
+    general_lines: list[str]  # of general_text
+
+    def score_on_dev(self, answers: list[int]) -> float:
+        return float(self.metric(count_answers(self.task, answers, self.task.dev).sum(0)))
+
+
+def fingerprint(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of a model's weights, config and tokenizer, so that a changed model is not taken for what it was."""
+    config = {name: value for name, value in encoder.config.to_dict().items() if name not in NOT_THE_MODELS}
+    state = hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16)
+    state.update(tokenizer.backend_tokenizer.to_str().encode())
     for name, weight in encoder.state_dict().items():
         state.update(name.encode())
         state.update(weight.contiguous().cpu().numpy())

@@ -80,7 +80,12 @@ def trial_bar(trial: Trial, steps: int) -> tqdm:
 
 def say_result(result: Result, left: int) -> None:
     """A line about a trial that is done."""
-    setting = f"rate {result.setting:g}, best after step {result.steps}" if result.steps else f"C {result.setting:g}"
+    if result.learning_rate is None:
+        setting = f"C {result.penalty:g}"
+    elif result.best_step:
+        setting = f"rate {result.learning_rate:g}, best after step {result.best_step}"
+    else:
+        setting = f"rate {result.learning_rate:g} diverged"
     to_come = f"; {left} more, about {tqdm.format_interval(left * result.seconds)}" if left else ""
     tqdm.write(
         f"{result.model}, {of_size(result.size)}, seed {result.seed}: {setting}, dev {100 * result.dev_score:.1f}, "
@@ -135,17 +140,17 @@ def sentence(gain: Gain) -> str:
         return f"better by {100 * gain.mean:.1f} ({100 * gain.low:.1f} to {100 * gain.high:.1f})"
     if verdict == "worse":
         return f"worse by {-100 * gain.mean:.1f} ({-100 * gain.high:.1f} to {-100 * gain.low:.1f})"
-    if gain.low == gain.high:
-        return "cannot tell: both answer alike"
-    if not np.isfinite(gain.smallest):
+    if gain.low == gain.mean == gain.high:
+        return "cannot tell: both score alike"
+    if not np.isfinite(gain.detectable):
         return "cannot tell: with fewer than 6 seeds no gain can be told from chance"
-    return f"cannot tell: a gain below {100 * gain.smallest:.1f} would not reliably show"
+    return f"cannot tell: a gain below {100 * gain.detectable:.1f} would not reliably show"
 
 
 def _smallest(gain: Gain) -> str:
-    if not np.isfinite(gain.smallest):
+    if not np.isfinite(gain.detectable):
         return "no gain would show with so few seeds"
-    return f"a gain of {100 * gain.smallest:.1f} would show {POWER:.0%} of the time"
+    return f"a gain of {100 * gain.detectable:.1f} would show {POWER:.0%} of the time"
 
 
 class Known(NamedTuple):
@@ -159,7 +164,7 @@ def describe_known(known: dict[str, Known | None], text: str, lines: int) -> str
     """Each model's perplexity on general text: what adaptation costs."""
     short = short_names(list(known))
     width = max(map(len, short.values()))
-    table = [f"\n{text}, {lines:,} lines, masked as in train.py", f"{'':<{width}}  perplexity  nats per character"]
+    table = [f"\n{text}, {lines:,} line(s), masked as in train.py", f"{'':<{width}}  perplexity  nats per character"]
     for name, of_model in known.items():
         if of_model is None:
             table.append(f"{short[name]:<{width}}  no masked-language-model head to ask")
@@ -179,7 +184,7 @@ def save_known(folder: Path, known: dict[str, Known | None]) -> None:
 
 
 def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
-    """Writes results.csv (a row for each seed), comparison.csv (one for each gain) and results.png."""
+    """Writes results.csv, a row for each seed, and comparison.csv, a row for each gain."""
     results, gains = [], []
     for outcome in outcomes:
         for row, (name, of_model) in enumerate(outcome.results.items()):
@@ -188,8 +193,8 @@ def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
                 results.append(
                     {
                         "examples_per_class": outcome.size, "model": name, "seed": result.seed,
-                        "learning_rate": result.setting if result.steps else "",
-                        "best_step": result.steps or "", "dev_score": f"{result.dev_score:.6f}", **scores,
+                        "learning_rate": result.learning_rate, "penalty": result.penalty,
+                        "best_step": result.best_step, "dev_score": f"{result.dev_score:.6f}", **scores,
                         "seconds": f"{result.seconds:.1f}",
                     }
                 )  # fmt: skip
@@ -198,11 +203,11 @@ def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
             first = next(iter(outcome.results))
             pair = {"examples_per_class": outcome.size, "model": name, "compared_with": first, "metric": outcome.metric}
             gains.append(pair | figures | {"verdict": sentence(gain)})
+    for file in ("comparison.csv", "general_text.csv"):  # which an earlier call may have left, about other models
+        (folder / file).unlink(missing_ok=True)
     _write_csv(folder / "results.csv", results)
     if gains:
         _write_csv(folder / "comparison.csv", gains)
-    with atomic_write(folder / "results.png") as temporary:
-        draw(outcomes, temporary)
 
 
 def _write_csv(path, rows):
@@ -210,46 +215,3 @@ def _write_csv(path, rows):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def draw(outcomes: list[Outcome], path: Path) -> None:
-    """Two panels: each model's scores, every seed a dot, by number of training texts; and the gains with their
-    intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, as it takes a second
-    from matplotlib.figure import Figure
-
-    names = list(outcomes[0].results)
-    short = short_names(names)
-    first, *others = names
-    title = METRIC_TITLES[outcomes[0].metric]
-    figure = Figure(figsize=(9, 1.6 + 0.5 * max(4, len(others) * len(outcomes))), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2) if others else (figure.subplots(), None)
-    for number, name in enumerate(names):
-        color = f"C{number}"
-        at = np.arange(len(outcomes)) + (number - (len(names) - 1) / 2) * 0.6 / len(names)
-        scores = np.array([100 * outcome.scores[outcome.metric][number] for outcome in outcomes])  # (sizes, seeds)
-        for x, of_size_ in zip(at, scores, strict=True):
-            left.plot(np.full(len(of_size_), x), of_size_, "o", color=color, alpha=0.4, markersize=5)
-        style = "-" if len(outcomes) > 1 else ""
-        left.plot(at, scores.mean(1), style, marker="_", markersize=18, color=color, label=short[name])
-    left.set_xticks(range(len(outcomes)), [of_size(outcome.size) for outcome in outcomes])
-    left.set_xlim(-0.6, len(outcomes) - 0.4)
-    left.set_ylabel(f"{title}, points; a dot is a seed")
-    left.set_title(outcomes[0].task.name)
-    left.legend(loc="best", fontsize="small")
-    if right is None:
-        figure.savefig(path, format="png", dpi=120)
-        return
-    ticks = []
-    for row, (outcome, name) in enumerate((outcome, name) for outcome in outcomes for name in others):
-        gain = outcome.gains[name]
-        color = f"C{names.index(name)}"
-        right.errorbar(100 * gain.mean, -row, xerr=50 * (gain.high - gain.low), fmt="o", capsize=4, color=color)
-        ticks.append(f"{short[name]}\n{of_size(outcome.size)}")
-    right.axvline(0, color="gray", linewidth=1)
-    right.set_yticks(-np.arange(len(ticks)), ticks, fontsize="small")
-    right.set_ylim(0.6 - len(ticks), 0.6)
-    right.set_xlabel(f"points of {title}, with 95% intervals")
-    right.set_title(f"gain over {short[first]}")
-    figure.savefig(path, format="png", dpi=120)

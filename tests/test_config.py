@@ -4,12 +4,12 @@ import ast
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
-from Config import Config, parse_flags
+from Config import Config, DownstreamConfig, parse_flags
 from mlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -74,11 +74,12 @@ def test_wrong_settings_are_named(changes, named):
     assert accused <= set(named)
 
 
-def test_every_field_is_a_flag_with_its_comment_as_help():
-    help_text = run("--help").stdout
-    for field in fields(Config):
+@pytest.mark.parametrize(("program", "settings"), [("train.py", Config), ("downstream.py", DownstreamConfig)])
+def test_every_field_is_a_flag_with_its_comment_as_help(program, settings):
+    help_text = run("--help", program=program).stdout
+    for field in fields(settings):
         assert f"--{field.name}" in help_text
-    for comment in comments().values():
+    for comment in comments(settings).values():
         assert comment.split(";")[0].split("(")[0].split()[0] in help_text
 
 
@@ -92,8 +93,8 @@ def test_a_flag_beside_demo_wins():
     assert parse_flags(["--demo"]).initial_pretrain_tokenizer == "corpus"
 
 
-def run(*flags):
-    return subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
+def run(*flags, program="train.py"):
+    return subprocess.run([sys.executable, program, *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -125,35 +126,41 @@ def test_wrong_flags_end_with_status_2_and_no_traceback(flags, said):
     assert "Traceback" not in result.stderr
 
 
-def test_flags_are_answered_before_torch_is_imported():
-    source = "import sys; sys.argv += ['--help']\ntry: import runpy; runpy.run_path('train.py', run_name='__main__')\n"
+@pytest.mark.parametrize("program", ["train.py", "downstream.py"])
+def test_flags_are_answered_before_torch_is_imported(program):
+    source = (
+        f"import sys; sys.argv += ['--help']\ntry: import runpy; runpy.run_path('{program}', run_name='__main__')\n"
+    )
     source += "except SystemExit: pass\nassert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True).returncode == 0
 
 
-def comments() -> dict[str, str]:
+def comments(settings: type) -> dict[str, str]:
     """Each field's comment, read from the source."""
     lines = (ROOT / "Config.py").read_text(encoding="utf-8").splitlines()
-    [config] = [node for node in ast.parse("\n".join(lines)).body if getattr(node, "name", "") == "Config"]
+    [config] = [node for node in ast.parse("\n".join(lines)).body if getattr(node, "name", "") == settings.__name__]
     named = [node for node in config.body if isinstance(node, ast.AnnAssign)]
     return {node.target.id: lines[node.lineno - 1].split("  # ")[1] for node in named}
 
 
-def settings_table() -> str:
-    """The README's table of settings. After a change of Config.py: PYTHONPATH=. python tests/test_config.py"""
+def settings_table(settings: type) -> str:
+    """The README's table of settings. After a change of Config.py: PYTHONPATH=.:tests python tests/test_config.py"""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
-    for field in fields(Config):
+    for field in fields(settings):
         default = "unset" if field.default is None else f"`{field.default!r}`".replace("'", '"')
-        meaning = comments()[field.name].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+        default = "required" if field.default is MISSING else default
+        meaning = comments(settings)[field.name].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
         rows.append(f"| `{field.name}` | {default} | {meaning} |")
     return "\n".join(rows)
 
 
-def test_readme_has_the_table_of_settings():
-    assert settings_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("settings", [Config, DownstreamConfig])
+def test_readme_has_the_table_of_settings(settings):
+    assert settings_table(settings) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = re.compile(r"\| setting \|.*?(?=\n\n)", re.DOTALL)
-    (ROOT / "README.md").write_text(table.sub(lambda _: settings_table(), readme), encoding="utf-8")
+    tables = iter([settings_table(Config), settings_table(DownstreamConfig)])
+    (ROOT / "README.md").write_text(table.sub(lambda _: next(tables), readme), encoding="utf-8")

@@ -7,12 +7,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from runs import LAUNCHERS, ROOT, reset_process_state
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -27,8 +31,9 @@ from Config import DownstreamConfig, parse_downstream_flags
 from mlm.batches import make_micro_batches
 from mlm.comparison import Gain
 from mlm.comparison import compare as compare_counts
-from mlm.encoding import encode, select
+from mlm.encoding import Encoded, encode, select, training_order
 from mlm.errors import UserError
+from mlm.finetuning import Budget, fine_tune
 from mlm.labelled import Example
 from mlm.leakage import count_read_before
 from mlm.ranks import make_accelerator
@@ -109,19 +114,21 @@ def accuracies(folder: Path, model: str) -> list[float]:
 
 
 def test_a_copy_of_a_model_is_not_told_from_it(tmp_path, compare):
+    """The copy is trained by itself, as its config says in other words what the first's says; to the same bits."""
     task = write_rows(tmp_path / "task.tsv", make_rows(120, 1, given_away=0.7))
-    first = save_model(tmp_path / "first")
-    shutil.copytree(first, tmp_path / "copy")
-    folder = compare(task, first, str(tmp_path / "copy"))
-    assert verdicts(folder) == ["cannot tell: both answer alike"]
-    assert len(accuracies(folder, first)) == 6 and accuracies(folder, first) == accuracies(
-        folder, str(tmp_path / "copy")
-    )
+    first, copy = save_model(tmp_path / "first"), tmp_path / "copy"
+    shutil.copytree(first, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"classifier_dropout": config["hidden_dropout_prob"]}))
+    folder = compare(task, first, str(copy))
+    assert verdicts(folder) == ["cannot tell: both score alike"]
+    assert len(list((folder / "trials").glob("*.json"))) == 12
+    assert len(accuracies(folder, first)) == 6 and accuracies(folder, first) == accuracies(folder, str(copy))
 
 
 @pytest.mark.slow
 def test_copies_with_seeds_of_their_own_are_not_told_apart_in_19_of_20_comparisons(tmp_path):
-    """Each time on other texts; one copy has the first six seeds, the other six more."""
+    """Each time on other texts; the copies have every second of twelve seeds."""
     model, verdicts = save_model(tmp_path / "model"), []
     for repetition in range(20):
         task = write_rows(tmp_path / "task.tsv", make_rows(300, repetition, given_away=0.5))
@@ -130,7 +137,7 @@ def test_copies_with_seeds_of_their_own_are_not_told_apart_in_19_of_20_compariso
         )
         try:
             comparison = downstream.set_up(config, make_accelerator(config))
-            comparison.trials = Trials(tmp_path / f"trials-{repetition}", {model: ""})
+            comparison.trials = Trials(tmp_path / f"trials-{repetition}", {model: ""}, {model: 60}, 2)
             [results] = downstream.try_models(comparison, "all").values()
         finally:
             reset_process_state()
@@ -179,14 +186,15 @@ def test_a_model_that_reads_the_label_in_the_text_is_better(tmp_path, compare, f
     """Both are random; to the first, the words that give the label away are [UNK]."""
     blind, seeing = save_model(tmp_path / "blind", WORDS), save_model(tmp_path / "seeing")
     task = write_rows(tmp_path / "task.tsv", make_rows(400, 3))
-    folder = compare(task, blind, seeing, frozen=frozen, least_steps=60)
+    folder = compare(task, blind, seeing, frozen=frozen, least_steps=100, learning_rates=(2e-3,))
     [verdict] = verdicts(folder)
     assert verdict.startswith("better by ")
     [row] = read_csv(folder / "comparison.csv")
     expected = np.mean(accuracies(folder, seeing)) - np.mean(accuracies(folder, blind))
     assert float(row["mean"]) == pytest.approx(expected, abs=1e-5) and float(row["low"]) > 0
     assert float(row["p"]) == pytest.approx(2 / 64)
-    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    picture = (folder / "results.svg").read_text(encoding="utf-8")
+    assert all(f">{text}</text>" in picture for text in ("blind", "seeing", "gain over blind"))
 
 
 # ----------------------------------------------------------------------------------------- the same as the stock models
@@ -207,8 +215,9 @@ def test_packed_classifiers_have_the_gradients_of_the_stock_models_on_padded_tex
     task = Task("t", kind, ["x", "y"], examples, [], [], [])
     encoded = encode(examples, task, tokenizer, 64)
     vocabulary = read_vocabulary(tokenizer)
-    classifier = PackedClassifier(load_classifier(name, 2, 5, of_words), vocabulary.sep_id).eval()
-    chunks = select(encoded.chunks, np.arange(3))
+    sep_id = vocabulary.sep_id if kind == "pair" else None
+    classifier = PackedClassifier(load_classifier(name, 2, 5, of_words), sep_id).eval()
+    chunks = select(encoded, np.arange(3))
     [(inputs, targets)] = make_micro_batches(chunks, 4096, vocabulary, torch.device("cpu"))
     torch.nn.functional.cross_entropy(classifier(**inputs), targets).backward()
 
@@ -262,6 +271,118 @@ def test_long_texts_lose_their_end_and_long_sentences_nothing(tmp_path):
     assert (spelled.chunks.input_ids == sep).sum() == 1
 
 
+# ----------------------------------------------------------------------------------------- what dev chooses, what not
+
+
+def small_training(tmp_path) -> tuple[PackedClassifier, Encoded, Callable]:
+    """A classifier, 40 texts to train on, and what lays chunks out for it."""
+    name = save_model(tmp_path / "model")
+    tokenizer = BertTokenizer.from_pretrained(name)
+    examples = [Example((text,), (label,)) for text, label in make_rows(40, 8)]
+    encoded = encode(examples, Task("t", "text", ["no", "yes"], examples, [], [], []), tokenizer, 64)
+    vocabulary, device = read_vocabulary(tokenizer), torch.device("cpu")
+    divide = partial(make_micro_batches, positions=4096, vocabulary=vocabulary, device=device)
+    return PackedClassifier(load_classifier(name, 2, 5, of_words=False)), encoded, divide
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(mixed_precision="no")
+    reset_process_state()
+
+
+@pytest.mark.parametrize(("scores", "best"), [([0.1, 0.5, 0.5, 0.3], 2), ([0.0, 0.0, 0.0, 0.0], 1), ([0, 0, 0, 1], 4)])
+def test_the_weights_that_dev_likes_best_are_kept(tmp_path, accelerator, scores, best):
+    classifier, train, divide = small_training(tmp_path)
+    snapshots, expected = [], scores[best - 1]
+
+    def score_on_dev():
+        snapshots.append({name: weight.clone() for name, weight in classifier.state_dict().items()})
+        return scores[len(snapshots) - 1]
+
+    budget = Budget(steps=8, evaluate_every=2, batch_size=8, learning_rate=1e-3)
+    found = fine_tune(classifier, train, score_on_dev, budget, 3, accelerator, divide, lambda: None)
+    assert found == (2 * best, expected) and len(snapshots) == 4
+    for name, weight in classifier.state_dict().items():
+        assert torch.equal(weight, snapshots[best - 1][name])
+    assert not torch.equal(snapshots[0]["bert.classifier.weight"], snapshots[3]["bert.classifier.weight"])
+
+
+def test_a_rate_that_diverges_leaves_the_classifier_as_it_was(tmp_path, accelerator):
+    classifier, train, divide = small_training(tmp_path)
+    before = classifier.bert.classifier.weight.clone()
+    budget = Budget(steps=8, evaluate_every=4, batch_size=8, learning_rate=1e30)
+    found = fine_tune(classifier, train, lambda: 0.7, budget, 3, accelerator, divide, lambda: None)
+    assert found == (0, 0.0) and torch.equal(classifier.bert.classifier.weight, before)
+
+
+def test_training_follows_the_seed_and_drops_out(tmp_path, accelerator):
+    """The weights after a few steps: the same with the same seed; not with another, nor without dropout."""
+
+    def train_with(seed, dropout=0.1):
+        classifier, train, divide = small_training(tmp_path)
+        for module in classifier.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout if module.p else 0.0
+        budget = Budget(steps=3, evaluate_every=3, batch_size=40, learning_rate=1e-3)  # one batch is an epoch
+        fine_tune(classifier, train, lambda: 0.5, budget, seed, accelerator, divide, lambda: None)
+        return classifier.bert.bert.embeddings.word_embeddings.weight.detach().clone()
+
+    one = train_with(1)
+    assert torch.equal(one, train_with(1))
+    assert not torch.allclose(one, train_with(2), atol=1e-6)
+    assert torch.allclose(train_with(1, dropout=0), train_with(2, dropout=0), atol=1e-5)  # the order in a batch aside
+    assert not torch.allclose(one, train_with(1, dropout=0), atol=1e-6)
+
+
+def test_gradients_are_clipped(tmp_path, accelerator, monkeypatch):
+    norms = []
+    clip = accelerator.clip_grad_norm_
+    monkeypatch.setattr(
+        accelerator, "clip_grad_norm_", lambda parameters, norm: norms.append(norm) or clip(parameters, norm)
+    )
+    classifier, train, divide = small_training(tmp_path)
+    fine_tune(classifier, train, lambda: 0.5, Budget(2, 2, 8, 1e-3), 3, accelerator, divide, lambda: None)
+    assert norms == [1.0, 1.0]
+
+
+def test_dev_chooses_the_rate_and_test_labels_change_nothing_but_the_scores(tmp_path, compare):
+    """The same texts twice, once with other test labels: what is trained, chosen and answered stays."""
+    model, rows = save_model(tmp_path / "model"), make_rows(200, 6)
+    for name, test in (
+        ("right", rows[150:]),
+        ("wrong", [(text, {"no": "yes", "yes": "no"}[label]) for text, label in rows[150:]]),
+    ):
+        (tmp_path / name).mkdir()
+        for split, of_split in (("train", rows[:100]), ("dev", rows[100:150]), ("test", test)):
+            write_rows(tmp_path / name / f"{split}.tsv", of_split)
+    found = {}
+    for name in ("right", "wrong"):
+        folder = compare(tmp_path / name, model, learning_rates=(1e-5, 3e-3), least_steps=60, seeds=2)
+        trials = [json.loads(path.read_text()) for path in (folder / "trials").glob("*.json")]
+        found[name] = sorted(
+            (trial["learning_rate"], trial["seed"], trial["best_step"], trial["dev_score"], trial["answers"])
+            for trial in trials
+        )
+        chosen = {float(row["learning_rate"]) for row in read_csv(folder / "results.csv")}
+        assert chosen == {3e-3}  # on dev the better; on the wrong test the worse
+    assert found["right"] == found["wrong"] and len(found["right"]) == 3
+
+
+def test_examples_come_in_the_same_order_whatever_the_tokenizer(tmp_path):
+    """Sentences are more chunks to the second tokenizer, to which every word is [UNK], and to a shorter length."""
+    examples = [Example(tuple(f"w{n} " for _ in range(n % 12 + 1)), ("O",) * (n % 12 + 1)) for n in range(30)]
+    task = Task("t", "entities", ["O"], examples, [], [], [])
+    tokenizers = [
+        BertTokenizer.from_pretrained(save_model(tmp_path / name, words)) for name, words in (("a", WORDS), ("b", []))
+    ]
+    lengths = [
+        [len(batch.targets) for batch in islice(training_order(encode(examples, task, tokenizer, longest), 8, 1), 10)]
+        for tokenizer, longest in zip(tokenizers, (64, 6), strict=True)
+    ]
+    assert lengths[0] == lengths[1] and len(set(lengths[0])) > 3
+
+
 # ------------------------------------------------------------------------------------------------- going on, and reuse
 
 
@@ -308,9 +429,28 @@ def test_a_changed_model_or_budget_is_tried_anew(tmp_path, compare, monkeypatch)
     done = count_trials(monkeypatch)
     compare(task, model, seeds=1)
     compare(task, model, seeds=1, least_steps=13)
+    compare(task, model, seeds=1, metric="macro_f1")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    compare(task, model, seeds=1)
     save_model(tmp_path / "model", seed=9)
     compare(task, model, seeds=1)
-    assert len(done) == 3
+    assert len(done) == 5
+
+
+@pytest.mark.parametrize("damage", ["", "{", "{}", "[]", "\0\0", '"answers"', "short", "beyond"])
+def test_a_damaged_trial_is_done_again(tmp_path, compare, damage):
+    task = write_rows(tmp_path / "task.tsv", make_rows(60, 4))
+    model = save_model(tmp_path / "model")
+    folder = compare(task, model, frozen=True, seeds=2)
+    before, trial = (folder / "results.csv").read_text(), next((folder / "trials").glob("*.json"))
+    content = json.loads(trial.read_text())
+    changed = {"short": content["answers"][1:], "beyond": [2, *content["answers"][1:]]}
+    trial.write_text(json.dumps(content | {"answers": changed[damage]}) if damage in changed else damage)
+    compare(task, model, frozen=True, seeds=2)
+    without_seconds = [[row | {"seconds": ""} for row in csv.DictReader(text.splitlines())] for text in
+                       (before, (folder / "results.csv").read_text())]  # fmt: skip
+    assert without_seconds[0] == without_seconds[1]
 
 
 @pytest.mark.slow
@@ -390,10 +530,18 @@ def test_test_texts_in_the_pre_training_text_of_a_run_are_counted(tmp_path, sett
     recorded = {"path_datasets": str(text_folder), "path_model_save": str(tmp_path / "output"), "removed_setting": 1}
     output.joinpath("settings.json").write_text(json.dumps({"settings": recorded}))
     examples = [Example((text,), ("x",)) for text in ("the patient took metformin", "A third", "a third one", "new")]
-    assert count_read_before(str(output / "final"), examples) == 2
-    assert count_read_before(str(tmp_path), examples) is None
+    task = Task("t", "text", ["x"], [], [], examples, [])
+    assert count_read_before(str(output / "final"), task) == 2
+    pairs = task._replace(kind="pair", test=[Example(("new", "A third one!"), ("x",))])
+    assert count_read_before(str(output / "final"), pairs) == 1
+    words = task._replace(kind="entities", test=[Example(("another", "line", "."), ("O", "O", "O"))])
+    assert count_read_before(str(output / "final"), words) == 1
+    assert count_read_before(str(tmp_path), task) is None
     text_folder.joinpath("train.txt").unlink()
-    assert count_read_before(str(output / "final"), examples) is None
+    assert count_read_before(str(output / "final"), task) is None
+    for damaged in ("[]", '{"settings": []}', '{"settings": null}', "{"):
+        output.joinpath("settings.json").write_text(damaged)
+        assert count_read_before(str(output / "final"), task) is None
 
 
 # ------------------------------------------------------------------------------------------------------- plain errors
@@ -431,6 +579,18 @@ def test_models_that_do_not_fit_are_named(tmp_path, compare):
         shutil.copy(tmp_path / "model" / file, tmp_path / "gpt")
     with pytest.raises(UserError, match=r"models: .*gpt is not a BERT encoder but of type gpt2"):
         compare(task, str(tmp_path / "gpt"))
+
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    renamed = {f"module.{name}": weight for name, weight in weights.items()}
+    save_file(renamed, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"models: .* lacks 21 of BERT's weights, such as embeddings"):
+        compare(task, model)
+    infinite = {name: weight / 0 for name, weight in weights.items()}
+    save_file(infinite, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="has weights that are not finite"):
+        compare(task, model)
+    with pytest.raises(UserError, match="general_text: nowhere is no file or folder"):
+        compare(task, model, general_text="nowhere")
 
 
 def test_flags_become_settings():

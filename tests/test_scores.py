@@ -34,7 +34,7 @@ def test_scores_of_labels_are_scikit_learns():
 def test_scores_of_entities_are_seqevals():
     draw = np.random.default_rng(0)
     tags = ["B-drug", "B-gene", "I-drug", "I-gene", "O"]
-    true, given = ([draw.choice(tags, draw.integers(1, 12)).tolist() for _ in range(80)] for _ in range(2))
+    true = [draw.choice(tags, draw.integers(1, 12)).tolist() for _ in range(80)]
     given = [draw.choice(tags, len(sentence)).tolist() for sentence in true]
     examples = [Example(("word",) * len(sentence), tuple(sentence)) for sentence in true]
     answers = [tags.index(tag) for sentence in given for tag in sentence]

@@ -57,6 +57,25 @@ def test_gzip_and_chosen_columns(tmp_path):
     assert sorted(all_of(task))[0] == Example(('text number 0\nmore, and "more"',), ("even",))
 
 
+@pytest.mark.parametrize("names", ["n\tquestion\tsentence", "n\tQuestion1\tquestion2", "n\tpremise\thypothesis"])
+def test_usual_pairs_of_columns(tmp_path, names):
+    rows = "".join(f"{n}\t{text}\tand {n}\t{label}\n" for n, (text, label) in enumerate(ROWS))
+    task = load_task(config_of(write(tmp_path / "t.tsv", f"{names}\tlabel\n{rows}")))
+    assert task.kind == "pair" and Example(("text number 3", "and 3"), ("odd",)) in all_of(task)
+    assert task.notes[0].endswith("; not read: n")
+
+
+def test_tags_with_spaces_between_tabs(tmp_path):
+    content = CONLL.replace(" NN ", "\t").replace(" VB ", "\t").replace("drug", "Adverse Event")
+    assert load_task(config_of(write(tmp_path / "t.conll", content))).classes[0] == "B-Adverse Event"
+
+
+def test_small_classes_leave_something_for_every_split(tmp_path):
+    rows = "".join(f"text {n} of {c}\tclass {c}\n" for c in range(20) for n in range(3))
+    task = load_task(config_of(write(tmp_path / "t.tsv", rows)))
+    assert [len(getattr(task, split)) for split in SPLITS] == [35, 5, 20]
+
+
 def test_quotes_in_a_tsv_are_text(tmp_path):
     rows = [(f'"{text}', label) for text, label in ROWS]
     task = load_task(config_of(write(tmp_path / "t.tsv", "".join(f"{text}\t{label}\n" for text, label in rows))))
@@ -108,16 +127,20 @@ def test_texts_in_two_splits_are_left_out_and_counted(tmp_path):
     assert [len(getattr(task, split)) for split in SPLITS] == [28, 5, 7]
     assert not {*map(text_of, task.train)} & {*map(text_of, [*task.dev, *task.test])}
     assert task.notes[:2] == [
-        "left out of train, as their texts are in a later split: 2",
-        "left out of dev, as their texts are in a later split: 1",
+        "left out, as they train on a text of dev or test: 2",
+        "left out, as they are of dev and of test: 1",
     ]
 
 
 def test_repeated_and_empty_texts_are_left_out_and_counted(tmp_path):
-    extra = "text number 1\todd\nTEXT\t\n \tabc\n"
+    extra = "text number 1\todd\ntext number 2\todd\nTEXT\t\n \tabc\n \t \n"
     task = load_task(config_of(write(tmp_path / "t.tsv", TABLES["plain.tsv"] + extra)))
     assert len(all_of(task)) == 40
-    assert task.notes == ["left out, as they repeat an earlier text: 1", "left out, as text or label is empty: 2"]
+    assert task.notes == [
+        "left out, as text or label is empty: 2",
+        "left out, as they repeat an earlier text: 2",
+        "left out, among these with another label than the earlier one: 1",
+    ]
 
 
 def test_dev_is_held_out_of_train_where_there_is_no_file(tmp_path):
@@ -131,7 +154,7 @@ def test_dev_is_held_out_of_train_where_there_is_no_file(tmp_path):
 def test_rare_classes_are_said(tmp_path):
     rows = TABLES["plain.tsv"] + "a text of its own\tlonely\n"
     task = load_task(config_of(write(tmp_path / "t.tsv", rows)))
-    assert "lonely" in task.classes and "classes that are never tested, as they are too rare: lonely" in task.notes
+    assert "lonely" in task.classes and "classes that are never tested: lonely" in task.notes
     assert any(example.labels == ("lonely",) for example in task.train)
 
 
@@ -161,13 +184,22 @@ def test_few_examples_of_each_class(tmp_path):
         ("t.tsv", "only a text\n", "line 1 has 1 column"),
         ("t.tsv", "a\tb\n\nc\td\te\n", "line 3 has 3 column"),
         ("t.tsv", "a\tb\tc\td\n", "--text_column"),
-        ("t.csv", 'a,b\n"c,d\n', "line 2 cannot be read"),
+        ("t.csv", "a;b\nc;d\n", "Is the separator a semicolon? A comma is read in a .csv file"),
+        ("t.tsv", "a,b\nc,d\n", "Is the separator a comma?"),
+        ("t.tsv", "tweet\tmood\n" + TABLES["plain.tsv"], "--text_column tweet --label_column mood"),
+        ("t.csv", "id,tweet,label\n" + "7,a,b\n" * 20, "text_column: "),
+        ("t.tsv", "".join(f"{n}\t{text}\t{label}\n" for n, (text, label) in enumerate(ROWS)), "numbers the lines"),
+        ("t.csv", "".join(f"w{n},{'B-drug' if n % 3 else 'O'}\n" for n in range(40)), "look like tags of words"),
+        ("t.jsonl", '[\n{"text": "a", "label": "b"}\n]\n', "A line should hold one object"),
+        ("t.jsonl", '{"text": "a \\ud83d", "label": "b"}\n', "line 1 holds a half of a character"),
+        ("t.jsonl", "[" * 100_000 + "\n", "line 1 is not JSON"),
+        ("t.csv", 'a,b\n"c,d\n', "line 2 is not CSV"),
         ("t.jsonl", '{"text": "a", "label": "b"}\nnonsense\n', "line 2 is not JSON"),
         ("t.jsonl", "[1, 2]\n", "line 1 should be an object"),
         ("t.jsonl", '{"text": "a", "label": ["b", "c"]}\n', "line 1 has a list"),
         ("t.jsonl", '{"words": "a", "label": "b"}\n', "text_column: "),
-        ("t.jsonl", '{"text": "a", "labe": "b"}\n', "it has text, labe"),
-        ("t.conll", "a O\nb\n", "line 2 should end with a tag"),
+        ("t.jsonl", '{"text": "a", "labe": "b"}\n', "It has text, labe"),
+        ("t.conll", "a O\nb\n", "line 2 should hold a word and a tag"),
         ("t.tsv", "a\tx\nb\tx\nc\tx\nd\tx\ne\tx\nf\tx\n", "nothing to tell apart"),
         ("t.tsv", "a\tx\nb\ty\n", "leaves no text for"),
         ("t.tsv", "".join(f"yes\ttext {n}\n" for n in range(40)), "Put the text first"),

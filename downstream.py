@@ -215,9 +215,11 @@ def _fine_tune(comparison: Comparison, trial: Trial, positions: int) -> Result:
     drawn = [task.train[index] for index in draw_few(task, trial.size, trial.seed)]
     train = encode(drawn, task, candidate.tokenizer, config.sen_max_length)
     assert trial.learning_rate is not None
-    budget = Budget.of(len(drawn), config.num_epochs, config.least_steps, config.batch_size, trial.learning_rate)
+    budget = Budget.of(
+        len(drawn), len(task.dev), config.num_epochs, config.least_steps, config.batch_size, trial.learning_rate
+    )
     bert = load_classifier(trial.model, len(task.classes), trial.seed, of_words=task.kind == "entities")
-    classifier = PackedClassifier(bert, sep_id_for(comparison, candidate)).to(accelerator.device)
+    classifier = PackedClassifier(bert, comparison.sep_id(candidate)).to(accelerator.device)
     divide = partial(divider(comparison, candidate), positions=positions)
     try:
         with trial_bar(trial, budget.steps) as bar:
@@ -257,14 +259,9 @@ def features_of(comparison: Comparison, model: str, split: str) -> np.ndarray:
     candidate, accelerator = comparison.candidates[model], comparison.accelerator
     examples = getattr(comparison.task, split)
     encoded = encode(examples, comparison.task, candidate.tokenizer, comparison.config.sen_max_length)
-    encoder = PackedBert(load_encoder(model), sep_id_for(comparison, candidate)).to(accelerator.device)
+    encoder = PackedBert(load_encoder(model), comparison.sep_id(candidate)).to(accelerator.device)
     divide = partial(divider(comparison, candidate), positions=CPU_MICRO_BATCH_POSITIONS)
     return features(encoder, encoded, accelerator, divide)
-
-
-def sep_id_for(comparison: Comparison, candidate: Candidate) -> int | None:
-    """What separates two texts, where the task has pairs."""
-    return candidate.tokenizer.sep_token_id if comparison.task.kind == "pair" else None
 
 
 def divider(comparison: Comparison, candidate: Candidate) -> Divide:

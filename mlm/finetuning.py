@@ -37,11 +37,14 @@ class Budget(NamedTuple):
     learning_rate: float  # peak
 
     @classmethod
-    def of(cls, examples: int, num_epochs: int, least_steps: int, batch_size: int, learning_rate: float) -> "Budget":
-        """For so many training examples: an evaluation an epoch, or fewer where epochs are many."""
+    def of(
+        cls, examples: int, dev_examples: int, num_epochs: int, least_steps: int, batch_size: int, learning_rate: float
+    ) -> "Budget":
+        """For so many examples: an evaluation an epoch, or fewer where epochs are many, or dev takes longer than they."""
         steps_per_epoch = math.ceil(examples / batch_size)
         steps = max(num_epochs * steps_per_epoch, least_steps)
-        return cls(steps, max(steps_per_epoch, math.ceil(steps / MOST_EVALUATIONS)), batch_size, learning_rate)
+        evaluate_every = max(steps_per_epoch, math.ceil(steps / MOST_EVALUATIONS), dev_examples // batch_size)
+        return cls(steps, min(evaluate_every, steps), batch_size, learning_rate)
 
 
 class Best(NamedTuple):

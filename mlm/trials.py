@@ -118,6 +118,10 @@ class Comparison:
     trials: Trials
     general_lines: list[str]  # of general_text
 
+    def sep_id(self, candidate: Candidate) -> int | None:
+        """What separates two texts, where the task has pairs."""
+        return candidate.tokenizer.sep_token_id if self.task.kind == "pair" else None
+
     def score_on_dev(self, answers: list[int]) -> float:
         return float(self.metric(count_answers(self.task, answers, self.task.dev).sum(0)))
 

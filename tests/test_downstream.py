@@ -308,6 +308,14 @@ def test_the_weights_that_dev_likes_best_are_kept(tmp_path, accelerator, scores,
     assert not torch.equal(snapshots[0]["bert.classifier.weight"], snapshots[3]["bert.classifier.weight"])
 
 
+def test_budgets():
+    """Steps and evaluations: by epochs, by least_steps, and where dev is larger than what is trained on."""
+    assert Budget.of(1000, 100, num_epochs=4, least_steps=10, batch_size=10, learning_rate=1)[:2] == (400, 100)
+    assert Budget.of(20, 10, num_epochs=4, least_steps=300, batch_size=10, learning_rate=1)[:2] == (300, 30)
+    assert Budget.of(20, 1000, num_epochs=4, least_steps=300, batch_size=10, learning_rate=1)[:2] == (300, 100)
+    assert Budget.of(20, 9000, num_epochs=4, least_steps=300, batch_size=10, learning_rate=1)[:2] == (300, 300)
+
+
 def test_a_rate_that_diverges_leaves_the_classifier_as_it_was(tmp_path, accelerator):
     classifier, train, divide = small_training(tmp_path)
     before = classifier.bert.classifier.weight.clone()

@@ -40,7 +40,7 @@ class Budget(NamedTuple):
     def of(
         cls, examples: int, dev_examples: int, num_epochs: int, least_steps: int, batch_size: int, learning_rate: float
     ) -> "Budget":
-        """For so many examples: an evaluation an epoch, or fewer where epochs are many, or dev takes longer than they."""
+        """For so many examples: an evaluation an epoch, or fewer where epochs are many, or dev is long."""
         steps_per_epoch = math.ceil(examples / batch_size)
         steps = max(num_epochs * steps_per_epoch, least_steps)
         evaluate_every = max(steps_per_epoch, math.ceil(steps / MOST_EVALUATIONS), dev_examples // batch_size)

@@ -5,9 +5,9 @@
 
 Biomedical: a BERT of 6 layers is adapted by train.py to abstracts about drugs and diseases and to the unlabelled
 training text of ChemProt, and, with --control, another by as many steps to Wikipedia. downstream.py compares them on
-ChemProt's own splits, and their perplexities on biomedical and on general text. Chinese: scratch:small with and without
-pre-training on titles from newspapers, compared on labelled titles. DATA holds chemprot/, bc5cdr/, wikitext-2/ and
-thucnews/.
+ChemProt's own splits, and their perplexities on biomedical and on general text. Chinese: a model from scratch, with and
+without pre-training on titles from newspapers, compared on labelled titles. DATA holds chemprot/, bc5cdr/, wikitext-2/
+and thucnews/.
 
 Ended halfway, the same command goes on where it stopped.
 """
@@ -86,16 +86,18 @@ def biomedical(given: argparse.Namespace) -> None:
 
 
 def chinese(given: argparse.Namespace) -> None:
-    """Titles of ten classes by scratch:small, pre-trained on other titles for some epochs or not at all."""
+    """Titles of ten classes by a model from scratch, pre-trained on other titles or not at all."""
     titles, output = given.data / "thucnews", given.output
     unlabelled = [line.partition("\t")[0] for line in read(titles / "dev.txt")]
     text = write_text(output / "text-chinese", unlabelled[:-500], unlabelled[-500:])
-    scratch = {"initial_pretrain_model": "scratch:small", "initial_pretrain_tokenizer": "corpus", "vocab_size": 8192}
-    untrained = pretrain("chinese-untrained", text, output, max_steps=1, learning_rate=1e-12, **scratch)
-    trained = pretrain("chinese-pre-trained", text, output, num_epochs=given.chinese_epochs, **scratch)
+    scratch = {"initial_pretrain_model": f"scratch:{given.size}", "initial_pretrain_tokenizer": "corpus"}
+    scratch |= {"hidden_dropout": 0.0}
+    untrained = pretrain(f"chinese-{given.size}-untrained", text, output, max_steps=1, learning_rate=1e-12, **scratch)
+    longer = {"num_epochs": given.epochs, "learning_rate": given.rate}
+    trained = pretrain(f"chinese-{given.size}-pre-trained", text, output, **longer, **scratch)
     task = output / "titles.tsv"
     task.write_text("".join(f"{line}\n" for line in read(titles / "test.txt")[:4000]), encoding="utf-8", newline="\n")
-    budget = {"learning_rates": [1e-4, 3e-4], "least_steps": 200, "num_epochs": 2, "sen_max_length": 64}
+    budget = {"learning_rates": [3e-4, 1e-3], "least_steps": 300, "num_epochs": 2, "sen_max_length": 64}
     compare(output, task, [untrained, trained], examples_per_class=["20", "100"], **budget)
 
 
@@ -110,7 +112,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("adaptation"), help="receives every run")
     parser.add_argument("--only", choices=["biomedical", "chinese"], help="one of the two")
     parser.add_argument("--control", action="store_true", help="a third biomedical model, trained on general text")
-    parser.add_argument("--chinese_epochs", type=int, default=10)
+    parser.add_argument("--size", default="small", help="of the Chinese model from scratch")
+    parser.add_argument("--epochs", type=int, default=30, help="of its pre-training")
+    parser.add_argument("--rate", type=float, default=5e-4, help="of its pre-training")
     given = parser.parse_args()
     for name in ("model", "data", "output"):
         setattr(given, name, getattr(given, name).absolute())

@@ -34,7 +34,6 @@ from accelerate import Accelerator
 
 from data_process import chunks_of, evaluation_batches
 from mlm.batches import Divide, StepQueue, make_micro_batches
-from mlm.comparison import compare
 from mlm.encoding import encode
 from mlm.evaluation import evaluate
 from mlm.finetuning import Budget, answer, fine_tune
@@ -44,7 +43,7 @@ from mlm.memory import CPU_MICRO_BATCH_POSITIONS
 from mlm.picture import save_picture
 from mlm.ranks import make_accelerator, quiet_libraries
 from mlm.report import say
-from mlm.scores import choose_metric, count_answers, metrics_of
+from mlm.scores import choose_metric, metrics_of
 from mlm.storage import digest, lock, make_folder, write_json
 from mlm.tasks import Task, draw_few, load_task
 from mlm.text import read_sample
@@ -52,11 +51,11 @@ from mlm.training import has_finite_weights
 from mlm.trials import Candidate, Comparison, Result, Trial, Trials, fingerprint
 from mlm.verdict import (
     Known,
-    Outcome,
     describe_candidates,
     describe_known,
     describe_outcome,
     describe_task,
+    judge,
     save_known,
     save_outcomes,
     say_result,
@@ -78,7 +77,7 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
     outcomes = []
     for size in config.examples_per_class:
         results = try_models(comparison, size)
-        outcomes.append(judge(comparison, size, results))
+        outcomes.append(judge(comparison.task, comparison.metric_name, size, results))
         say(describe_outcome(outcomes[-1]))
     if accelerator.is_main_process:
         with lock(comparison.folder / "trials" / "results.lock"):  # another process may end at this moment
@@ -171,13 +170,17 @@ def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
 
     # The first seed tries every learning rate, and dev chooses one for each model.
     do = partial(fine_tune_once, comparison)
+    if size != "all" and len(draw_few(comparison.task, size, config.seed)) == len(comparison.task.train):
+        say(f"note: no class has more than {size} training texts, so these are all")
     first = [Trial(name, size, config.seed, rate) for name in config.models for rate in config.learning_rates]
     chosen = {}
     for name, tried in by_model(trials.do(first, do, say_result)).items():
-        chosen[name] = max(tried, key=lambda result: result.dev_score).learning_rate
-        if len(tried) > 1 and chosen[name] in (min(config.learning_rates), max(config.learning_rates)):
-            end = "highest" if chosen[name] == max(config.learning_rates) else "lowest"
-            say(f"hint: {name} did best at the {end} of the learning rates; --learning_rates may go further")
+        best_score = max(result.dev_score for result in tried)
+        equals = [result.learning_rate for result in tried if result.dev_score == best_score]
+        chosen[name] = equals[len(equals) // 2]
+        if len(equals) == 1 < len(tried) and chosen[name] in (min(config.learning_rates), max(config.learning_rates)):
+            end, where = ("lowest", "lower") if chosen[name] == min(config.learning_rates) else ("highest", "higher")
+            say(f"hint: {name} did best at the {end} of --learning_rates; a {where} one may be better still")
 
     # The other seeds, of all models in turn, so that a comparison that is stopped has about as many of each.
     todo = [Trial(name, size, seed, chosen[name]) for seed in seeds for name in config.models]
@@ -273,20 +276,6 @@ def divider(comparison: Comparison, candidate: Candidate) -> Divide:
         device=accelerator.device,
         varlen=has_variable_length_kernels(0.0, accelerator.mixed_precision, candidate.head_size),
     )
-
-
-# -------------------------------------------------------------------------------------------------------------- answer
-
-
-def judge(comparison: Comparison, size: str, results: dict[str, list[Result]]) -> Outcome:
-    """Scores of all models and seeds, and each model's gain over the first."""
-    task = comparison.task
-    counts = np.stack(
-        [[count_answers(task, result.answers, task.test) for result in of_model] for of_model in results.values()]
-    )  # (models, seeds, texts, 3, classes)
-    scores = {name: metric(counts.sum(2)) for name, metric in metrics_of(task).items()}  # (models, seeds) each
-    gains = dict(zip(list(results)[1:], compare(counts, comparison.metric), strict=True))
-    return Outcome(task, size, comparison.metric_name, results, scores, gains)
 
 
 # ---------------------------------------------------------------------------------------------------------- forgetting

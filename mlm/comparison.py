@@ -86,8 +86,6 @@ def compare(counts: np.ndarray, metric: Metric, seed: int = 0) -> list[Gain]:
         error, freedom = spread.standard_error(variance)
         half = float(stats.t.ppf(1 - level / 2, freedom) * error)
         mean = float(of_model.mean())
-        if not replicas.any():  # on no draw of texts do they differ
-            half = 0.0
         low, high = max(-1.0, mean - half), min(1.0, mean + half)
         gains.append(Gain(mean, low, high, float(flip_signs(of_model)), detectable_gain(spread, level)))
     return gains

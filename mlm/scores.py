@@ -1,6 +1,8 @@
 """Scores of answers: accuracy and F1, of labels or of entities, from counts that a bootstrap can weigh."""
 
+from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from seqeval.metrics.sequence_labeling import get_entities
@@ -75,6 +77,22 @@ OF_ENTITIES: dict[str, Metric] = {"micro_f1": micro_f1, "macro_f1": macro_f1}
 def metrics_of(task: Task) -> dict[str, Metric]:
     """The metrics that suit the task; the first is the usual one."""
     return OF_ENTITIES if task.kind == "entities" else OF_LABELS
+
+
+class OneLabel(NamedTuple):
+    """What always giving the commonest training label scores on the test."""
+
+    label: str
+    scores: dict[str, float]
+
+
+def score_of_one_label(task: Task) -> OneLabel | None:
+    """The least that a model should do better than; None for entities, of which the commonest tag finds none."""
+    if task.kind == "entities":
+        return None
+    [(label, _)] = Counter(example.labels[0] for example in task.train).most_common(1)
+    counts = count_answers(task, [task.classes.index(label)] * len(task.test), task.test).sum(0)
+    return OneLabel(label, {name: float(metric(counts)) for name, metric in OF_LABELS.items()})
 
 
 def choose_metric(task: Task, wanted: str) -> str:

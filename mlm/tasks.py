@@ -60,7 +60,8 @@ def load_task(config: DownstreamConfig) -> Task:
         split: Counter(label for example in examples for label in example.labels) for split, examples in splits.items()
     }
     if len(counts["train"]) == 1:
-        raise UserError(f"task: all training texts of {path} have the label {next(iter(counts['train']))}")
+        [label] = counts["train"]
+        raise UserError(f"task: all training texts of {path} have the label {label}. {'. '.join(notes)}".rstrip(". "))
     if not counts["train"].keys() & counts["test"].keys():
         raise UserError(f"task: no label of the training texts of {path} is one of the test texts'")
     notes += _notes_on_labels(kind, counts["train"], counts["test"])

@@ -103,6 +103,10 @@ class Candidate:
     test: Encoded
     read_before: int | None  # test texts that it was pre-trained on, as far as that can be seen
 
+    @property
+    def unk_id(self) -> int:
+        return self.tokenizer.unk_token_id
+
 
 @dataclass(eq=False)
 class Comparison:

@@ -9,13 +9,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from mlm.comparison import POWER, Gain
+from mlm.comparison import Gain, compare
 from mlm.encoding import Encoded
 from mlm.report import figure
+from mlm.scores import OneLabel, count_answers, metrics_of, score_of_one_label
 from mlm.storage import atomic_write
-from mlm.tasks import Task
+from mlm.tasks import Task, entity_kinds
 from mlm.trials import Result, Trial
 
+MANY_UNKNOWN = 0.05  # share of [UNK] that is worth a warning
 METRIC_TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1"}
 
 
@@ -28,15 +30,28 @@ class Outcome(NamedTuple):
     results: dict[str, list[Result]]  # of each model, one a seed
     scores: dict[str, np.ndarray]  # (models, seeds) by each metric
     gains: dict[str, Gain]  # of each model but the first, over it
+    one_label: OneLabel | None  # None for entities
 
 
 class Shown(Protocol):
     """What is shown of a candidate."""
 
     name: str
-    dev: Encoded
     test: Encoded
     read_before: int | None
+
+    @property
+    def unk_id(self) -> int: ...
+
+
+def judge(task: Task, metric: str, size: str, results: dict[str, list[Result]]) -> Outcome:
+    """Scores of all models and seeds, and each model's gain over the first by the metric of that name."""
+    counts = np.stack(
+        [[count_answers(task, result.answers, task.test) for result in of_model] for of_model in results.values()]
+    )  # (models, seeds, texts, 3, classes)
+    scores = {name: score(counts.sum(2)) for name, score in metrics_of(task).items()}  # (models, seeds) each
+    gains = dict(zip(list(results)[1:], compare(counts, metrics_of(task)[metric]), strict=True))
+    return Outcome(task, size, metric, results, scores, gains, score_of_one_label(task))
 
 
 # --------------------------------------------------------------------------------------------------------------- before
@@ -46,26 +61,30 @@ def describe_task(task: Task) -> str:
     """What is compared on what."""
     kinds = {"text": "texts", "pair": "pairs of texts", "entities": "sentences with entities"}
     sizes = ", ".join(f"{len(getattr(task, split)):,} to {what}" for split, what in SPLITS)
-    lines = [f"task {task.name}: {kinds[task.kind]}; {sizes}; {len(task.classes)} labels"]
+    classes = entity_kinds(task.classes) if task.kind == "entities" else task.classes
+    lines = [f"{task.name}: {kinds[task.kind]} of {len(classes)} classes; {sizes}"]
     return "\n".join([*lines, *(f"   {note}" for note in task.notes)])
 
 
-SPLITS = (("train", "train on"), ("dev", "choose settings by"), ("test", "test on"))
+SPLITS = (("train", "train on"), ("dev", "choose settings by (dev)"), ("test", "test on"))
 
 
 def describe_candidates(task: Task, candidates: Sequence[Shown]) -> str:
     """What to know of the models before they are tried."""
     lines = []
     for candidate in candidates:
-        tokens = len(candidate.test.chunks.input_ids) / len(task.test)
-        line = f"   {candidate.name}: {tokens:.1f} positions a test text"
+        inside = candidate.test.words >= 0
+        unknown = (candidate.test.chunks.input_ids[inside] == candidate.unk_id).mean()
+        line = f"   {candidate.name}: {inside.sum() / len(task.test):.1f} tokens a test text"
         if candidate.test.shortened:
-            line += f", {candidate.test.shortened:,} longer than sen_max_length"
+            line += f"; {candidate.test.shortened:,} texts longer than sen_max_length"
         lines.append(line)
+        if unknown > MANY_UNKNOWN:
+            lines.append(f"   warning: {unknown:.0%} of them are [UNK]: its vocabulary is for other texts")
         if candidate.read_before:
             lines.append(
-                f"   warning: {candidate.read_before:,} of the {len(task.test):,} test texts are lines of the text "
-                "that it was pre-trained on. It has not seen their labels, but new texts may suit it less"
+                f"   warning: {candidate.read_before:,} test texts are lines of the text that it was pre-trained on. "
+                "It has not seen their labels, but new texts may suit it less"
             )
     return "\n".join(["models", *lines])
 
@@ -81,7 +100,7 @@ def trial_bar(trial: Trial, steps: int) -> tqdm:
 def say_result(result: Result, left: int) -> None:
     """A line about a trial that is done."""
     if result.learning_rate is None:
-        setting = f"C {result.penalty:g}"
+        setting = f"penalty C {result.penalty:g}"
     elif result.best_step:
         setting = f"rate {result.learning_rate:g}, best after step {result.best_step}"
     else:
@@ -110,27 +129,44 @@ def short_names(models: list[str]) -> dict[str, str]:
 
 
 def describe_outcome(outcome: Outcome) -> str:
-    """Scores in points, the gains, and a sentence for each."""
+    """Scores in percent, the gains, and a sentence for each."""
     short = short_names(list(outcome.results))
-    width = max(map(len, short.values()))
-    title = METRIC_TITLES[outcome.metric]
-    heading = f"\n{of_size(outcome.size)}: points, the mean of the seeds"
-    columns = [METRIC_TITLES[name] for name in outcome.scores]
-    lines = [heading, " " * (width + 2) + "".join(f"{column:>10}" for column in columns) + f"   {title} of each seed"]
-    for row, name in enumerate(outcome.results):
+    always = f"(always {outcome.one_label.label})" if outcome.one_label else ""
+    width = max(map(len, [*short.values(), always]))
+    title, seeds = METRIC_TITLES[outcome.metric], len(next(iter(outcome.results.values())))
+    columns = "".join(f"{METRIC_TITLES[name]:>10}" for name in outcome.scores)
+    lines = [f"\n{of_size(outcome.size)}: mean of {seeds} seed(s), in percent"]
+    lines.append(f"{'':<{width}}{columns}   {title} of each seed")
+    for row, name in enumerate(short.values()):
         means = "".join(f"{100 * scores[row].mean():>10.1f}" for scores in outcome.scores.values())
-        seeds = " ".join(f"{100 * score:.1f}" for score in outcome.scores[outcome.metric][row])
-        lines.append(f"{short[name]:<{width}}  {means}   {seeds}")
-    first = next(iter(short.values()))
+        each = " ".join(f"{100 * score:.1f}" for score in outcome.scores[outcome.metric][row])
+        lines.append(f"{name:<{width}}{means}   {each}")
+    if outcome.one_label:
+        means = "".join(f"{100 * score:>10.1f}" for score in outcome.one_label.scores.values())
+        lines.append(f"{always:<{width}}{means}")
+    lines += _warn_of_failures(outcome, short)
     if outcome.gains:
-        lines.append(f"\n{title} compared with {first}:")
+        lines.append(f"\n{title}, compared with {next(iter(short.values()))}, in points:")
     for name, gain in outcome.gains.items():
         lines.append(f"  {short[name]}: {sentence(gain)}")
-        lines.append(
-            f"    difference {100 * gain.mean:+.1f}, 95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}, "
-            f"p = {gain.p:.3f} by signs of seeds; {_smallest(gain)}"
-        )
+        interval = f"95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
+        lines.append(f"    {100 * gain.mean:+.1f}, {interval}; p = {gain.p:.3f} by chance signs of the seeds")
     return "\n".join(lines)
+
+
+def _warn_of_failures(outcome: Outcome, short: dict[str, str]) -> list[str]:
+    """A warning for each model with seeds that are no better than always giving one label."""
+    if not outcome.one_label:
+        return []
+    lines = []
+    for name, accuracies in zip(short.values(), outcome.scores["accuracy"], strict=True):
+        failed = int((accuracies <= outcome.one_label.scores["accuracy"] + 1e-9).sum())
+        if failed:
+            lines.append(
+                f"warning: {failed} of {len(accuracies)} seed(s) of {name} did not learn: no better than one label "
+                "(more --least_steps, other --learning_rates?)"
+            )
+    return lines
 
 
 def sentence(gain: Gain) -> str:
@@ -140,17 +176,11 @@ def sentence(gain: Gain) -> str:
         return f"better by {100 * gain.mean:.1f} ({100 * gain.low:.1f} to {100 * gain.high:.1f})"
     if verdict == "worse":
         return f"worse by {-100 * gain.mean:.1f} ({-100 * gain.high:.1f} to {-100 * gain.low:.1f})"
-    if gain.low == gain.mean == gain.high:
-        return "cannot tell: both score alike"
     if not np.isfinite(gain.detectable):
         return "cannot tell: with fewer than 6 seeds no gain can be told from chance"
+    if gain.low > 0 or gain.high < 0:
+        return f"cannot tell: {100 * gain.mean:+.1f} in the mean, but the seeds do not agree; more --seeds may tell"
     return f"cannot tell: a gain below {100 * gain.detectable:.1f} would not reliably show"
-
-
-def _smallest(gain: Gain) -> str:
-    if not np.isfinite(gain.detectable):
-        return "no gain would show with so few seeds"
-    return f"a gain of {100 * gain.detectable:.1f} would show {POWER:.0%} of the time"
 
 
 class Known(NamedTuple):
@@ -202,7 +232,7 @@ def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
             figures = {key: f"{value:.6f}" for key, value in gain._asdict().items()}
             first = next(iter(outcome.results))
             pair = {"examples_per_class": outcome.size, "model": name, "compared_with": first, "metric": outcome.metric}
-            gains.append(pair | figures | {"verdict": sentence(gain)})
+            gains.append(pair | figures | {"verdict": gain.verdict, "sentence": sentence(gain)})
     for file in ("comparison.csv", "general_text.csv"):  # which an earlier call may have left, about other models
         (folder / file).unlink(missing_ok=True)
     _write_csv(folder / "results.csv", results)

@@ -83,8 +83,8 @@ def describe_candidates(task: Task, candidates: Sequence[Shown]) -> str:
             lines.append(f"   warning: {unknown:.0%} of them are [UNK]: its vocabulary is for other texts")
         if candidate.read_before:
             lines.append(
-                f"   warning: {candidate.read_before:,} test texts are lines of the text that it was pre-trained on. "
-                "It has not seen their labels, but new texts may suit it less"
+                f"   warning: {candidate.read_before:,} test text(s) stood in the text that it was pre-trained on. "
+                "It has not seen their labels, but other texts may suit it less"
             )
     return "\n".join(["models", *lines])
 

@@ -148,6 +148,26 @@ def test_python_train_py_fetches_the_model_and_wikitext_and_trains(hub, train):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_model_of_the_hub_is_compared_with_the_one_trained_from_it(hub, train):
+    result, _ = train(hub, "--max_steps", "2", "--sen_max_length", "64", "--run_name", "my_run")
+    assert result.returncode == 0, result.stderr
+    rows = "".join(f"{line}\t{'long' if len(line) > 90 else 'short'}\n" for line in make_lines(80, seed=5))
+    (train.folder / "labelled.tsv").write_text(rows, encoding="utf-8")
+    flags = ["--task", "labelled.tsv", "--models", "bert-base-uncased", "output/my_run/final", "--frozen"]
+    command = (sys.executable, "downstream.py")
+    result, _ = train(hub, *flags, command=command)
+    assert result.returncode == 0, result.stderr
+    assert "my_run: " in result.stdout and "bert-base-uncased" in result.stdout
+
+    # Out of the Hub's reach the cache serves; a name that is not there is said without train.py's ways out.
+    result, _ = train("http://127.0.0.1:9", *flags, command=command)
+    assert result.returncode == 0, result.stderr
+    flags[3] = "bert-large-uncased"
+    result, _ = train("http://127.0.0.1:9", *flags, command=command)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "error: models: bert-large-uncased" in result.stderr and "HF_ENDPOINT" in result.stderr
+
+
 def test_the_hub_is_asked_for_files_and_for_nothing_else(hub, train):
     """A model with weights in PyTorch's format alone is loaded as it is; no conversion of it is asked for."""
     model = train.folder.parent / "hub" / "models" / "bert-base-uncased"

@@ -317,7 +317,9 @@ def ask_for_hidden_words(comparison: Comparison, candidate: Candidate, lines: li
 
 def main(config: DownstreamConfig) -> None:
     """Raises UserError for what the user can put right; Ctrl-C ends with status 130 and loses no finished trial."""
-    cast(Any, sys.stdout).reconfigure(line_buffering=True, errors="backslashreplace")  # lines at once, on any terminal
+    cast(Any, sys.stdout).reconfigure(line_buffering=True)  # a log file shows each line at once
+    if sys.stdout.encoding.lower() != "utf-8":  # labels may be in any script
+        cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
     quiet_libraries()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -309,7 +309,7 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
 
 def main(config: Config) -> None:
     """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError; SystemExit on a signal."""
-    cast(Any, sys.stdout).reconfigure(line_buffering=True, errors="backslashreplace")  # lines at once, on any terminal
+    cast(Any, sys.stdout).reconfigure(line_buffering=True)  # a log file shows each line at once
     quiet_libraries()
     with explain_endings(config):
         accelerator = make_accelerator(config, config.tracker, config.path_model_save)

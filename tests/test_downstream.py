@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -527,6 +528,27 @@ def test_chinese_labels_and_texts(tmp_path, compare):
     ]
     folder = compare(write_rows(tmp_path / "任务.tsv", rows), model, frozen=True)
     assert folder.name.startswith("任务-") and np.mean(accuracies(folder, model)) > 0.8
+
+
+def test_a_terminal_that_lacks_the_characters_shows_their_numbers(tmp_path):
+    model = save_model(tmp_path / "model")
+    task = write_rows(tmp_path / "任务.tsv", make_rows(40, 1))
+    flags = [
+        "--task",
+        str(task),
+        "--models",
+        model,
+        "--frozen",
+        "--seeds",
+        "1",
+        "--path_model_save",
+        str(tmp_path / "o"),
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "downstream.py", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert rb"\u4efb\u52a1: texts of 2 classes" in result.stdout
 
 
 # -------------------------------------------------------------------------------------------------------------- leakage

@@ -345,6 +345,28 @@ def test_training_follows_the_seed_and_drops_out(tmp_path, accelerator):
     assert not torch.allclose(one, train_with(1, dropout=0), atol=1e-6)
 
 
+def test_every_step_of_every_seed_drops_out_anew(tmp_path, accelerator, monkeypatch):
+    drawn = []
+    for seed in (1, 2):
+        classifier, train, divide = small_training(tmp_path)
+        with monkeypatch.context() as patches:
+            patches.setattr(torch, "manual_seed", drawn.append)
+            budget = Budget(steps=5, evaluate_every=5, batch_size=40, learning_rate=1e-3)
+            fine_tune(classifier, train, lambda: 0.5, budget, seed, accelerator, divide, lambda: None)
+    assert len(drawn) == len(set(drawn)) == 10
+
+
+def test_the_order_is_new_for_every_epoch_and_seed(tmp_path):
+    _, train, _ = small_training(tmp_path)
+    epochs = [
+        np.concatenate([batch.lengths for batch in islice(training_order(train, 8, seed), 5 * epoch, 5 * epoch + 5)])
+        for seed in (1, 2)
+        for epoch in (0, 1)
+    ]
+    assert len({tuple(lengths) for lengths in epochs}) == 4
+    assert len({tuple(sorted(lengths)) for lengths in epochs}) == 1  # each of all examples
+
+
 def test_gradients_are_clipped(tmp_path, accelerator, monkeypatch):
     norms = []
     clip = accelerator.clip_grad_norm_

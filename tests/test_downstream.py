@@ -35,6 +35,7 @@ from mlm.comparison import compare as compare_counts
 from mlm.encoding import Encoded, encode, select, training_order
 from mlm.errors import UserError
 from mlm.finetuning import Budget, fine_tune
+from mlm.frozen import resample
 from mlm.labelled import Example
 from mlm.leakage import count_read_before
 from mlm.ranks import make_accelerator
@@ -365,6 +366,15 @@ def test_the_order_is_new_for_every_epoch_and_seed(tmp_path):
     ]
     assert len({tuple(lengths) for lengths in epochs}) == 4
     assert len({tuple(sorted(lengths)) for lengths in epochs}) == 1  # each of all examples
+
+
+def test_frozen_features_are_fitted_on_other_training_texts_by_every_seed():
+    examples = [Example((f"text {n}",), ("rare" if n < 5 else "common",)) for n in range(40)]
+    task = Task("t", "text", ["common", "rare"], examples, [], [], [])
+    drawn = [resample(task, list(range(40)), seed) for seed in (1, 2)]
+    assert drawn[0] != drawn[1] and drawn[0] == resample(task, list(range(40)), 1)
+    for indices in drawn:
+        assert len(indices) == 40 and len(set(indices)) < 35 and sum(index < 5 for index in indices) == 5
 
 
 def test_gradients_are_clipped(tmp_path, accelerator, monkeypatch):

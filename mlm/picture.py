@@ -37,7 +37,8 @@ def _draw_scores(axes: Axes, outcomes: list[Outcome]) -> None:
         color, offset = f"C{number}", (number - (len(short) - 1) / 2) * 0.6 / len(short)
         scores = np.array([100 * outcome.scores[outcome.metric][number] for outcome in outcomes])  # (sizes, seeds)
         at = np.arange(len(outcomes)) + offset  # (sizes,)
-        axes.plot(np.repeat(at, scores.shape[1]), scores.flatten(), "o", color=color, alpha=0.4, markersize=5)
+        beside = np.linspace(-0.06, 0.06, scores.shape[1])  # so that equal seeds can be told apart
+        axes.plot((at[:, None] + beside).flatten(), scores.flatten(), "o", color=color, alpha=0.4, markersize=5)
         axes.plot(at, scores.mean(1), "_-", markersize=20, markeredgewidth=2, linewidth=0.7, color=color, label=name)
     axes.set_xticks(range(len(outcomes)), [of_size(outcome.size) for outcome in outcomes])
     axes.set_xlim(-0.6, len(outcomes) - 0.4)
@@ -52,11 +53,11 @@ def _draw_gains(axes: Axes, outcomes: list[Outcome]) -> None:
     ticks: list[str] = []
     for outcome in outcomes:
         for number, (name, gain) in enumerate(zip(others, outcome.gains.values(), strict=True), start=1):
-            half = 50 * (gain.high - gain.low)
-            axes.errorbar(100 * gain.mean, -len(ticks), xerr=half, fmt="o", capsize=4, color=f"C{number}")
+            either_side = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
+            axes.errorbar(100 * gain.mean, -len(ticks), xerr=either_side, fmt="o", capsize=4, color=f"C{number}")
             ticks.append(f"{name}\n{of_size(outcome.size)}")
     axes.axvline(0, color="gray", linewidth=1)
     axes.set_yticks(-np.arange(len(ticks)), ticks, fontsize="small")
     axes.set_ylim(0.6 - len(ticks), 0.6)
     axes.set_xlabel(f"points of {METRIC_TITLES[outcomes[0].metric]}, 95% intervals")
-    axes.set_title(f"gain over {first}")
+    axes.set_title(f"gain over {first} (right of 0: better)")

@@ -197,7 +197,7 @@ def test_a_model_that_reads_the_label_in_the_text_is_better(tmp_path, compare, f
     assert float(row["mean"]) == pytest.approx(expected, abs=1e-5) and float(row["low"]) > 0
     assert float(row["p"]) == pytest.approx(2 / 64)
     picture = (folder / "results.svg").read_text(encoding="utf-8")
-    assert all(f">{text}</text>" in picture for text in ("blind", "seeing", "gain over blind"))
+    assert all(f">{text}</text>" in picture for text in ("blind", "seeing", "gain over blind (right of 0: better)"))
 
 
 # ----------------------------------------------------------------------------------------- the same as the stock models

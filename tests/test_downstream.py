@@ -152,6 +152,7 @@ def test_copies_with_seeds_of_their_own_are_not_told_apart_in_19_of_20_compariso
     assert verdicts.count("cannot tell") >= 19
 
 
+@pytest.mark.slow
 def test_shuffled_weights_are_worse(tmp_path, compare):
     """The first model knows the task already, from other texts; of the second every weight stands elsewhere."""
     known = teach(save_model(tmp_path / "fresh"), tmp_path / "known")
@@ -184,7 +185,7 @@ def teach(model: str, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_that_reads_the_label_in_the_text_is_better(tmp_path, compare, frozen):
     """Both are random; to the first, the words that give the label away are [UNK]."""
     blind, seeing = save_model(tmp_path / "blind", WORDS), save_model(tmp_path / "seeing")
@@ -562,6 +563,7 @@ def test_chinese_labels_and_texts(tmp_path, compare):
     assert folder.name.startswith("任务-") and np.mean(accuracies(folder, model)) > 0.8
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_the_characters_shows_their_numbers(tmp_path):
     model = save_model(tmp_path / "model")
     task = write_rows(tmp_path / "任务.tsv", make_rows(40, 1))

@@ -43,7 +43,7 @@ from mlm.memory import CPU_MICRO_BATCH_POSITIONS
 from mlm.picture import save_picture
 from mlm.ranks import make_accelerator, quiet_libraries
 from mlm.report import say
-from mlm.scores import choose_metric, metrics_of
+from mlm.scores import choose_metric
 from mlm.storage import digest, lock, make_folder, write_json
 from mlm.tasks import Task, draw_few, load_task
 from mlm.text import read_sample
@@ -77,7 +77,7 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
     outcomes = []
     for size in config.examples_per_class:
         results = try_models(comparison, size)
-        outcomes.append(judge(comparison.task, comparison.metric_name, size, results))
+        outcomes.append(judge(comparison.task, comparison.metric, size, results))
         say(describe_outcome(outcomes[-1]))
     if accelerator.is_main_process:
         with lock(comparison.folder / "trials" / "results.lock"):  # another process may end at this moment
@@ -95,7 +95,7 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
 def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
     """Reads the task and the models, and says what was found. Raises UserError where something is missing."""
     task = load_task(config)
-    metric_name = choose_metric(task, config.metric)
+    metric = choose_metric(task, config.metric)
     general_lines = []
     if config.general_text:
         general_lines = read_sample(Path(config.general_text), "general_text", MOST_GENERAL_LINES)
@@ -109,7 +109,7 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
     budget = (config.num_epochs, config.least_steps, config.batch_size, config.sen_max_length)
     machine = (accelerator.device.type, choose_precision(config))
     decided_by = {
-        name: digest(candidate.fingerprint, task.digest, metric_name, config.frozen, machine, budget)
+        name: digest(candidate.fingerprint, task.digest, metric, config.frozen, machine, budget)
         for name, candidate in candidates.items()
     }
     answers = {name: candidate.test.answers for name, candidate in candidates.items()}
@@ -121,8 +121,7 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
         accelerator=accelerator,
         folder=folder,
         task=task,
-        metric_name=metric_name,
-        metric=metrics_of(task)[metric_name],
+        metric=metric,
         candidates=candidates,
         trials=Trials(folder / "trials", decided_by, answers, len(task.classes)),
         general_lines=general_lines,
@@ -306,7 +305,7 @@ def ask_for_hidden_words(comparison: Comparison, candidate: Candidate, lines: li
     if warnings:  # that the head is missing
         return None
     with chunks_of(lines, candidate.tokenizer, length) as (chunks, stats):
-        batches = evaluation_batches(chunks, vocabulary)
+        batches = evaluation_batches(chunks, vocabulary, accelerator.process_index, accelerator.num_processes)
         divide = divider(comparison, candidate)
         queue = StepQueue(iter(()), divide, CPU_MICRO_BATCH_POSITIONS, length)
         with accelerator.autocast():

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from Config import DownstreamConfig
 from mlm.encoding import Encoded
-from mlm.scores import Metric, count_answers
+from mlm.scores import count_answers, metrics_of
 from mlm.storage import digest, lock, write_json
 from mlm.tasks import Task
 
@@ -81,7 +81,7 @@ class Trials:
                         if result is None:
                             result = do(trial)
                             write_json(self._path(trial), asdict(result))
-                            tell(result, sum(self.read(other) is None for other in trials))
+                            tell(result, sum(not self._path(other).exists() for other in trials))
                         results[trial] = result
                 except Timeout:
                     continue
@@ -103,10 +103,6 @@ class Candidate:
     test: Encoded
     read_before: int | None  # test texts that it was pre-trained on, as far as that can be seen
 
-    @property
-    def unk_id(self) -> int:
-        return self.tokenizer.unk_token_id
-
 
 @dataclass(eq=False)
 class Comparison:
@@ -116,8 +112,7 @@ class Comparison:
     accelerator: Accelerator
     folder: Path
     task: Task
-    metric_name: str
-    metric: Metric
+    metric: str  # that models, and weights in training, are compared by
     candidates: dict[str, Candidate]
     trials: Trials
     general_lines: list[str]  # of general_text
@@ -127,7 +122,8 @@ class Comparison:
         return candidate.tokenizer.sep_token_id if self.task.kind == "pair" else None
 
     def score_on_dev(self, answers: list[int]) -> float:
-        return float(self.metric(count_answers(self.task, answers, self.task.dev).sum(0)))
+        metric = metrics_of(self.task)[self.metric]
+        return float(metric(count_answers(self.task, answers, self.task.dev).sum(0)))
 
 
 def fingerprint(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

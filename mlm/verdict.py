@@ -2,21 +2,20 @@
 
 import csv
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from mlm.comparison import Gain, compare
-from mlm.encoding import Encoded
 from mlm.report import figure
 from mlm.scores import OneLabel, count_answers, metrics_of, score_of_one_label
 from mlm.storage import atomic_write
 from mlm.tasks import Task, entity_kinds
-from mlm.trials import Result, Trial
+from mlm.trials import Candidate, Result, Trial
 
+SPLITS = (("train", "train on"), ("dev", "choose settings by (dev)"), ("test", "test on"))
 MANY_UNKNOWN = 0.05  # share of [UNK] that is worth a warning
 METRIC_TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1"}
 
@@ -31,17 +30,6 @@ class Outcome(NamedTuple):
     scores: dict[str, np.ndarray]  # (models, seeds) by each metric
     gains: dict[str, Gain]  # of each model but the first, over it
     one_label: OneLabel | None  # None for entities
-
-
-class Shown(Protocol):
-    """What is shown of a candidate."""
-
-    name: str
-    test: Encoded
-    read_before: int | None
-
-    @property
-    def unk_id(self) -> int: ...
 
 
 def judge(task: Task, metric: str, size: str, results: dict[str, list[Result]]) -> Outcome:
@@ -66,15 +54,12 @@ def describe_task(task: Task) -> str:
     return "\n".join([*lines, *(f"   {note}" for note in task.notes)])
 
 
-SPLITS = (("train", "train on"), ("dev", "choose settings by (dev)"), ("test", "test on"))
-
-
-def describe_candidates(task: Task, candidates: Sequence[Shown]) -> str:
+def describe_candidates(task: Task, candidates: list[Candidate]) -> str:
     """What to know of the models before they are tried."""
     lines = []
     for candidate in candidates:
         inside = candidate.test.words >= 0
-        unknown = (candidate.test.chunks.input_ids[inside] == candidate.unk_id).mean()
+        unknown = (candidate.test.chunks.input_ids[inside] == candidate.tokenizer.unk_token_id).mean()
         line = f"   {candidate.name}: {inside.sum() / len(task.test):.1f} tokens a test text"
         if candidate.test.shortened:
             line += f"; {candidate.test.shortened:,} texts longer than sen_max_length"

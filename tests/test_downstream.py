@@ -41,7 +41,7 @@ from mlm.leakage import count_read_before
 from mlm.ranks import make_accelerator
 from mlm.scores import accuracy, count_answers
 from mlm.tasks import Task
-from mlm.trials import Trials
+from mlm.trials import Result, Trials
 from mlm.verdict import sentence
 from mlm.vocabulary import SPECIAL_TOKENS, read_vocabulary
 from model import PackedClassifier, load_classifier
@@ -410,6 +410,25 @@ def test_dev_chooses_the_rate_and_test_labels_change_nothing_but_the_scores(tmp_
         chosen = {float(row["learning_rate"]) for row in read_csv(folder / "results.csv")}
         assert chosen == {3e-3}  # on dev the better; on the wrong test the worse
     assert found["right"] == found["wrong"] and len(found["right"]) == 3
+
+
+def test_what_was_not_learned_is_said(tmp_path, compare, monkeypatch, capsys):
+    """To this model every word is [UNK]; all rates score alike on dev, so the middle one is taken."""
+    rows = [(text, "yes" if n % 3 else "no") for n, (text, _) in enumerate(make_rows(90, 6))]
+    model, task = save_model(tmp_path / "blind", ["other"]), write_rows(tmp_path / "task.tsv", rows)
+
+    def always_yes(comparison, trial, positions):
+        answers = [comparison.task.classes.index("yes")] * len(comparison.task.test)
+        return Result(*trial, penalty=None, best_step=1, dev_score=0.5, seconds=1.0, answers=answers)
+
+    monkeypatch.setattr(downstream, "_fine_tune", always_yes)
+    folder = compare(task, model, seeds=3, learning_rates=(1e-5, 2e-5, 4e-5))
+    assert {row["learning_rate"] for row in read_csv(folder / "results.csv")} == {"2e-05"}
+    said = capsys.readouterr().out
+    assert "warning: 100% of them are [UNK]" in said and "hint" not in said
+    assert "warning: 3 of 3 seed(s) of blind did not learn" in said
+    [row] = [line.split() for line in said.splitlines() if line.startswith("(always yes)")]
+    assert row[2] == "66.7"  # accuracy: two thirds of the test texts
 
 
 def test_examples_come_in_the_same_order_whatever_the_tokenizer(tmp_path):

@@ -39,10 +39,10 @@ from mlm.evaluation import evaluate
 from mlm.finetuning import Budget, answer, fine_tune
 from mlm.frozen import features, fit, resample, rows_of
 from mlm.leakage import count_read_before
+from mlm.log import say
 from mlm.memory import CPU_MICRO_BATCH_POSITIONS
 from mlm.picture import save_picture
 from mlm.ranks import make_accelerator, quiet_libraries
-from mlm.report import say
 from mlm.scores import choose_metric
 from mlm.storage import digest, lock, make_folder, write_json
 from mlm.tasks import Task, draw_few, load_task

@@ -37,9 +37,7 @@ from mlm.checkpoint import (
     save_model,
 )
 from mlm.evaluation import evaluate, guess, hide_words
-from mlm.memory import micro_batch_positions
-from mlm.ranks import decide_on_main, lose_patience, make_accelerator, quiet_libraries, refuse_differences
-from mlm.report import (
+from mlm.log import (
     GuessedWord,
     RunSummary,
     closing_words,
@@ -52,6 +50,8 @@ from mlm.report import (
     say,
     write_metrics,
 )
+from mlm.memory import micro_batch_positions
+from mlm.ranks import decide_on_main, lose_patience, make_accelerator, quiet_libraries, refuse_differences
 from mlm.runs import run_folder
 from mlm.schedule import resolve
 from mlm.signals import catch_signals, explain_endings

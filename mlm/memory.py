@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from mlm.batches import Divide, frame
-from mlm.report import say
+from mlm.log import say
 from mlm.schedule import ResolvedConfig
 from mlm.state import Progress, Run
 from mlm.training import accumulate_gradients

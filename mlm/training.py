@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mlm.batches import MicroBatch, StepQueue
 from mlm.errors import UserError
+from mlm.log import say
 from mlm.machine import ran_out_of_memory
 from mlm.randomness import dropout_seed
 from mlm.ranks import on_any_rank
-from mlm.report import say
 from mlm.schedule import learning_rate_at
 from mlm.state import Progress, Run
 

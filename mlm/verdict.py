@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlm.comparison import Gain, compare
-from mlm.report import figure
+from mlm.log import figure
 from mlm.scores import OneLabel, count_answers, metrics_of, score_of_one_label
 from mlm.storage import atomic_write
 from mlm.tasks import Task, entity_kinds

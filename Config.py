@@ -80,6 +80,7 @@ class Config:
     run_name: str | None = None  # name of this run's folder; unset: date, time and model
     log_every: int = 50  # steps between lines in the log and in metrics.csv
     eval_every: int | None = None  # steps between evaluations; unset: once an epoch
+    max_test_chunks: int | None = None  # that an evaluation scores, a sample of the test text; unset: all
     save_every: int | None = None  # steps between checkpoints, also saved at epochs' ends; unset: the latter if cheap
     keep_checkpoints: int = 2  # how many stay on disk: the newest
     tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
@@ -149,7 +150,7 @@ class DownstreamConfig:
 
 def _wrong_numbers(config: Config) -> Iterator[str]:
     counts = ["num_epochs", "max_steps", "batch_size", "micro_batch_tokens"]
-    counts += ["log_every", "eval_every", "save_every", "keep_checkpoints"]
+    counts += ["log_every", "eval_every", "max_test_chunks", "save_every", "keep_checkpoints"]
     sizes = ("num_warmup_steps", "vocab_size", "sen_max_length")
     largest = sys.float_info.max  # refuses infinity, and whole numbers too large for a float
     yield from require(config, lambda value: value >= 1, "1 or more", *counts)

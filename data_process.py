@@ -21,14 +21,14 @@ from Config import MOST_AUTOMATIC_WORDS, Config
 from mlm.batches import Batch, MaskedChunks, chunk_bounds, frame, part_of
 from mlm.chunks import Chunks, SplitStats, TextStats, WrittenSplit, take, write_chunks
 from mlm.masking import BERT_RULE, MaskRule, content_keys, mask
-from mlm.randomness import epoch_order, mask_keys
+from mlm.randomness import epoch_order, evaluation_order, mask_keys
 from mlm.state import Data
 from mlm.storage import digest, once
 from mlm.text import Text, find_text
 from mlm.vocabulary import Vocabulary, load_tokenizer, read_vocabulary
 from mlm.words import BrokenWord, add_words, make_encoders, make_segmenter, read_words
 
-CACHE_FORMAT = 3  # raise when what the cache holds changes
+CACHE_FORMAT = 4  # raise when what the cache holds changes
 MASKED_AT_ONCE = 1 << 15  # tokens: enough that numpy's calls cost little, few enough for the processor's cache
 EVALUATION_CHUNKS = 256  # chunks masked and packed together in an evaluation
 
@@ -70,7 +70,7 @@ def prepare(
 
     folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)
     train, test = (Chunks.read(folder / f"{split}.arrow") for split in ("train", "test"))
-    return train, test, _read_stats(folder / "stats.json")
+    return train, test, TextStats.of_dict(json.loads((folder / "stats.json").read_text()))
 
 
 @contextmanager
@@ -95,14 +95,6 @@ def _compare(train: WrittenSplit, test: WrittenSplit, broken_words: list[BrokenW
         unigram_perplexity=math.exp(-(test.occurrences @ log_shares) / test.occurrences.sum()),
         broken_words=broken_words,
     )
-
-
-def _read_stats(path: Path) -> TextStats:
-    content = json.loads(path.read_text())
-    content["train"] = SplitStats(**content["train"])
-    content["test"] = SplitStats(**content["test"])
-    content["broken_words"] = [BrokenWord(*broken) for broken in content["broken_words"]]
-    return TextStats(**content)
 
 
 def words_to_add(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -170,10 +162,17 @@ def _cut_into_batches(chunks: MaskedChunks, batch_size: int, rank: int, ranks: i
         yield Batch(share, masked_tokens=len(batch.targets), tokens=len(batch.input_ids) - 2 * chunks_in_batch)
 
 
-def evaluation_batches(chunks: Chunks, vocabulary: Vocabulary, rank: int = 0, ranks: int = 1) -> Iterator[MaskedChunks]:
-    """Every chunk once, dealt out to the ranks in turn, masked by BERT's rule as each chunk's own tokens decide."""
-    of_rank = np.arange(rank, len(chunks), ranks)
+def evaluation_batches(
+    chunks: Chunks, vocabulary: Vocabulary, number: int, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[np.ndarray, MaskedChunks]]:
+    """A sample of so many chunks, each once, dealt out to the ranks in turn, with their places in the sample.
+
+    Masked by BERT's rule as each chunk's own tokens decide.
+    """
+    sample = evaluation_order(len(chunks))[:number]
+    of_rank = np.arange(rank, number, ranks)
     for start in range(0, len(of_rank), EVALUATION_CHUNKS):
-        tokens, lengths, _ = take(chunks, of_rank[start : start + EVALUATION_CHUNKS])
+        places = of_rank[start : start + EVALUATION_CHUNKS]  # (n,)
+        tokens, lengths, _ = take(chunks, sample[places])
         hidden = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
-        yield frame(*hidden, lengths, vocabulary)
+        yield places, frame(*hidden, lengths, vocabulary)

@@ -305,12 +305,14 @@ def ask_for_hidden_words(comparison: Comparison, candidate: Candidate, lines: li
     if warnings:  # that the head is missing
         return None
     with chunks_of(lines, candidate.tokenizer, length) as (chunks, stats):
-        batches = evaluation_batches(chunks, vocabulary, accelerator.process_index, accelerator.num_processes)
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        batches = evaluation_batches(chunks, vocabulary, len(chunks), rank, ranks)
         divide = divider(comparison, candidate)
         queue = StepQueue(iter(()), divide, CPU_MICRO_BATCH_POSITIONS, length)
         with accelerator.autocast():
             model = PackedMaskedLM(bert).to(accelerator.device)
-            evaluation, _ = evaluate(accelerator, model, batches, queue, signals=[])
+            evaluation = evaluate(accelerator, model, batches, len(chunks), queue, signals=[])
+    assert evaluation, "no signal stops it"
     return Known(evaluation.perplexity, evaluation.loss * stats.tokens / stats.characters)
 
 

@@ -36,16 +36,13 @@ from mlm.checkpoint import (
     save_if_due,
     save_model,
 )
-from mlm.evaluation import evaluate, guess, hide_words
+from mlm.evaluation import Evaluation, compare, evaluate, sample_size
+from mlm.guesses import guess, hide_words
 from mlm.log import (
-    GuessedWord,
-    RunSummary,
-    closing_words,
     describe_divergence,
-    describe_evaluation,
     describe_run,
     progress_bar,
-    record,
+    report_evaluation,
     report_if_due,
     say,
     write_metrics,
@@ -57,6 +54,7 @@ from mlm.schedule import resolve
 from mlm.signals import catch_signals, explain_endings
 from mlm.state import Ending, Progress, Run, SaveClock, checkpoint_path
 from mlm.storage import atomic_write, write_json
+from mlm.summary import closing_words, publish
 from mlm.training import has_finite_weights, make_optimizer, patience, train_step, warm_up_reducer
 from model import PackedMaskedLM, load_model
 
@@ -129,14 +127,16 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
         keep_freed_memory()
     head_size = bert.config.hidden_size // bert.config.num_attention_heads
     varlen = has_variable_length_kernels(config.attention_dropout, accelerator.mixed_precision, head_size)
+    hidden_words = hide_words(islice(data.text.test(), 2000), data.train, data.tokenizer, vocabulary)
 
     return Run(
         config=config,
         accelerator=accelerator,
         folder=folder,
         data=data,
-        hidden_words=hide_words(islice(data.text.test(), 2000), data.tokenizer) if accelerator.is_main_process else [],
+        hidden_words=hidden_words if accelerator.is_main_process else [],
         derived=derived,
+        versions={name: version(name) for name in PACKAGES},
         recipe=recipe,
         checkpoint=checkpoint,
         bert=bert,
@@ -163,9 +163,8 @@ def begin(run: Run) -> Progress:
 
     # The files and the tracker, without what a killed run wrote after its checkpoint.
     if run.is_main:
-        written = {"settings": asdict(run.config), "derived": run.derived}
-        written["versions"] = {name: version(name) for name in PACKAGES}
-        write_json(run.folder / "settings.json", written)
+        settings = {"settings": asdict(run.config), "derived": run.derived, "versions": run.versions}
+        write_json(run.folder / "settings.json", settings)
         write_metrics(run.folder / "metrics.csv", progress.rows)
     if run.accelerator.log_with:
         purge = {"purge_step": progress.step + 1 if run.checkpoint else 0}
@@ -223,30 +222,45 @@ def is_evaluation_due(run: Run, progress: Progress) -> bool:
 
 def evaluate_and_keep_best(run: Run, progress: Progress, queue: StepQueue) -> bool:
     """Scores the model on the test text and keeps the best in best/. Returns True if a signal stopped it."""
+    # The first and the last evaluation score the whole test text, or as much as is allowed; the others a sample of it.
     accelerator, step = run.accelerator, progress.step
+    chunks = run.test_chunks if step in (0, run.config.max_steps) else progress.sampled_chunks
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    batches = evaluation_batches(run.data.test, run.data.vocabulary, rank, ranks)
+    batches = evaluation_batches(run.data.test, run.data.vocabulary, chunks, rank, ranks)
     positions = queue.micro_batch_positions
-    evaluation, told_to_stop = evaluate(accelerator, run.model, batches, queue, run.signals)
+    evaluation = evaluate(accelerator, run.model, batches, chunks, queue, run.signals)
     if queue.micro_batch_positions < positions:
         say(f"out of memory in an evaluation; micro-batches of {queue.micro_batch_positions} are used from now on")
-    if told_to_stop:
+    if evaluation is None:
         return True
+    if progress.start is None:
+        progress.start = evaluation
+        progress.sampled_chunks = choose_sample(run, evaluation)
 
-    # The scores go to the log, metrics.csv and the tracker.
-    heading = f"step {step}/{run.config.max_steps}, test" if step else "before training"
-    say(f"{heading}: {describe_evaluation(evaluation)}")
-    record(run, progress, evaluation.columns())
+    # The scores, and what training changed, go to the log, metrics.csv and the tracker.
+    change = compare(progress.start, evaluation) if step else None
+    report_evaluation(run, progress, evaluation, change)
     progress.evaluated = step
+    if run.is_main:
+        publish(run, progress)
 
-    # The best weights of the training so far go to best/.
+    # The best weights of the training so far, by the same chunks each time, go to best/.
+    loss = evaluation.first(progress.sampled_chunks).loss
     best_loss = math.inf if progress.best_loss is None else progress.best_loss
-    if step and evaluation.loss < best_loss and has_finite_weights(run.bert):
-        progress.best_loss = evaluation.loss
+    if step and loss < best_loss and has_finite_weights(run.bert):
+        progress.best_loss = loss
         if run.is_main:
             with atomic_write(run.folder / "best") as temporary:
                 save_model(temporary, run.bert, run.data.tokenizer)
     return False
+
+
+def choose_sample(run: Run, start: Evaluation) -> int:
+    """How many test chunks the evaluations between the first and the last score, to cost little of the run."""
+    middle_evaluations = (run.config.max_steps - 1) // run.config.eval_every
+    training_positions = run.derived["positions_per_step"] * run.config.max_steps
+    positions_per_chunk = 2 + len(run.data.test.tokens) / len(run.data.test)
+    return sample_size(start, training_positions, positions_per_chunk, middle_evaluations)
 
 
 def find_ending(run: Run, progress: Progress, told_to_stop: bool) -> Ending | None:
@@ -271,20 +285,14 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
 
     Raises UserError where it diverged, SystemExit where it was told to stop.
     """
-    # A finished model goes to final/, and makes its guesses for the closing words.
+    # A finished model goes to final/; of any run the report tells how it ended.
     accelerator, summary = run.accelerator, None
-    if run.is_main and ending is Ending.FINISHED:
-        guesses_after = guess(run.bert, run.hidden_words, run.data.tokenizer)
-        guesses = zip(run.hidden_words, progress.guesses_before, guesses_after, strict=True)
-        with atomic_write(run.folder / "final") as temporary:
-            save_model(temporary, run.bert, run.data.tokenizer)
-        summary = RunSummary(
-            rows=progress.rows,
-            stats=run.data.stats,
-            skipped_steps=progress.skipped,
-            guesses=[GuessedWord(*guessed) for guessed in guesses],
-            model=run.folder / "final",
-        )
+    if run.is_main:
+        if ending is Ending.FINISHED:
+            with atomic_write(run.folder / "final") as temporary:
+                save_model(temporary, run.bert, run.data.tokenizer)
+        if progress.start:
+            summary = publish(run, progress, ending)
 
     # The ranks end together: a launcher that sees one end badly ends the others, even while the main one saves. The
     # model is freed before the process group, which must not end inside DistributedDataParallel's reducer: that would
@@ -295,7 +303,7 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
     accelerator.end_training()
 
     # What came of it is said, with the exit status that fits.
-    if summary:
+    if summary and ending is Ending.FINISHED:
         say(closing_words(summary))
     if ending is Ending.STOPPED:
         saved = checkpoint_path(run.folder, progress.step)

@@ -190,6 +190,20 @@ def _packed_rows(rows, device):
     return MicroBatch(inputs, _to_device(rows.targets, device))
 
 
+def chunks_of_masked(micro_batches: list[MicroBatch]) -> Iterator[torch.Tensor]:
+    """For each micro-batch of those that chunks were divided into: which of these chunks each masked token is of.
+
+    (masked,) int64, counted from 0 over all the micro-batches.
+    """
+    chunks_before = 0
+    for inputs, _ in micro_batches:
+        if "starts" in inputs:  # a row for variable-length attention
+            yield torch.bucketize(inputs["masked"], inputs["starts"], right=True) - 1 + chunks_before
+            chunks_before += len(inputs["starts"]) - 1
+        else:
+            yield inputs["sequence_ids"].flatten()[inputs["masked"]] - 1
+
+
 def _to_device(array, device):
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

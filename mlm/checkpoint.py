@@ -6,24 +6,28 @@ A folder named as a checkpoint is whole; what a kill -9 leaves of an unfinished 
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
 from Config import Config
 from mlm.batches import StepQueue
 from mlm.errors import UserError
+from mlm.evaluation import Evaluation
+from mlm.guesses import Guess
 from mlm.memory import is_found_by_trial
 from mlm.state import Ending, Progress, Run, Unreported, checkpoint_path
 from mlm.storage import atomic_write, digest
 from mlm.words import read_words
 
-FORMAT = 2  # raise when what a checkpoint holds changes
+FORMAT = 3  # raise when what a checkpoint holds changes
 
 # Settings that may differ when a run is resumed, as they do not change the training but where and how fast it runs and
 # what it shows. Text and files of words are compared by what they hold, not by where they lie.
@@ -66,8 +70,8 @@ def save_if_due(run: Run, progress: Progress, queue: StepQueue, ending: Ending |
 def save_checkpoint(run: Run, progress: Progress) -> None:
     """Writes the checkpoint of the step that `progress` has reached, and removes older ones beyond `keep_checkpoints`.
 
-    A plain Hugging Face folder with the optimizer's state beside the weights, state.json (progress, recipe, gradient
-    scaler) and a manifest of every file's size and checksum.
+    A plain Hugging Face folder with the optimizer's state beside the weights, the evaluation of the start,
+    state.json (progress, recipe, gradient scaler) and a manifest of every file's size and checksum.
     """
     optimizer = run.optimizer
     moments = {
@@ -76,11 +80,18 @@ def save_checkpoint(run: Run, progress: Progress) -> None:
         for kind, tensor in optimizer.state.get(parameter, {}).items()
     }
     scaler = optimizer.scaler.state_dict() if optimizer.scaler is not None else None
-    state = {"format": FORMAT, "progress": asdict(progress), "recipe": run.recipe, "scaler": scaler}
+    state = {
+        "format": FORMAT,
+        "progress": asdict(replace(progress, start=None)),
+        "recipe": run.recipe,
+        "scaler": scaler,
+    }
     path = checkpoint_path(run.folder, progress.step)
     with atomic_write(path) as temporary:
         save_model(temporary, run.bert, run.data.tokenizer)
         save_file(moments, temporary / "optimizer.safetensors")
+        if progress.start:
+            save_arrays(progress.start._asdict(), temporary / "start.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -199,8 +210,12 @@ def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOpt
     state = _read_state(path)
     if optimizer.scaler is not None:
         optimizer.scaler.load_state_dict(state["scaler"])
-    unreported = Unreported(**state["progress"].pop("unreported"))
-    return Progress(**state["progress"], unreported=unreported)
+    saved = state["progress"]
+    saved["unreported"] = Unreported(**saved["unreported"])
+    saved["guesses_before"] = [[Guess(*guess) for guess in guesses] for guesses in saved["guesses_before"]]
+    if (path / "start.safetensors").exists():
+        saved["start"] = Evaluation(**load_arrays(path / "start.safetensors"))
+    return Progress(**saved)
 
 
 def _read_state(checkpoint):

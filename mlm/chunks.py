@@ -4,6 +4,7 @@ A *chunk* is a line, or a part of a line too long for `sen_max_length`. Stored t
 [SEP] are put around each chunk when a batch is made. A token's highest bit says whether the token starts a word.
 """
 
+import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class SplitStats:
     tokens: int
     unknown: int  # tokens that are [UNK]
     chunks: int
+    line_lengths: list[int]  # lines by their tokens, binned by `length_bins`, and those longer than a chunk
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,18 @@ class TextStats:
     test_lines_in_train: int
     unigram_perplexity: float  # of guessing each test token by its frequency in the training text
     broken_words: list[BrokenWord]  # words that the vocabulary has no token for, the most frequent first
+
+    @classmethod
+    def of_dict(cls, content: dict[str, Any]) -> "TextStats":
+        """From what dataclasses.asdict made of it, and JSON."""
+        splits = {name: SplitStats(**content[name]) for name in ("train", "test")}
+        return cls(**content | splits | {"broken_words": [BrokenWord(*word) for word in content["broken_words"]]})
+
+
+def length_bins(body_length: int) -> list[int]:
+    """The bounds of at most 16 bins of equal width for the tokens of a line that fits a chunk: 1 is the first."""
+    width = math.ceil(body_length / 16)
+    return [*range(1, body_length + 1, width), body_length + 1]
 
 
 # -------------------------------------------------------------------------------------------------- lines -> chunks
@@ -113,6 +127,8 @@ def write_chunks(
     dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit is the words'
     counts = dict.fromkeys(("lines", "blank", "dropped", "characters"), 0)
     line_hashes, chunk_lengths = array("Q"), array("q")
+    bins = [*length_bins(body_length), math.inf]
+    line_lengths = np.zeros(len(bins) - 1, dtype=np.int64)
     occurrences, words = np.zeros(vocabulary.size, dtype=np.int64), WordCounts()
     tokens_file = path.with_suffix(".tokens")
     with open(tokens_file, "wb") as file:
@@ -127,6 +143,7 @@ def write_chunks(
             (tokenized.tokens.astype(dtype) | word_bits).tofile(file)
             occurrences += np.bincount(tokenized.tokens, minlength=vocabulary.size)
             words.update(tokenized.tokens, vocabulary.continues_word, tokenized.segmented)
+            line_lengths += np.histogram(tokenized.lengths, bins)[0]
             line_ends = np.cumsum(tokenized.lengths)
             for length, end in zip(tokenized.lengths.tolist(), line_ends.tolist(), strict=True):
                 if length > body_length:
@@ -152,6 +169,7 @@ def write_chunks(
         tokens=int(offsets[-1]),
         unknown=int(occurrences[vocabulary.unk_id]),
         chunks=len(chunk_lengths),
+        line_lengths=line_lengths.tolist(),
     )
     return WrittenSplit(stats, line_hashes, occurrences, words)
 

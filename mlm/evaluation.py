@@ -1,36 +1,60 @@
-"""How good a model is: its loss and accuracy on the test text, and its guesses for hidden words."""
+"""How good a model is: its loss on chunks of the test text, one by one, so that every figure has its error."""
 
 import math
-import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from scipy.stats import t as student_t
 from torch import Tensor, nn
-from transformers import BertForMaskedLM, PreTrainedTokenizerBase, pipeline
 
-from mlm.batches import MaskedChunks, MicroBatch, StepQueue
+from mlm.batches import MaskedChunks, MicroBatch, StepQueue, chunks_of_masked
 from mlm.machine import ran_out_of_memory
 
-SHOWN_WORDS = 5  # hidden words that a model guesses
+# Evaluations between the first and the last score a sample of the test chunks.
+SAMPLE_ERROR = 0.01  # the standard error wanted of a loss, in nats: one per cent of the perplexity
+LARGEST_EVALUATION_SHARE = 0.05  # of training's work, for all of them together
+SMALLEST_SAMPLE = 256  # chunks, whatever share they are
+STEP_IN_FORWARD_PASSES = 3  # a training step is a forward pass, and a backward pass of about twice its work
 
 
 class Evaluation(NamedTuple):
-    """The model on the test text, masked by BERT's rule at 15% with masks that depend on the text alone."""
+    """A model on n chunks of text, masked by BERT's rule at 15% with masks that depend on the text alone."""
 
-    loss: float  # nats per masked token
-    accuracy: float  # share of masked tokens whose most likely guess is right
-    masked_tokens: int
+    losses: np.ndarray  # (n,) float64: nats, summed over a chunk's masked tokens
+    correct: np.ndarray  # (n,) float64: masked tokens whose most likely guess is right
+    masked: np.ndarray  # (n,) float64: masked tokens, at least one
+
+    @property
+    def loss(self) -> float:
+        """Nats per masked token."""
+        return float(self.losses.sum() / self.masked.sum())
+
+    @property
+    def loss_se(self) -> float:
+        """The standard error of `loss`, for more text of this kind."""
+        return standard_error(self.losses, self.masked)
 
     @property
     def perplexity(self) -> float:
         return perplexity(self.loss)
 
-    def columns(self) -> dict[str, float]:
-        """The columns of metrics.csv."""
-        return {"eval_loss": self.loss, "perplexity": self.perplexity, "masked_accuracy": self.accuracy}
+    @property
+    def perplexity_se(self) -> float:
+        """The standard error of `perplexity`, by the delta method."""
+        return self.perplexity * self.loss_se
+
+    @property
+    def accuracy(self) -> float:
+        """The share of masked tokens whose most likely guess is right."""
+        return float(self.correct.sum() / self.masked.sum())
+
+    def first(self, chunks: int) -> "Evaluation":
+        """The part of it on the first so many chunks."""
+        return Evaluation(self.losses[:chunks], self.correct[:chunks], self.masked[:chunks])
 
 
 def perplexity(loss: float) -> float:
@@ -38,85 +62,102 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # exp of more overflows a float
 
 
+def standard_error(sums: np.ndarray, counts: np.ndarray) -> float:
+    """The standard error of sums.sum() / counts.sum(), where each chunk (n,) was drawn by itself; infinite for one.
+
+    The ratio estimator's, with chunks as clusters of tokens (Cochran, Sampling Techniques, 3rd edition, 6.3 and 9A.1).
+    """
+    n = len(sums)
+    if n < 2:
+        return math.inf
+    rest = sums - sums.sum() / counts.sum() * counts  # (n,) what the mean does not explain of each chunk
+    return float(math.sqrt(n / (n - 1) * (rest @ rest)) / counts.sum())
+
+
+class Change(NamedTuple):
+    """How a model's loss differs from another's on the same chunks, with the same masks."""
+
+    loss: float  # nats per masked token; below 0 it fell
+    se: float  # its standard error, over the chunks
+    low: float  # of the 95% interval
+    high: float
+
+
+def compare(before: Evaluation, after: Evaluation) -> Change:
+    """The paired difference, on the chunks that both have seen: what is hard in a chunk is hard for both, and cancels.
+
+    The interval is Student's t. Raises ValueError where the two do not have the same masks.
+    """
+    n = min(len(before.losses), len(after.losses))
+    before, after = before.first(n), after.first(n)
+    if not np.array_equal(before.masked, after.masked):
+        raise ValueError("these evaluations are not of the same text and tokenizer")
+    loss, se = after.loss - before.loss, standard_error(after.losses - before.losses, before.masked)
+    reach = float(student_t.ppf(0.975, n - 1)) * se if n > 1 else math.inf
+    return Change(loss, se, loss - reach, loss + reach)
+
+
+def sample_size(start: Evaluation, training_positions: int, positions_per_chunk: float, evaluations: int) -> int:
+    """How many of the test chunks each of so many evaluations in the middle of a run scores.
+
+    start: the evaluation before training, on all chunks; training_positions: what the whole run trains on. By these
+    counts alone, and by no clock, so that a run that is resumed takes the same chunks.
+    """
+    chunks = len(start.losses)
+    error_of_one = start.loss_se * math.sqrt(chunks)
+    for_the_error = (error_of_one / SAMPLE_ERROR) ** 2 if math.isfinite(error_of_one) else chunks
+    most_positions = LARGEST_EVALUATION_SHARE * STEP_IN_FORWARD_PASSES * training_positions / max(1, evaluations)
+    wanted = min(for_the_error, most_positions / positions_per_chunk)
+    return round(min(chunks, max(SMALLEST_SAMPLE, wanted)))
+
+
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
-    batches: Iterable[MaskedChunks],
+    batches: Iterable[tuple[np.ndarray, MaskedChunks]],
+    chunks: int,
     queue: StepQueue,
     signals: list[int],
-) -> tuple[Evaluation, bool]:
-    """Loss and accuracy over the batches of all ranks, of which `batches` are this rank's.
+) -> Evaluation | None:
+    """Scores the chunks of all ranks, of which `batches` are this rank's, each with the chunks' places among all.
 
-    Where a rank runs out of memory it halves its micro-batches, and all ranks use the smallest afterwards; raises
-    UserError where they cannot be halved any more. Gives up once any rank has received a signal: returns a worthless
-    evaluation, and True.
+    chunks: how many all ranks have. Where a rank runs out of memory it halves its micro-batches, and all ranks use the
+    smallest afterwards; raises UserError where they cannot be halved any more. Gives up, and returns None, once any
+    rank has received a signal.
     """
     model = accelerator.unwrap_model(model).eval()
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    totals = torch.zeros(3, dtype=exact, device=accelerator.device)  # summed loss, correct guesses, masked tokens
-    for chunks in batches:
+    scores = torch.zeros((3, chunks), dtype=exact, device=accelerator.device)
+    for places, masked_chunks in batches:
         if signals:
             break
-        scores = _score(model, queue.divide(chunks), torch.zeros_like(totals))
-        while scores is None:
+        of_batch = _score(model, queue.divide(masked_chunks), scores.new_zeros(3, len(places)))
+        while of_batch is None:
             queue.halve()
-            scores = _score(model, queue.divide(chunks), torch.zeros_like(totals))
-        totals += scores
-    signalled = torch.full_like(totals[:1], bool(signals))
-    loss_sum, correct, masked_tokens, told_to_stop = accelerator.reduce(torch.cat([totals, signalled])).tolist()
+            of_batch = _score(model, queue.divide(masked_chunks), scores.new_zeros(3, len(places)))
+        scores[:, torch.from_numpy(places).to(scores.device)] = of_batch
+    signalled = torch.full_like(scores[0, :1], bool(signals))
+    *flat, told_to_stop = accelerator.reduce(torch.cat([scores.flatten(), signalled])).cpu().split([scores.numel(), 1])
     positions = torch.tensor([queue.micro_batch_positions], device=accelerator.device)
     queue.limit(int(accelerator.gather(positions).min()))
-    masked_tokens = max(masked_tokens, 1)  # a signal may come before the first batch
-    return Evaluation(loss_sum / masked_tokens, correct / masked_tokens, int(masked_tokens)), bool(told_to_stop)
+    if told_to_stop.item():
+        return None
+    return Evaluation(*flat[0].reshape(scores.shape).double().numpy())
 
 
-def _score(model: nn.Module, micro_batches: list[MicroBatch], totals: Tensor) -> Tensor | None:
-    """`totals` (3,) with summed loss, correct guesses and masked tokens added; None where memory runs out."""
+def _score(model: nn.Module, micro_batches: list[MicroBatch], scores: Tensor) -> Tensor | None:
+    """Adds summed loss, correct guesses and masked tokens of each chunk to `scores` (3, n); None where memory runs
+    out."""
     try:
-        for inputs, targets in micro_batches:
+        for (inputs, targets), chunk_of in zip(micro_batches, chunks_of_masked(micro_batches), strict=True):
             logits = model(**inputs).float()  # (masked, vocabulary)
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            correct = (logits.argmax(-1) == targets).sum()
-            totals += torch.stack([loss, correct, torch.full_like(correct, len(targets))])
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            correct = logits.argmax(-1) == targets
+            found = torch.stack([losses, correct, torch.ones_like(losses)]).to(scores.dtype)  # (3, masked)
+            scores.index_add_(1, chunk_of, found)
     except RuntimeError as error:
         if ran_out_of_memory(error):
             return None
         raise
-    return totals
-
-
-# --------------------------------------------------------------------------------------------- guesses for hidden words
-
-
-class HiddenWord(NamedTuple):
-    """A line with one of its words masked, and that word."""
-
-    line: str
-    word: str
-
-
-def hide_words(lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[HiddenWord]:
-    """At most `SHOWN_WORDS` short lines, spread evenly, each with a one-token word near its middle masked."""
-    hidden = []
-    for line in lines:
-        if not 20 <= len(line) <= 90 or tokenizer.mask_token in line:
-            continue
-        words = re.finditer(r"[\u4e00-\u9fff]|[^\W\d_\u4e00-\u9fff]{4,}", line)  # a Chinese character, or four letters
-        of_one_token = [word for word in words if len(tokenizer.tokenize(word[0])) == 1]
-        if of_one_token and tokenizer.unk_token not in tokenizer.tokenize(line):
-            start, end = of_one_token[len(of_one_token) // 2].span()
-            hidden.append(HiddenWord(line[:start] + tokenizer.mask_token + line[end:], line[start:end]))
-    every = max(1, len(hidden) // SHOWN_WORDS)
-    return hidden[::every][:SHOWN_WORDS]
-
-
-def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The model's three likeliest words for the masked place of each line, with their probabilities."""
-    options: dict[str, Any] = {"tokenizer": tokenizer, "device": model.device, "top_k": 3}
-    fill_mask = pipeline("fill-mask", model=model.eval(), **options)
-    lines = []
-    for hidden_word in hidden:
-        candidates = fill_mask(hidden_word.line)
-        lines.append("   ".join(f"{candidate['token_str']} {candidate['score']:.0%}" for candidate in candidates))
-    return lines
+    return scores

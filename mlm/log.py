@@ -1,23 +1,28 @@
-"""What a run shows people: what it found, lines as it goes, metrics.csv, and how it ended."""
+"""The log: what a run found, lines as it goes, metrics.csv and the tracker, and why it diverged."""
 
 import csv
+import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import PartialState
 from tqdm import tqdm
 
 from Config import Config
 from mlm.chunks import TextStats
-from mlm.evaluation import Evaluation, HiddenWord, perplexity
+from mlm.evaluation import Change, Evaluation, perplexity
 from mlm.schedule import learning_rate_at
 from mlm.settings import describe_settings
 from mlm.state import Data, Ending, Progress, Run, Unreported, checkpoint_path
 from mlm.storage import atomic_write
 from mlm.words import MANY_PIECES, BrokenWord
 
-COLUMNS = ("step", "epoch", "train_loss", "eval_loss", "perplexity", "masked_accuracy", "lr", "tokens_per_s")
+COLUMNS = (
+    "step", "epoch", "train_loss", "lr", "tokens_per_s",
+    "eval_loss", "eval_loss_se", "perplexity", "perplexity_se", "masked_accuracy", "test_chunks",
+    "change", "change_low", "change_high",
+)  # fmt: skip
 SHOWN_BROKEN_WORDS = 30  # the most frequent
 
 
@@ -30,6 +35,11 @@ def say(line: str) -> None:
 def figure(value: float) -> str:
     """A perplexity, readable whatever its size."""
     return f"{value:,.2f}" if value < 1e8 else f"{value:.2e}"
+
+
+def with_error(value: float, standard_error: float) -> str:
+    """A perplexity with its standard error, where it has one."""
+    return f"{figure(value)} ± {figure(standard_error)}" if math.isfinite(standard_error) else figure(value)
 
 
 # --------------------------------------------------------------------------------------------------------------- before
@@ -89,12 +99,28 @@ def progress_bar(run: Run, progress: Progress) -> tqdm:
     return tqdm(total=run.config.max_steps, initial=progress.step, unit="step", disable=not shown)
 
 
-def describe_evaluation(evaluation: Evaluation) -> str:
-    """One line of scores."""
-    return (
-        f"perplexity {figure(evaluation.perplexity)}, masked accuracy {evaluation.accuracy:.1%}, "
-        f"{evaluation.masked_tokens:,} tokens"
+def report_evaluation(run: Run, progress: Progress, evaluation: Evaluation, change: Change | None) -> None:
+    """Scores with their standard errors, and how they changed since the start on the same chunks of the test text."""
+    chunks, step = len(evaluation.losses), progress.step
+    sample = f"{chunks:,} of {len(run.data.test):,} chunks" if chunks < len(run.data.test) else "all chunks"
+    heading = f"step {step}/{run.config.max_steps}" if step else "before training"
+    line = (
+        f"{heading}, test ({sample}): perplexity {with_error(evaluation.perplexity, evaluation.perplexity_se)}, "
+        f"masked accuracy {evaluation.accuracy:.1%}"
     )
+    figures: dict[str, float] = {
+        "eval_loss": evaluation.loss,
+        "eval_loss_se": evaluation.loss_se,
+        "perplexity": evaluation.perplexity,
+        "perplexity_se": evaluation.perplexity_se,
+        "masked_accuracy": evaluation.accuracy,
+        "test_chunks": chunks,
+    }
+    if change:
+        line += f"; loss {change.loss:+.3f} ± {change.se:.3f} since the start"
+        figures |= {"change": change.loss, "change_low": change.low, "change_high": change.high}
+    say(line)
+    record(run, progress, figures)
 
 
 def report_if_due(run: Run, progress: Progress, bar: tqdm) -> None:
@@ -133,54 +159,6 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------- after
-
-
-class GuessedWord(NamedTuple):
-    """A hidden word, and what the model made of its place before training and after."""
-
-    hidden: HiddenWord
-    before: str
-    after: str
-
-
-class RunSummary(NamedTuple):
-    """What a finished run has come to."""
-
-    rows: list[dict[str, Any]]  # of metrics.csv; the first and the last are evaluations
-    stats: TextStats
-    skipped_steps: int  # that trained nothing, as their loss or gradient was not finite
-    guesses: list[GuessedWord]
-    model: Path
-
-
-def closing_words(summary: RunSummary) -> str:
-    """The end of the log: the scores before and after, each hidden word with its guesses, the model."""
-    before, after = summary.rows[0], summary.rows[-1]
-    tokens_per_character = summary.stats.test.tokens / summary.stats.test.characters
-    unigram = summary.stats.unigram_perplexity
-    table = [
-        ("", "before", "after", ""),
-        ("perplexity", *(figure(row["perplexity"]) for row in (before, after)), ""),
-        ("masked accuracy", *(f"{row['masked_accuracy']:.1%}" for row in (before, after)), ""),
-        ("nats per character", *(f"{row['eval_loss'] * tokens_per_character:.3f}" for row in (before, after)), ""),
-        ("unigram perplexity", "", figure(unigram), f"perplexity / unigram = {figure(after['perplexity'] / unigram)}"),
-    ]
-    lines = [f"{name:<20}{old:>12}{new:>12}    {note}".rstrip() for name, old, new, note in table]
-    lines.append("(Perplexities compare between runs with the same tokenizer and sen_max_length; else compare nats.)")
-    for guessed in summary.guesses:
-        lines += ["", f"  {guessed.hidden.line}   ({guessed.hidden.word})"]
-        lines += [f"    before  {guessed.before}", f"    after   {guessed.after}"]
-    if not after["eval_loss"] < before["eval_loss"]:
-        lines += ["", "warning: the test loss did not fall; the starting model serves this text as well"]
-    if summary.skipped_steps:
-        warning = "warning: steps skipped, as their loss or gradient was not finite"
-        lines += ["", f"{warning}: {summary.skipped_steps:,}"]
-    call = f"""print(pipeline("fill-mask", "{summary.model}")("Your text with a [MASK]."))"""
-    command = f"  python -c 'from transformers import pipeline; {call}'"
-    return "\n".join([*lines, "", f"The model: {summary.model}", command])
 
 
 def describe_divergence(run: Run, progress: Progress, ending: Ending) -> str:

@@ -16,6 +16,7 @@ class Stream(IntEnum):
     ORDER = 1  # of the chunks in an epoch
     MASKS = 2  # which tokens are chosen, and what becomes of them
     DROPOUT = 3
+    EVALUATION = 4  # which test chunks are scored where not all are
 
 
 class Draw(IntEnum):
@@ -55,6 +56,14 @@ def threshold(probability: float) -> np.uint64:
 def epoch_order(seed: int, epoch: int, chunks: int) -> np.ndarray:
     """The order in which an epoch visits the chunks: a permutation (chunks,) int64 of their indices."""
     return np.argsort(random_bits(seed, Stream.ORDER, epoch, np.arange(chunks)), kind="stable")
+
+
+def evaluation_order(chunks: int) -> np.ndarray:
+    """The order in which test chunks are taken for evaluations: (chunks,) int64. The same in every run: it has no seed.
+
+    The first n of it are the sample of n chunks, so that a smaller sample is a part of a larger one.
+    """
+    return np.argsort(random_bits(0, Stream.EVALUATION, np.arange(chunks)), kind="stable")
 
 
 def mask_keys(seed: int, epoch: int, chunks: np.ndarray) -> np.ndarray:

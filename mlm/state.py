@@ -19,7 +19,8 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
 from mlm.batches import Divide
 from mlm.chunks import Chunks, TextStats
-from mlm.evaluation import HiddenWord
+from mlm.evaluation import Evaluation
+from mlm.guesses import Guess, HiddenWord
 from mlm.schedule import ResolvedConfig
 from mlm.text import Text
 from mlm.vocabulary import Vocabulary
@@ -75,6 +76,7 @@ class Run:
     data: Data
     hidden_words: list[HiddenWord]  # of the test text, for the guesses before and after
     derived: dict[str, Any]  # numbers that follow from settings, text and machine, to be shown
+    versions: dict[str, str]  # of the libraries
     recipe: dict[str, Any]  # all that decides the training
     checkpoint: Path | None  # the one to resume from
     bert: BertForMaskedLM  # what is saved
@@ -87,6 +89,11 @@ class Run:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def test_chunks(self) -> int:
+        """How many chunks of the test text the first and the last evaluation score."""
+        return min(len(self.data.test), self.config.max_test_chunks or len(self.data.test))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -112,10 +119,12 @@ class Progress:
     evaluated: int = -1  # the last step after which the model was evaluated; -1: not even the start was
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
     unreported: Unreported = field(default_factory=Unreported)
-    best_loss: float | None = None  # the lowest test loss in training
+    best_loss: float | None = None  # the lowest test loss in training, on the sampled chunks
     skipped: int = 0  # steps without a finite loss and gradient
     skipped_in_a_row: int = 0
-    guesses_before: list[str] = field(default_factory=list)  # the starting checkpoint's, for the closing words
+    start: Evaluation | None = None  # of the starting checkpoint, which later ones are compared with
+    sampled_chunks: int = 0  # of the test text, which evaluations between the first and the last score
+    guesses_before: list[list[Guess]] = field(default_factory=list)  # the starting checkpoint's
     micro_batch_tokens: int | None = None  # what was found to fit a GPU's memory
 
 

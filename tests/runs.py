@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 import data_process
 import train
 from mlm.errors import plain_errors
+from mlm.evaluation import Evaluation
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -101,6 +103,12 @@ def reset_process_state() -> None:
     torch.manual_seed(0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def evaluation_of(loss: float) -> Evaluation:
+    """An evaluation with that loss on two chunks."""
+    masked = np.array([4.0, 6.0])
+    return Evaluation(loss * masked, np.array([0.0, 1.0]), masked)
 
 
 # ------------------------------------------------------------------------------------------ started as a user would

@@ -15,6 +15,7 @@ from runs import (
     assert_same_bits,
     checkpoint,
     checkpoints,
+    evaluation_of,
     finish,
     metrics,
     read_until,
@@ -27,7 +28,6 @@ from runs import (
 import data_process
 import train
 from mlm.errors import UserError
-from mlm.evaluation import Evaluation
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_rows_after_the_checkpoint_go(long_settings):
 def test_the_best_loss_comes_back(long_settings, monkeypatch):
     """An evaluation after the resume that is worse than the best before it does not replace best/."""
     losses = iter([9.0, 2.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0])
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (Evaluation(next(losses), 0.1, 10), False))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(next(losses)))
     folder = stop_at(long_settings(run_name="a"), 6)
     best = weights(folder, "best")
     run(long_settings(resume=True))

@@ -17,6 +17,7 @@ from runs import (
     assert_close,
     assert_same_bits,
     checkpoints,
+    evaluation_of,
     finish,
     folder_of,
     fork_ranks,
@@ -31,7 +32,6 @@ from runs import (
 import train
 from mlm.batches import make_micro_batches
 from mlm.errors import UserError
-from mlm.evaluation import Evaluation
 from mlm.memory import fit_memory
 from model import load_model
 
@@ -229,7 +229,7 @@ def run_out_of_memory(monkeypatch, positions: int) -> None:
 def test_a_step_out_of_memory_is_cut_finer_and_repeated(settings, monkeypatch, capsys):
     usual = {"max_steps": 6, "hidden_dropout": 0.1}
     small = run(settings(run_name="small", micro_batch_tokens=64, **usual))
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (Evaluation(1.0, 0.0, 1), False))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(1.0))
     run_out_of_memory(monkeypatch, positions=64 + 32)  # a row may be longer by less than a chunk
     capsys.readouterr()
     cut = run(settings(run_name="cut", micro_batch_tokens=256, **usual))
@@ -240,7 +240,7 @@ def test_a_step_out_of_memory_is_cut_finer_and_repeated(settings, monkeypatch, c
 
 
 def test_a_chunk_that_does_not_fit_the_memory_is_said_plainly(settings, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (Evaluation(1.0, 0.0, 1), False))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(1.0))
     run_out_of_memory(monkeypatch, positions=20)
     with pytest.raises(UserError, match="micro_batch_tokens: out of memory"):
         run(settings(max_steps=2, micro_batch_tokens=256))

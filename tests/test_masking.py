@@ -201,7 +201,7 @@ def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
     parts = [step for step, _ in zip(training_batches(chunks, vocabulary, BERT_RULE, 42, 7), range(6), strict=False)]
     assert set.union(*(masked(part.chunks) for part in parts)) == first  # batches change no mask
     assert [part.tokens for part in parts] == [350] * 5 + [250]
-    [evaluated] = evaluation_batches(chunks, vocabulary)
+    [(_, evaluated)] = evaluation_batches(chunks, vocabulary, len(chunks))
     for other in (step(epoch=1).chunks, step(seed=43).chunks, evaluated):
         assert len(first & masked(other)) < 0.4 * count  # a mask drawn afresh shares 15%
     halves = [step(rank=rank, ranks=2) for rank in (0, 1)]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from reference import pad, score
-from runs import folder_of, metrics, run, weights
+from runs import evaluation_of, folder_of, metrics, run, weights
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -27,7 +27,6 @@ from mlm import training
 from mlm.batches import StepQueue, make_micro_batches
 from mlm.chunks import take
 from mlm.errors import UserError
-from mlm.evaluation import Evaluation
 from mlm.masking import BERT_RULE, content_keys, mask
 from mlm.randomness import dropout_seed, epoch_order, mask_keys
 from mlm.schedule import learning_rate_at, resolve
@@ -44,7 +43,7 @@ def test_what_a_run_leaves(settings, capsys):
     config = settings(num_epochs=2, log_every=5, tracker="tensorboard", run_name="mine", learning_rate=1e-3, **often)
     folder = run(config)
     assert {path.name for path in folder.iterdir()} == {
-        "best", "checkpoints", "final", "metrics.csv", "settings.json", "tensorboard",
+        "best", "checkpoints", "final", "metrics.csv", "settings.json", "summary.json", "tensorboard",
     }  # fmt: skip
 
     derived = json.loads((folder / "settings.json").read_text())["derived"]
@@ -53,8 +52,8 @@ def test_what_a_run_leaves(settings, capsys):
     assert checkpoints == {7, 12, 14, 21}  # every seven steps and at an epoch's end; the last one's is final/
 
     rows = metrics(folder)
-    columns = "step epoch train_loss eval_loss perplexity masked_accuracy lr tokens_per_s"
-    assert list(rows[0]) == columns.split()
+    scores = "eval_loss eval_loss_se perplexity perplexity_se masked_accuracy test_chunks"
+    assert list(rows[0]) == f"step epoch train_loss lr tokens_per_s {scores} change change_low change_high".split()
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(set(steps)) and steps[0] == 0  # the start is evaluated first, no step twice
     evaluated = [row for row in rows if row["eval_loss"]]
@@ -73,7 +72,12 @@ def test_what_a_run_leaves(settings, capsys):
     )
 
     output = capsys.readouterr().out
-    for word in ("before training: perplexity", "unigram perplexity", "masked accuracy", f"The model: {folder}"):
+    for word in (
+        "before training, test (all chunks): perplexity",
+        "unigram perplexity",
+        "masked accuracy",
+        f"The model: {folder}",
+    ):
         assert word in output
     assert output.count("\n    before  ") == output.count("\n    after   ") >= 1
     assert output.count("initial_pretrain_model ") == 1  # the settings are printed once
@@ -89,14 +93,14 @@ def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings, monkeypatch)
     model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
     divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"))
     queue = StepQueue(iter([]), divide, micro_batch_positions=100, longest_chunk=32)
-    batches = evaluation_batches(test, vocabulary)
-    ours, _ = train.evaluate(Accelerator(), PackedMaskedLM(model).train(), batches, queue, signals=[])
+    batches = evaluation_batches(test, vocabulary, len(test))
+    ours = train.evaluate(Accelerator(), PackedMaskedLM(model).train(), batches, len(test), queue, signals=[])
 
     tokens, lengths, _ = take(test, np.arange(len(test)))
     hidden = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
     with torch.no_grad():
         expected = score(model.eval(), pad(*hidden, lengths, vocabulary))
-    assert ours.masked_tokens == expected.masked_tokens
+    assert ours.masked.sum() == expected.masked_tokens
     assert ours.loss == pytest.approx(expected.loss.item(), abs=1e-5)
     assert ours.accuracy == pytest.approx(expected.right / expected.masked_tokens)
 
@@ -265,7 +269,7 @@ def test_best_is_saved_when_the_test_loss_falls_and_only_then(settings, monkeypa
         saved.append(folder.name)
         save_model(folder, *arguments)
 
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (Evaluation(next(losses), 0.1, 10), False))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(next(losses)))
     monkeypatch.setattr(train, "save_model", watched)
     run(settings(max_steps=5, eval_every=1))
     assert saved == [".best.new", ".best.new", ".final.new"]
@@ -330,7 +334,7 @@ def test_checkpoints_take_a_twentieth_of_the_time_unless_more_are_asked_for(sett
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(training, "accumulate_gradients", step)
     monkeypatch.setattr("mlm.checkpoint.save_checkpoint", save)
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (Evaluation(1.0, 0.1, 10), False))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(1.0))
     folder = run(settings(batch_size=64, max_steps=150))
     epoch = json.loads((folder / "settings.json").read_text())["derived"]["steps_per_epoch"]
     assert 1 < epoch < 20 and saved[0] == epoch and len(saved) > 1

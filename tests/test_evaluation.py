@@ -1,0 +1,163 @@
+"""Law 6: what an evaluation says of each chunk, how sure it is of the sum, and which chunks it takes."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from reference import pad, score
+from runs import assert_same_bits, metrics, run, stop_at
+
+import data_process
+from data_process import evaluation_batches, prepare
+from mlm import evaluation
+from mlm.batches import StepQueue, chunks_of_masked, frame, make_micro_batches
+from mlm.chunks import take
+from mlm.evaluation import Evaluation, compare, evaluate, sample_size, standard_error
+from mlm.masking import BERT_RULE, content_keys, mask
+from mlm.randomness import evaluation_order
+from mlm.text import find_text
+from mlm.vocabulary import load_tokenizer, read_vocabulary
+from model import PackedMaskedLM, load_model
+
+
+def test_every_chunk_is_scored_as_the_stock_model_scores_it_alone(settings, monkeypatch):
+    monkeypatch.setattr(data_process, "EVALUATION_CHUNKS", 7)  # so that it takes several batches
+    config = settings()
+    text = find_text(config)
+    tokenizer = load_tokenizer(config, text.train, text.digest)
+    vocabulary = read_vocabulary(tokenizer)
+    _, test, _ = prepare(config, text, tokenizer, vocabulary)
+    model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
+    divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"))
+    queue = StepQueue(iter([]), divide, micro_batch_positions=100, longest_chunk=32)
+    found = evaluate(
+        Accelerator(), PackedMaskedLM(model), evaluation_batches(test, vocabulary, 20), 20, queue, signals=[]
+    )
+    for place, chunk in enumerate(evaluation_order(len(test))[:20]):
+        tokens, lengths, _ = take(test, np.array([chunk]))
+        hidden = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
+        with torch.no_grad():
+            alone = score(model.eval(), pad(*hidden, lengths, vocabulary))
+        assert found.masked[place] == alone.masked_tokens
+        assert found.losses[place] == pytest.approx(alone.loss.item() * alone.masked_tokens, abs=1e-4)
+        assert found.correct[place] == alone.right
+    assert found.loss == pytest.approx(found.losses.sum() / found.masked.sum())
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_masked_tokens_know_their_chunk_in_either_layout(vocabulary, varlen):
+    lengths = np.random.default_rng(0).integers(1, 30, size=50)
+    tokens = np.repeat(np.arange(10, 60), lengths)  # each chunk repeats one token of its own
+    masked = np.sort(np.random.default_rng(1).choice(len(tokens), len(tokens) // 3, replace=False))
+    chunks = frame(tokens, masked, tokens[masked], lengths, vocabulary)
+    micro_batches = make_micro_batches(chunks, 100, vocabulary, torch.device("cpu"), varlen)
+    assert len(micro_batches) > 3
+    for micro_batch, chunk_of in zip(micro_batches, chunks_of_masked(micro_batches), strict=True):
+        assert torch.equal(chunk_of, micro_batch.targets - 10)
+
+
+# ----------------------------------------------------------------------------------------------------------- its error
+
+
+def draw_evaluations(
+    draw: np.random.Generator, chunks: int, gain: float, spread: float
+) -> tuple[Evaluation, Evaluation]:
+    """Two models on chunks of 1 to 19 masked tokens: hard and easy chunks, skewed losses; the second is better by
+    `gain` in the mean, and by more or less than that from chunk to chunk."""
+    masked = draw.integers(1, 20, size=chunks).astype(float)
+    difficulty = draw.gamma(2.0, 1.5, size=chunks) + 0.05 * masked  # long chunks are harder: sums and counts depend
+    first = masked * difficulty + np.sqrt(masked) * draw.normal(0, 2, size=chunks)
+    second = first - masked * (gain + draw.normal(0, spread, size=chunks))
+    return Evaluation(first, masked, masked), Evaluation(second, masked, masked)
+
+
+TRUE_LOSS = 3.0 + 0.05 * np.mean(np.arange(1, 20) ** 2) / np.mean(np.arange(1, 20))  # of the first
+
+
+@pytest.mark.parametrize(("chunks", "student_t"), [(30, 2.045), (400, 1.966)])
+def test_95_percent_intervals_by_the_standard_error_hold_the_truth(chunks, student_t):
+    """Of a loss, and of the paired difference of two, over 2,000 drawn test texts."""
+    draw = np.random.default_rng(chunks)
+    of_loss, of_change = [], []
+    for _ in range(2000):
+        first, second = draw_evaluations(draw, chunks, gain=0.1, spread=0.5)
+        of_loss.append(abs(first.loss - TRUE_LOSS) < student_t * first.loss_se)
+        change = compare(first, second)
+        of_change.append(change.low < -0.1 < change.high)
+    assert 0.92 <= np.mean(of_loss) <= 0.97
+    assert 0.93 <= np.mean(of_change) <= 0.97
+
+
+def test_the_interval_of_two_equal_models_holds_zero():
+    """An exact copy, and 1,000 pairs that differ by chance alone."""
+    draw = np.random.default_rng(0)
+    same, _ = draw_evaluations(draw, 100, gain=0.0, spread=0.0)
+    assert compare(same, same) == (0, 0, 0, 0)
+    changes = [compare(*draw_evaluations(draw, 100, gain=0.0, spread=0.5)) for _ in range(1000)]
+    assert 0.93 <= np.mean([change.low < 0 < change.high for change in changes]) <= 0.97
+
+
+def test_pairs_are_sharper_than_the_single_errors():
+    first, second = draw_evaluations(np.random.default_rng(0), 400, gain=0.1, spread=0.3)
+    change = compare(first, second)
+    assert change.high < 0 and change.se < first.loss_se / 3
+    assert compare(first, second.first(50)) == compare(first.first(50), second.first(50))
+    with pytest.raises(ValueError, match="same text"):
+        compare(first, second._replace(masked=second.masked + 1))
+
+
+def test_one_chunk_has_no_error_and_a_constant_has_none():
+    assert standard_error(np.array([3.0]), np.array([2.0])) == math.inf
+    assert standard_error(np.array([6.0, 9.0]), np.array([2.0, 3.0])) == 0
+    alone = Evaluation(np.array([3.0]), np.array([0.0]), np.array([2.0]))
+    assert compare(alone, alone)[2:] == (-math.inf, math.inf)
+
+
+# ---------------------------------------------------------------------------------------------------------- its sample
+
+
+def test_a_smaller_sample_is_a_part_of_a_larger_one_and_of_the_whole():
+    order = evaluation_order(1000)
+    assert np.array_equal(np.sort(order), np.arange(1000))
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1  # it does not follow the text
+    first, _ = draw_evaluations(np.random.default_rng(0), 400, gain=0.1, spread=0.3)
+    assert np.array_equal(first.first(50).losses, first.losses[:50])
+
+
+def test_the_sample_suffices_for_one_percent_and_costs_a_twentieth():
+    start, _ = draw_evaluations(np.random.default_rng(0), 100_000, gain=0.0, spread=0.0)
+    plenty = sample_size(start, training_positions=10**12, positions_per_chunk=20, evaluations=9)
+    assert plenty < 100_000
+    assert start.first(plenty).loss_se == pytest.approx(0.01, rel=0.05)  # nats: one per cent of the perplexity
+    # 5% of the work of a million positions, at three passes each, is 150,000 positions: 750 chunks of 20 ten times.
+    assert sample_size(start, training_positions=10**6, positions_per_chunk=20, evaluations=10) == 750
+    assert sample_size(start, training_positions=10**5, positions_per_chunk=20, evaluations=10) == 256
+    assert sample_size(start.first(100), training_positions=10**5, positions_per_chunk=20, evaluations=10) == 100
+    assert sample_size(start.first(1), training_positions=10**9, positions_per_chunk=20, evaluations=0) == 1
+
+
+def test_evaluations_in_the_middle_take_a_sample_and_a_resumed_run_the_same_bits(long_settings, monkeypatch):
+    """Stopped in the middle, with another number of evaluations after: best/ and every figure are those of a run that
+    was not."""
+    monkeypatch.setattr(evaluation, "SMALLEST_SAMPLE", 6)
+    monkeypatch.setattr(evaluation, "SAMPLE_ERROR", 10.0)
+    whole = run(long_settings(run_name="whole"))
+    rows = [row for row in metrics(whole) if row["eval_loss"]]
+    taken = [int(row["test_chunks"]) for row in rows]
+    assert taken == [taken[0], *[6] * (len(rows) - 2), taken[0]] and taken[0] > 20
+    folder = stop_at(long_settings(run_name="stopped"), 11)
+    run(long_settings(run_name="stopped", resume=True))
+    assert_same_bits(folder, whole)
+
+
+def test_no_more_chunks_than_allowed_are_scored(long_settings):
+    rows = [row for row in metrics(run(long_settings(max_test_chunks=9))) if row["eval_loss"]]
+    assert {row["test_chunks"] for row in rows} == {"9"}
+    changes = [float(row["change"]) for row in rows[1:]]
+    for row, change in zip(rows[1:], changes, strict=True):
+        assert change == pytest.approx(float(row["eval_loss"]) - float(rows[0]["eval_loss"]))
+        assert float(row["change_low"]) < change < float(row["change_high"])
+        assert float(row["perplexity_se"]) == pytest.approx(float(row["perplexity"]) * float(row["eval_loss_se"]))

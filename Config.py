@@ -83,9 +83,12 @@ class Config:
     max_test_chunks: int | None = None  # that an evaluation scores, a sample of the test text; unset: all
     save_every: int | None = None  # steps between checkpoints, also saved at epochs' ends; unset: the latter if cheap
     keep_checkpoints: int = 2  # how many stay on disk: the newest
+    push_to_hub: str | None = None  # name on the Hugging Face Hub that the finished model is uploaded to, privately
     tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
 
     # --- mode
+    dry_run: bool = False  # say what time, memory and disk the run will take, by some seconds of it; keep nothing
+    evaluate_only: bool = False  # score initial_pretrain_model on the test text, then stop; needs no training text
     resume: bool = False  # resume the last unfinished run, or run_name's, from its newest checkpoint
     demo: bool = False  # train a small BERT on the documentation of your own Python; downloads nothing
     check_only: bool = False  # check settings and text, prepare the text, then stop
@@ -203,6 +206,9 @@ def _wrong_combinations(config: Config) -> Iterator[str]:
         yield f"mask_span, mlm_probability: spans cover at most 0.5 of the words, not {config.mlm_probability}"
     if config.max_steps is not None and 0 < config.max_steps < config.num_warmup_steps:
         yield f"num_warmup_steps, max_steps: a warm-up of {config.num_warmup_steps} steps is longer than training"
+    modes = [mode for mode in ("dry_run", "evaluate_only", "resume") if getattr(config, mode)]
+    if len(modes) > 1:
+        yield f"{', '.join(modes)}: choose one of them"
     if config.initial_pretrain_tokenizer == "corpus" and config.scratch_size is None:
         yield (
             "initial_pretrain_tokenizer: a vocabulary learned from the text (corpus) means nothing to the pre-trained "

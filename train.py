@@ -4,7 +4,7 @@ import signal
 
 from Config import Config, parse_flags
 from mlm.errors import UserError, plain_errors
-from mlm.hub import locate_downloads
+from mlm.hub import locate_downloads, push
 from mlm.machine import choose_devices, choose_precision, has_variable_length_kernels, hints, keep_freed_memory
 
 if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
@@ -27,6 +27,7 @@ from accelerate import Accelerator
 
 from data_process import evaluation_batches, load_data, training_batches, training_rule
 from mlm.batches import StepQueue, make_micro_batches
+from mlm.card import make_card
 from mlm.checkpoint import (
     find_checkpoint,
     is_save_due,
@@ -36,25 +37,31 @@ from mlm.checkpoint import (
     save_if_due,
     save_model,
 )
-from mlm.evaluation import Evaluation, compare, evaluate, sample_size
+from mlm.display import steps_bar
+from mlm.estimate import choose_sample
+from mlm.evaluation import Evaluation, compare, evaluate
 from mlm.guesses import guess, hide_words
 from mlm.log import (
     describe_divergence,
     describe_run,
-    progress_bar,
     report_evaluation,
     report_if_due,
     say,
     write_metrics,
 )
 from mlm.memory import micro_batch_positions
-from mlm.ranks import decide_on_main, lose_patience, make_accelerator, quiet_libraries, refuse_differences
+from mlm.predictions import save_predictions
+from mlm.ranks import decide_on_main, leave, lose_patience, make_accelerator, quiet_libraries, refuse_differences
+from mlm.rehearsal import describe_estimate, measure
+from mlm.report import write_report
 from mlm.runs import run_folder
 from mlm.schedule import resolve
+from mlm.settings import repeat_command
 from mlm.signals import catch_signals, explain_endings
-from mlm.state import Ending, Progress, Run, SaveClock, checkpoint_path
+from mlm.state import Ending, Pace, Progress, Run, checkpoint_path, derive_numbers
 from mlm.storage import atomic_write, write_json
-from mlm.summary import closing_words, publish
+from mlm.summary import Summary, closing_words, publish
+from mlm.trackers import start_tracker
 from mlm.training import has_finite_weights, make_optimizer, patience, train_step, warm_up_reducer
 from model import PackedMaskedLM, load_model
 
@@ -71,6 +78,9 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
     if run is None:
         return
     progress = begin(run)
+    if config.dry_run:
+        rehearse(run, progress)
+        return
     ending = fit(run, progress)
     finish(run, progress, ending)
 
@@ -84,7 +94,9 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     Raises UserError where something is missing or does not fit.
     """
     # Lines of text become chunks of tokens, once for all runs on this text.
-    data = load_data(given)
+    pace = Pace()
+    with pace.preparing():
+        data = load_data(given)
     steps_per_epoch = math.ceil(len(data.train) / given.batch_size)
     config = resolve(given, steps_per_epoch, choose_precision(given))
 
@@ -96,21 +108,13 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
         refuse_changes(checkpoint, recipe)
 
     # The weights: the checkpoint's, or those to start from.
-    added_words = list(data.added_words.values())
-    vocabulary = data.vocabulary
+    vocabulary, added_words = data.vocabulary, list(data.added_words.values())
     bert, model_warnings = load_model(config, vocabulary.size, vocabulary.pad_id, checkpoint, added_words)
 
     # What was found, for the user.
-    derived: dict[str, Any] = {
-        "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
-        "parameters": sum(parameter.numel() for parameter in bert.parameters()),
-        "added_words": len(added_words),
-        "chunks": len(data.train),
-        "steps_per_epoch": steps_per_epoch,
-        "tokens_per_step": round(len(data.train.tokens) / steps_per_epoch),
-        "positions_per_step": round((len(data.train.tokens) + 2 * len(data.train)) / steps_per_epoch),
-    }
-    say(describe_run(given, config, data, derived))
+    derived = derive_numbers(accelerator, data, bert, steps_per_epoch)
+    if not config.dry_run:  # which says all of it later, on one screen
+        say(describe_run(given, config, data, derived))
     idle = hints(accelerator.num_processes, derived["positions_per_step"], config.batch_size, len(data.train))
     for line in checkpoint_warnings + model_warnings + idle:
         say(line)
@@ -137,13 +141,14 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
         hidden_words=hidden_words if accelerator.is_main_process else [],
         derived=derived,
         versions={name: version(name) for name in PACKAGES},
+        command=repeat_command("train.py", given, Config(), without=("resume", "run_name", "dry_run")),
         recipe=recipe,
         checkpoint=checkpoint,
         bert=bert,
         model=model,
         optimizer=optimizer,
         divide=partial(make_micro_batches, vocabulary=vocabulary, device=accelerator.device, varlen=varlen),
-        save_clock=SaveClock(),
+        pace=pace,
         signals=[],
     )
 
@@ -153,7 +158,7 @@ def begin(run: Run) -> Progress:
     # The state of the checkpoint, or that of a new run.
     if run.checkpoint:
         progress = load_checkpoint(run.checkpoint, run.bert, run.optimizer)
-        run.save_clock.saved_step = progress.step
+        run.pace.saved_step = progress.step
         say(f"resumed from {run.checkpoint}")
     else:
         progress = Progress(guesses_before=guess(run.bert, run.hidden_words, run.data.tokenizer))
@@ -163,12 +168,11 @@ def begin(run: Run) -> Progress:
 
     # The files and the tracker, without what a killed run wrote after its checkpoint.
     if run.is_main:
-        settings = {"settings": asdict(run.config), "derived": run.derived, "versions": run.versions}
-        write_json(run.folder / "settings.json", settings)
+        written = {"settings": asdict(run.config), "derived": run.derived, "versions": run.versions}
+        write_json(run.folder / "settings.json", written | {"command": run.command})
         write_metrics(run.folder / "metrics.csv", progress.rows)
     if run.accelerator.log_with:
-        purge = {"purge_step": progress.step + 1 if run.checkpoint else 0}
-        run.accelerator.init_trackers("Pretrain_Bert_with_MaskLM", init_kwargs={"tensorboard": purge})
+        start_tracker(run, progress)
 
     # Several ranks, which from now on have to answer within minutes, sum gradients in one order from the first step on.
     if run.accelerator.num_processes > 1:
@@ -177,15 +181,24 @@ def begin(run: Run) -> Progress:
     return progress
 
 
+def rehearse(run: Run, progress: Progress) -> None:
+    """Says what the whole run will take, by some seconds of its own work in a folder that is thrown away."""
+    queue = fill_queue(run, progress)
+    measured = measure(run, progress, queue, partial(evaluate_chunks, run, queue), partial(load_data, run.config))
+    say(describe_estimate(run, measured))
+    leave(run)
+
+
 # ----------------------------------------------------------------------------------------------------------------- fit
 
 
 def fit(run: Run, progress: Progress) -> Ending:
     """Trains to an ending: evaluates, saves and reports on the way."""
-    catch_signals(run.signals, speak=run.is_main)
+    if not run.config.evaluate_only:
+        catch_signals(run.signals, speak=run.is_main)
     queue = fill_queue(run, progress)
     told_to_stop = False
-    with progress_bar(run, progress) as bar:
+    with steps_bar(run.config.max_steps, progress.step, shown=run.is_main) as bar:
         while True:  # here `progress.step` steps are done
             # When due, and before the first step and after the last: how good is it on the test text?
             if is_evaluation_due(run, progress) and not told_to_stop:
@@ -223,48 +236,49 @@ def is_evaluation_due(run: Run, progress: Progress) -> bool:
 def evaluate_and_keep_best(run: Run, progress: Progress, queue: StepQueue) -> bool:
     """Scores the model on the test text and keeps the best in best/. Returns True if a signal stopped it."""
     # The first and the last evaluation score the whole test text, or as much as is allowed; the others a sample of it.
-    accelerator, step = run.accelerator, progress.step
-    chunks = run.test_chunks if step in (0, run.config.max_steps) else progress.sampled_chunks
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    batches = evaluation_batches(run.data.test, run.data.vocabulary, chunks, rank, ranks)
-    positions = queue.micro_batch_positions
-    evaluation = evaluate(accelerator, run.model, batches, chunks, queue, run.signals)
-    if queue.micro_batch_positions < positions:
-        say(f"out of memory in an evaluation; micro-batches of {queue.micro_batch_positions} are used from now on")
+    at_an_end = progress.step in (0, run.config.max_steps)
+    evaluation = evaluate_chunks(run, queue, run.test_chunks if at_an_end else progress.sampled_chunks)
     if evaluation is None:
         return True
     if progress.start is None:
         progress.start = evaluation
         progress.sampled_chunks = choose_sample(run, evaluation)
 
-    # The scores, and what training changed, go to the log, metrics.csv and the tracker.
-    change = compare(progress.start, evaluation) if step else None
-    report_evaluation(run, progress, evaluation, change)
-    progress.evaluated = step
-    if run.is_main:
-        publish(run, progress)
-
-    # The best weights of the training so far, by the same chunks each time, go to best/.
-    loss = evaluation.first(progress.sampled_chunks).loss
-    best_loss = math.inf if progress.best_loss is None else progress.best_loss
-    if step and loss < best_loss and has_finite_weights(run.bert):
-        progress.best_loss = loss
+    # The scores, and what training changed, go to the log, metrics.csv, the tracker and the report.
+    with run.pace.keeping():
+        change = compare(progress.start, evaluation) if progress.step else None
+        report_evaluation(run, progress, evaluation, change)
+        progress.evaluated = progress.step
         if run.is_main:
-            with atomic_write(run.folder / "best") as temporary:
-                save_model(temporary, run.bert, run.data.tokenizer)
+            write_report(publish(run, progress, evaluation))
+
+        # The best weights of the training so far, by the same chunks each time, go to best/.
+        loss = evaluation.first(progress.sampled_chunks).loss
+        best_loss = math.inf if progress.best_loss is None else progress.best_loss
+        if progress.step and loss < best_loss and has_finite_weights(run.bert):
+            progress.best_loss = loss
+            if run.is_main:
+                with atomic_write(run.folder / "best") as temporary:
+                    save_model(temporary, run.bert, run.data.tokenizer)
     return False
 
 
-def choose_sample(run: Run, start: Evaluation) -> int:
-    """How many test chunks the evaluations between the first and the last score, to cost little of the run."""
-    middle_evaluations = (run.config.max_steps - 1) // run.config.eval_every
-    training_positions = run.derived["positions_per_step"] * run.config.max_steps
-    positions_per_chunk = 2 + len(run.data.test.tokens) / len(run.data.test)
-    return sample_size(start, training_positions, positions_per_chunk, middle_evaluations)
+def evaluate_chunks(run: Run, queue: StepQueue, number: int) -> Evaluation | None:
+    """The model on a sample of so many test chunks, or None where a signal stopped it."""
+    accelerator, data, positions = run.accelerator, run.data, queue.micro_batch_positions
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    batches = evaluation_batches(data.test, data.vocabulary, number, rank, ranks)
+    with run.pace.scoring(number):
+        evaluation = evaluate(accelerator, run.model, batches, number, queue, run.signals)
+    if queue.micro_batch_positions < positions:
+        say(f"out of memory in an evaluation; micro-batches of {queue.micro_batch_positions} are used from now on")
+    return evaluation
 
 
 def find_ending(run: Run, progress: Progress, told_to_stop: bool) -> Ending | None:
     """Why the run ends now, or None where it goes on. Weights that are to be saved are checked to be finite."""
+    if run.config.evaluate_only:
+        return Ending.EVALUATED
     is_finished = progress.step == run.config.max_steps
     is_skipping = progress.skipped_in_a_row >= patience(run.accelerator)
     ends = is_finished or is_skipping or told_to_stop
@@ -285,26 +299,14 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
 
     Raises UserError where it diverged, SystemExit where it was told to stop.
     """
-    # A finished model goes to final/; of any run the report tells how it ended.
-    accelerator, summary = run.accelerator, None
-    if run.is_main:
-        if ending is Ending.FINISHED:
-            with atomic_write(run.folder / "final") as temporary:
-                save_model(temporary, run.bert, run.data.tokenizer)
-        if progress.start:
-            summary = publish(run, progress, ending)
-
-    # The ranks end together: a launcher that sees one end badly ends the others, even while the main one saves. The
-    # model is freed before the process group, which must not end inside DistributedDataParallel's reducer: that would
-    # wait for a thread of the group that waits for this one, and a rank would hang now and then.
-    accelerator.wait_for_everyone()
-    del run.model, run.optimizer
-    accelerator.free_memory()
-    accelerator.end_training()
+    summary = save_results(run, progress, ending) if run.is_main and progress.start else None
+    leave(run)
 
     # What came of it is said, with the exit status that fits.
-    if summary and ending is Ending.FINISHED:
+    if summary and ending in (Ending.FINISHED, Ending.EVALUATED):
         say(closing_words(summary))
+    if summary and ending is Ending.FINISHED and run.config.push_to_hub:
+        say(push(run.folder / "final", run.config.push_to_hub))
     if ending is Ending.STOPPED:
         saved = checkpoint_path(run.folder, progress.step)
         say(f"stopped after step {progress.step}, saved in {saved}. To go on, run the same command with --resume")
@@ -315,12 +317,28 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
         raise UserError(describe_divergence(run, progress, ending))
 
 
+def save_results(run: Run, progress: Progress, ending: Ending) -> Summary:
+    """Writes how the run ended; of a finished one predictions and, last of all, the model with its card in final/."""
+    summary = publish(run, progress, ending=ending)
+    write_report(summary)
+    data, config = run.data, run.config
+    if ending in (Ending.FINISHED, Ending.EVALUATED):
+        rest = (data.tokenizer, data.vocabulary, config.sen_max_length)
+        save_predictions(run.folder / "predictions.csv", data.text.test(), run.bert, *rest)
+    if ending is Ending.FINISHED:
+        with atomic_write(run.folder / "final") as temporary:
+            save_model(temporary, run.bert, data.tokenizer)
+            make_card(summary, data.text.test()).save(temporary / "README.md")
+    return summary
+
+
 def main(config: Config) -> None:
     """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError; SystemExit on a signal."""
     cast(Any, sys.stdout).reconfigure(line_buffering=True)  # a log file shows each line at once
     quiet_libraries()
     with explain_endings(config):
-        accelerator = make_accelerator(config, config.tracker, config.path_model_save)
+        tracker = "none" if config.dry_run or config.evaluate_only else config.tracker
+        accelerator = make_accelerator(config, tracker, config.path_model_save)
         with run_folder(config, accelerator) as folder:
             accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
             train(config, accelerator, folder)

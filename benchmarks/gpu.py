@@ -42,7 +42,7 @@ from mlm.machine import has_variable_length_kernels, native_precision
 from mlm.masking import BERT_RULE
 from mlm.memory import fit_memory, micro_batch_positions
 from mlm.schedule import resolve
-from mlm.state import Progress, Run, SaveClock
+from mlm.state import Pace, Progress, Run
 from mlm.training import make_optimizer, train_step
 from mlm.vocabulary import Vocabulary
 from model import PackedMaskedLM
@@ -90,7 +90,7 @@ def make_run(size: str, chunks: Chunks, batch_size: int, precision: str, on_cpu:
     return Run(
         config=config, accelerator=accelerator, folder=Path(), hidden_words=[], derived={},
         data=SimpleNamespace(vocabulary=VOCABULARY, train=chunks),  # type: ignore[arg-type]
-        recipe={}, checkpoint=None, bert=bert, model=model, optimizer=optimizer, save_clock=SaveClock(), signals=[],
+        recipe={}, checkpoint=None, bert=bert, model=model, optimizer=optimizer, pace=Pace(), signals=[],
         divide=partial(make_micro_batches, vocabulary=VOCABULARY, device=accelerator.device, varlen=varlen),
     )  # fmt: skip
 

@@ -12,15 +12,13 @@ from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
 from Config import Config
 from mlm.batches import StepQueue
 from mlm.errors import UserError
-from mlm.evaluation import Evaluation
+from mlm.evaluation import load_evaluation, save_evaluation
 from mlm.guesses import Guess
 from mlm.memory import is_found_by_trial
 from mlm.state import Ending, Progress, Run, Unreported, checkpoint_path
@@ -34,7 +32,7 @@ FORMAT = 3  # raise when what a checkpoint holds changes
 MAY_CHANGE_ON_RESUME = {
     "path_datasets", "user_words", "add_words", "path_model_save", "run_name", "cuda_visible_devices", "compile",
     "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep_checkpoints", "tracker", "check_only",
-    "resume",
+    "dry_run", "evaluate_only", "push_to_hub", "resume",
 }  # fmt: skip
 
 
@@ -56,14 +54,14 @@ def is_save_due(run: Run, progress: Progress) -> bool:
 def save_if_due(run: Run, progress: Progress, queue: StepQueue, ending: Ending | None) -> None:
     """Saves a checkpoint every so many steps, and one where the run is stopped or given up."""
     if ending is None:
-        wanted = is_save_due(run, progress) and (run.config.save_every or run.save_clock.is_affordable())
+        wanted = is_save_due(run, progress) and (run.config.save_every or run.pace.is_affordable())
     else:
         wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
-    if not wanted or not run.is_main or run.save_clock.saved_step == progress.step:
+    if not wanted or not run.is_main or run.pace.saved_step == progress.step:
         return
     if is_found_by_trial(run):
         progress.micro_batch_tokens = queue.micro_batch_positions
-    with run.save_clock.saving(progress.step):
+    with run.pace.saving(progress.step):
         save_checkpoint(run, progress)
 
 
@@ -91,7 +89,7 @@ def save_checkpoint(run: Run, progress: Progress) -> None:
         save_model(temporary, run.bert, run.data.tokenizer)
         save_file(moments, temporary / "optimizer.safetensors")
         if progress.start:
-            save_arrays(progress.start._asdict(), temporary / "start.safetensors")
+            save_evaluation(temporary / "start.safetensors", progress.start)
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -214,7 +212,7 @@ def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOpt
     saved["unreported"] = Unreported(**saved["unreported"])
     saved["guesses_before"] = [[Guess(*guess) for guess in guesses] for guesses in saved["guesses_before"]]
     if (path / "start.safetensors").exists():
-        saved["start"] = Evaluation(**load_arrays(path / "start.safetensors"))
+        saved["start"] = load_evaluation(path / "start.safetensors")
     return Progress(**saved)
 
 

@@ -99,6 +99,13 @@ def length_bins(body_length: int) -> list[int]:
     return [*range(1, body_length + 1, width), body_length + 1]
 
 
+def histogram(split: SplitStats, sen_max_length: int) -> list[tuple[str, int]]:
+    """Lines by their tokens: the label of each bin, and how many lines are in it; the last are too long for a chunk."""
+    bounds = length_bins(sen_max_length - 2)
+    labels = [f"{first} to {after - 1}" if after - 1 > first else str(first) for first, after in pairwise(bounds)]
+    return list(zip([*labels, f"over {bounds[-1] - 1}"], split.line_lengths, strict=True))
+
+
 # -------------------------------------------------------------------------------------------------- lines -> chunks
 
 

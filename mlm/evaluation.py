@@ -2,20 +2,25 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from mlm.batches import MaskedChunks, MicroBatch, StepQueue, chunks_of_masked
+from mlm.display import progress_bar
 from mlm.machine import ran_out_of_memory
 
 # Evaluations between the first and the last score a sample of the test chunks.
 SAMPLE_ERROR = 0.01  # the standard error wanted of a loss, in nats: one per cent of the perplexity
+USUAL_SPREAD = 4.0  # standard deviation of a masked token's loss, in nats, once a model has learned something
 LARGEST_EVALUATION_SHARE = 0.05  # of training's work, for all of them together
 SMALLEST_SAMPLE = 256  # chunks, whatever share they are
 STEP_IN_FORWARD_PASSES = 3  # a training step is a forward pass, and a backward pass of about twice its work
@@ -97,15 +102,30 @@ def compare(before: Evaluation, after: Evaluation) -> Change:
     return Change(loss, se, loss - reach, loss + reach)
 
 
-def sample_size(start: Evaluation, training_positions: int, positions_per_chunk: float, evaluations: int) -> int:
-    """How many of the test chunks each of so many evaluations in the middle of a run scores.
+def save_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Writes it as a safetensors file."""
+    save_file(evaluation._asdict(), path)
 
-    start: the evaluation before training, on all chunks; training_positions: what the whole run trains on. By these
-    counts alone, and by no clock, so that a run that is resumed takes the same chunks.
+
+def load_evaluation(path: Path) -> Evaluation:
+    """What `save_evaluation` wrote. Raises OSError or ValueError where it cannot be read."""
+    try:
+        return Evaluation(**load_file(path))
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def sample_size(
+    start: Evaluation, chunks: int, training_positions: int, positions_per_chunk: float, evaluations: int
+) -> int:
+    """How many of the `chunks` of the test text each of so many evaluations in the middle of a run scores.
+
+    start: the evaluation before training; training_positions: what the whole run trains on. By these counts alone, and
+    by no clock, so that a run that is resumed takes the same chunks.
     """
-    chunks = len(start.losses)
-    error_of_one = start.loss_se * math.sqrt(chunks)
-    for_the_error = (error_of_one / SAMPLE_ERROR) ** 2 if math.isfinite(error_of_one) else chunks
+    for_the_error = (USUAL_SPREAD / SAMPLE_ERROR) ** 2 / start.masked.mean()
+    if math.isfinite(start.loss_se):
+        for_the_error = max(for_the_error, len(start.losses) * (start.loss_se / SAMPLE_ERROR) ** 2)
     most_positions = LARGEST_EVALUATION_SHARE * STEP_IN_FORWARD_PASSES * training_positions / max(1, evaluations)
     wanted = min(for_the_error, most_positions / positions_per_chunk)
     return round(min(chunks, max(SMALLEST_SAMPLE, wanted)))
@@ -129,14 +149,16 @@ def evaluate(
     model = accelerator.unwrap_model(model).eval()
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     scores = torch.zeros((3, chunks), dtype=exact, device=accelerator.device)
-    for places, masked_chunks in batches:
-        if signals:
-            break
-        of_batch = _score(model, queue.divide(masked_chunks), scores.new_zeros(3, len(places)))
-        while of_batch is None:
-            queue.halve()
+    with progress_bar("evaluating", chunks, " chunks", shown=accelerator.is_main_process) as bar:
+        for places, masked_chunks in batches:
+            if signals:
+                break
             of_batch = _score(model, queue.divide(masked_chunks), scores.new_zeros(3, len(places)))
-        scores[:, torch.from_numpy(places).to(scores.device)] = of_batch
+            while of_batch is None:
+                queue.halve()
+                of_batch = _score(model, queue.divide(masked_chunks), scores.new_zeros(3, len(places)))
+            scores[:, torch.from_numpy(places).to(scores.device)] = of_batch
+            bar.update(len(places) * accelerator.num_processes)
     signalled = torch.full_like(scores[0, :1], bool(signals))
     *flat, told_to_stop = accelerator.reduce(torch.cat([scores.flatten(), signalled])).cpu().split([scores.numel(), 1])
     positions = torch.tensor([queue.micro_batch_positions], device=accelerator.device)

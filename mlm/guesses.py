@@ -1,7 +1,6 @@
 """Hidden words of the test text and what a model guesses for them: the examples that people look at."""
 
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,9 @@ from mlm.vocabulary import Vocabulary
 
 HIDDEN_WORDS = 12  # in the report; the log shows the first few of them
 COUNTED_CHUNKS = 1 << 15  # of the training text, to see which words are frequent there
-FUNCTION_WORD_SHARE = 0.4  # the most frequent tokens, which make up so much of a text, are its function words and marks
+FUNCTION_WORD_SHARE = 0.5  # the most frequent tokens, which make up so much of a text, are its function words and marks
+LEAST_OCCURRENCES = 5  # in these chunks, of a word that a model could learn
+TELLING_SHARE = 0.2  # of a neighbour's occurrences are beside the word
 TOKENS_OF_A_LINE = range(8, 41)  # enough for a person to guess from, few enough to read
 LONGEST_LINE = 120  # characters
 
@@ -30,18 +31,22 @@ class Guess(NamedTuple):
     word: str
     probability: float
 
+    @property
+    def chance(self) -> str:
+        """The probability for people."""
+        return "<1%" if self.probability < 0.005 else f"{self.probability:.0%}"
+
 
 def hide_words(
     lines: Iterable[str], train: Chunks, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> list[HiddenWord]:
     """At most `HIDDEN_WORDS` different words, each with its line, that a person and a trained model could both know.
 
-    Counts of the training text choose them, and no model does: content words (not the most frequent tokens) that are
-    tokens of their own and occur there, if possible five times or more and beside the same neighbour, as 'blood' before
-    'pressure' does. Where a text has too few of these, others fill up.
+    Counts of the training text choose them, and no model does: content words that it often has beside the same
+    neighbour, as 'pressure' behind 'blood'. Where a text has too few of these, others fill up.
     """
-    counts = _Counts.of(train, vocabulary)
-    by_grade: dict[int, dict[str, HiddenWord]] = {2: {}, 1: {}, 0: {}}
+    neighbours = _Neighbours.of(train, vocabulary)
+    found: dict[str, tuple[float, HiddenWord]] = {}
     for line in lines:
         if len(line) > LONGEST_LINE or tokenizer.mask_token in line:
             continue
@@ -49,20 +54,16 @@ def hide_words(
         ids, spans = np.array(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]
         if len(ids) not in TOKENS_OF_A_LINE or vocabulary.unk_id in ids:
             continue
-        graded = [(counts.grade(ids, place), place) for place in _whole_words(ids, spans, line, vocabulary)]
+        graded = [(neighbours.grade(ids, place), place) for place in _whole_words(ids, spans, line, vocabulary)]
         if graded:
-            best = max(grade for grade, _ in graded)
-            places = [place for grade, place in graded if grade == best]
-            start, end = spans[places[len(places) // 2]]
-            word = line[start:end]
-            hidden = HiddenWord(line[:start] + tokenizer.mask_token + line[end:], word)
-            by_grade[best].setdefault(word.lower(), hidden)
-    chosen: list[HiddenWord] = []
-    for grade in (2, 1, 0):
-        found = list(by_grade[grade].values())
-        wanted = HIDDEN_WORDS - len(chosen)
-        chosen += found[:: max(1, len(found) // max(1, wanted))][:wanted]  # spread over the text
-    return chosen
+            grade, place = max(graded)
+            start, end = spans[place]
+            hidden = HiddenWord(line[:start] + tokenizer.mask_token + line[end:], line[start:end])
+            found.setdefault(hidden.word.lower(), (grade, hidden))  # each word once
+    telling = [hidden for grade, hidden in found.values() if grade >= TELLING_SHARE]
+    others = [hidden for grade, hidden in sorted(found.values(), key=lambda each: -each[0]) if grade < TELLING_SHARE]
+    places = np.linspace(0, len(telling) - 1, min(len(telling), HIDDEN_WORDS)).round().astype(int)  # over the text
+    return [*(telling[place] for place in places), *others][:HIDDEN_WORDS]
 
 
 def _whole_words(ids: np.ndarray, spans: list[tuple[int, int]], line: str, vocabulary: Vocabulary) -> list[int]:
@@ -77,37 +78,47 @@ def _whole_words(ids: np.ndarray, spans: list[tuple[int, int]], line: str, vocab
     return places
 
 
-class _Counts(NamedTuple):
-    """Which tokens are frequent in the training text, and which pairs of neighbours."""
+class _Neighbours(NamedTuple):
+    """Which words of the training text give their neighbours away."""
 
     is_content_word: np.ndarray  # (vocabulary,) bool: seen five times or more, and no function word
-    frequent_pairs: set[int]  # of content words, seen three times or more: first * vocabulary + second
+    occurrences: np.ndarray  # (vocabulary,) int64
+    pairs: dict[int, int]  # of content words: first * vocabulary + second, and how often
 
     @classmethod
-    def of(cls, train: Chunks, vocabulary: Vocabulary) -> "_Counts":
+    def of(cls, train: Chunks, vocabulary: Vocabulary) -> "_Neighbours":
         tokens, lengths, _ = take(train, np.arange(0, len(train), max(1, len(train) // COUNTED_CHUNKS)))
-        occurrences = np.bincount(tokens, minlength=vocabulary.size)  # (vocabulary,)
+        occurrences = np.bincount(tokens, minlength=vocabulary.size)
         most_frequent_first = np.argsort(-occurrences, kind="stable")
         share_before = (np.cumsum(occurrences[most_frequent_first]) - occurrences[most_frequent_first]) / len(tokens)
-        is_content_word = occurrences >= 5
+        is_content_word = occurrences >= LEAST_OCCURRENCES
         is_content_word[most_frequent_first[share_before < FUNCTION_WORD_SHARE]] = False
 
         neighbours = is_content_word[tokens[:-1]] & is_content_word[tokens[1:]]  # (tokens - 1,)
         neighbours[np.cumsum(lengths)[:-1] - 1] = False  # the last of one chunk, the first of the next
         pairs, times = np.unique((tokens[:-1] * vocabulary.size + tokens[1:])[neighbours], return_counts=True)
-        return cls(is_content_word, set(pairs[times >= 3].tolist()))
+        often = times >= LEAST_OCCURRENCES
+        return cls(is_content_word, occurrences, dict(zip(pairs[often].tolist(), times[often].tolist(), strict=True)))
 
-    def grade(self, ids: np.ndarray, place: int) -> int:
-        """2 for a content word whose neighbour tells something of it, 1 for another content word, 0 for the rest."""
+    def grade(self, ids: np.ndarray, place: int) -> float:
+        """How well a neighbour foretells the word: the share of the neighbour's occurrences that are beside this word.
+
+        -1 for a word that is no content word.
+        """
         if not self.is_content_word[ids[place]]:
-            return 0
-        around = ids[max(0, place - 1) : place + 2].tolist()
-        size = len(self.is_content_word)
-        return 2 if any(first * size + second in self.frequent_pairs for first, second in pairwise(around)) else 1
+            return -1.0
+        size, share = len(self.is_content_word), 0.0
+        for first in (place - 1, place):
+            if 0 <= first < len(ids) - 1:
+                neighbour = ids[2 * first + 1 - place]
+                together = self.pairs.get(int(ids[first] * size + ids[first + 1]), 0)
+                share = max(share, together / max(1, self.occurrences[neighbour]))
+        return share
 
 
 def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTrainedTokenizerBase) -> list[list[Guess]]:
     """The model's three likeliest words for the masked place of each line."""
     options: dict[str, Any] = {"tokenizer": tokenizer, "device": model.device, "top_k": 3}
     fill_mask = pipeline("fill-mask", model=model.eval(), **options)
-    return [[Guess(found["token_str"], found["score"]) for found in fill_mask(line)] for line, _ in hidden]
+    answers = fill_mask([line for line, _ in hidden], batch_size=HIDDEN_WORDS) if hidden else []
+    return [[Guess(found["token_str"], found["score"]) for found in likeliest] for likeliest in answers]

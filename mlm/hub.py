@@ -5,11 +5,12 @@ import threading
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from Config import Config
-from mlm.errors import UserError
+from mlm.errors import UserError, first_line
 
 WIKITEXT = {"name": "Salesforce/wikitext", "setting": "path_datasets", "file": "README.md", "repo_type": "dataset"}
 PROBE_SECONDS = 5  # a Hub that has not answered by then is out of reach
@@ -73,6 +74,8 @@ def locate_downloads(config: Config) -> None:
         name = getattr(config, setting)
         if name != "corpus" and not name.startswith("scratch:"):
             locate(name, setting)
+    if config.push_to_hub:
+        check_push(config.push_to_hub)
     if wants_wikitext(config):
         try:
             locate(**WIKITEXT)
@@ -80,6 +83,28 @@ def locate_downloads(config: Config) -> None:
             raise UserError(
                 f"path_datasets: data/ holds no train.txt, so WikiText-2 would be fetched\n{error}"
             ) from error
+
+
+def check_push(name: str) -> None:
+    """Raises UserError where `push_to_hub` cannot work: no name that the Hub could have, or nobody logged in."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"push_to_hub: {name!r} is no name the Hugging Face Hub could have; say you/bert") from error
+    if not get_token():
+        raise UserError("push_to_hub: nobody is logged in to the Hub; run `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, name: str) -> str:
+    """Uploads a model's folder, privately if it is new to the Hub. Returns what came of it, for people."""
+    try:
+        api = HfApi()
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # every way a network can fail, and the Hub's own refusals
+        reason = f"warning: the model was not pushed to the Hub ({first_line(error)})"
+        return f"{reason}. It is whole in {folder}; to try again:\n  hf upload {name} {folder}"
+    return f"Pushed to {address}"
 
 
 def _ask(url: str) -> Exception | None:

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from Config import Config
-from mlm.chunks import TextStats
+from mlm.chunks import SplitStats, TextStats
+from mlm.estimate import seconds_left
 from mlm.evaluation import Change, Evaluation, perplexity
 from mlm.schedule import learning_rate_at
 from mlm.settings import describe_settings
@@ -23,6 +23,7 @@ COLUMNS = (
     "eval_loss", "eval_loss_se", "perplexity", "perplexity_se", "masked_accuracy", "test_chunks",
     "change", "change_low", "change_high",
 )  # fmt: skip
+MANY_UNKNOWN = 0.05  # share of [UNK] that is worth a warning
 SHOWN_BROKEN_WORDS = 30  # the most frequent
 
 
@@ -34,7 +35,17 @@ def say(line: str) -> None:
 
 def figure(value: float) -> str:
     """A perplexity, readable whatever its size."""
-    return f"{value:,.2f}" if value < 1e8 else f"{value:.2e}"
+    if value >= 1e8:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 3 min 20 s, 4 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def with_error(value: float, standard_error: float) -> str:
@@ -49,7 +60,7 @@ def describe_run(given: Config, config: Config, data: Data, derived: dict[str, A
     """Settings, text and derived numbers, for people."""
     parts = [
         f"settings (* differs from Config.py's default)\n{describe_settings(config, given)}\n",
-        f"text\n{describe_text(data.stats, config.initial_pretrain_tokenizer)}\n",
+        f"text\n{describe_text(data.stats, config.initial_pretrain_tokenizer, config.evaluate_only)}\n",
         "derived\n" + "".join(f"   {name:<26}  {value}\n" for name, value in derived.items()),
     ]
     if data.added_words:
@@ -57,27 +68,41 @@ def describe_run(given: Config, config: Config, data: Data, derived: dict[str, A
     return "\n".join(parts)
 
 
-def describe_text(stats: TextStats, tokenizer_name: str) -> str:
+def describe_text(stats: TextStats, tokenizer_name: str, only_test: bool) -> str:
     """What was found in the text: a line per split, the words that the vocabulary breaks, warnings."""
-    lines, warnings = [], []
-    for name, split in (("train", stats.train), ("test", stats.test)):
-        unknown_share = split.unknown / split.tokens
+    lines = []
+    for name, split in splits_of(stats, only_test).items():
         tokens_a_line = split.tokens / (split.lines - split.blank)
         lines.append(
             f"   {name:<5}  {split.lines:,} lines, {split.blank:,} blank, {split.duplicate:,} duplicate, "
             f"{split.dropped:,} dropped; {split.tokens:,} tokens, {tokens_a_line:.1f} a line, "
-            f"{unknown_share:.2%} [UNK]; {split.chunks:,} chunks"
+            f"{split.unknown / split.tokens:.2%} [UNK]; {split.chunks:,} chunks"
         )
-        if unknown_share > 0.05:
+    if not only_test:
+        lines.append(f"   test lines that are also training lines: {stats.test_lines_in_train:,}")
+        lines.append(_describe_broken_words(stats.broken_words))
+    return "\n".join([*lines, *text_warnings(stats, tokenizer_name, only_test)])
+
+
+def splits_of(stats: TextStats, only_test: bool) -> dict[str, SplitStats]:
+    """The splits that a run uses, by name."""
+    return {"test": stats.test} if only_test else {"train": stats.train, "test": stats.test}
+
+
+def text_warnings(stats: TextStats, tokenizer_name: str, only_test: bool) -> list[str]:
+    """What is wrong with the text, or with the tokenizer for it."""
+    warnings = []
+    for name, split in splits_of(stats, only_test).items():
+        unknown_share = split.unknown / split.tokens
+        if unknown_share > MANY_UNKNOWN:
             warnings.append(
                 f"warning: {unknown_share:.0%} of the {name} tokens are [UNK]. Most likely {tokenizer_name} is for "
                 "another language; for Chinese set initial_pretrain_model and initial_pretrain_tokenizer to "
                 "bert-base-chinese"
             )
-    lines.append(f"   test lines that are also training lines: {stats.test_lines_in_train:,}")
-    if stats.test_lines_in_train:
+    if stats.test_lines_in_train and not only_test:
         warnings.append("warning: the model is tested on lines it is trained on, so its perplexity will flatter it")
-    return "\n".join([*lines, _describe_broken_words(stats.broken_words), *warnings])
+    return warnings
 
 
 def _describe_broken_words(broken_words: list[BrokenWord]) -> str:
@@ -91,12 +116,6 @@ def _describe_broken_words(broken_words: list[BrokenWord]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- during
-
-
-def progress_bar(run: Run, progress: Progress) -> tqdm:
-    """A bar of all steps; drawn on the main rank, and only on a terminal."""
-    shown = run.is_main and sys.stderr.isatty()
-    return tqdm(total=run.config.max_steps, initial=progress.step, unit="step", disable=not shown)
 
 
 def report_evaluation(run: Run, progress: Progress, evaluation: Evaluation, change: Change | None) -> None:
@@ -131,13 +150,13 @@ def report_if_due(run: Run, progress: Progress, bar: tqdm) -> None:
     train_loss = new.loss / new.masked_tokens
     learning_rate = learning_rate_at(step - 1, config)
     tokens_per_s = new.tokens / new.seconds
-    time_left = tqdm.format_interval(new.seconds / new.steps * (config.max_steps - step))
+    time_left = tqdm.format_interval(seconds_left(run, progress, new.seconds / new.steps))
     say(
         f"step {step}/{config.max_steps}, epoch {step / run.steps_per_epoch:.2f}: loss {train_loss:.3f}, "
         f"perplexity {figure(perplexity(train_loss))}, lr {learning_rate:.2e}, {tokens_per_s:,.0f} tokens/s, "
         f"{time_left} left"
     )
-    bar.set_postfix_str(f"loss {train_loss:.3f}")
+    bar.set_postfix_str(f"{time_left} left, loss {train_loss:.3f}")
     record(run, progress, {"train_loss": train_loss, "lr": learning_rate, "tokens_per_s": tokens_per_s})
     progress.unreported = Unreported()
 
@@ -168,8 +187,8 @@ def describe_divergence(run: Run, progress: Progress, ending: Ending) -> str:
         what = f"the weights after step {progress.step} are not finite"
     rate = f"most often {run.config.learning_rate:g} is too high. Begin a new run with a lower one"
     lines = [f"learning_rate: {what}; {rate}"]
-    if run.save_clock.saved_step is not None:
-        lines.append(f"  the last good weights are in {checkpoint_path(run.folder, run.save_clock.saved_step)}")
+    if run.pace.saved_step is not None:
+        lines.append(f"  the last good weights are in {checkpoint_path(run.folder, run.pace.saved_step)}")
     if progress.best_loss is not None:
         lines.append(f"  those with the lowest test loss are in {run.folder / 'best'}")
     return "\n".join(lines)

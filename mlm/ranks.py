@@ -11,7 +11,6 @@ from warnings import filterwarnings
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -21,6 +20,8 @@ from accelerate.utils import (
 
 from mlm.errors import UserError
 from mlm.machine import DeviceSettings, check_devices, choose_precision
+from mlm.state import Run
+from mlm.trackers import check_tracker
 
 Decision = TypeVar("Decision")
 PATIENCE_WHILE_PREPARING = timedelta(days=1)  # one machine may prepare its text for longer than another
@@ -32,8 +33,7 @@ def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str 
 
     Raises UserError where the tracker, the devices or the format cannot be had, or several processes share one device.
     """
-    if tracker != "none" and tracker not in map(str, get_available_trackers()):
-        raise UserError(f"tracker: {tracker} is not installed, or not one that accelerate knows")
+    check_tracker(tracker)
     check_devices(config)
     precision = choose_precision(config)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -108,6 +108,18 @@ def on_any_rank(accelerator: Accelerator, flag: bool) -> bool:
     flags = torch.tensor([int(flag)])
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_host_group())
     return bool(flags)
+
+
+def leave(run: Run) -> None:
+    """Ends the ranks together: a launcher that sees one end badly ends the others, even while the main one saves.
+
+    The model is freed before the process group, which must not end inside DistributedDataParallel's reducer: that would
+    wait for a thread of the group that waits for this one, and a rank would hang now and then.
+    """
+    run.accelerator.wait_for_everyone()
+    del run.model, run.optimizer
+    run.accelerator.free_memory()
+    run.accelerator.end_training()
 
 
 @cache

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from accelerate import Accelerator
 from filelock import Timeout
@@ -15,15 +16,23 @@ from filelock import Timeout
 from Config import Config
 from mlm.errors import UserError
 from mlm.ranks import decide_on_main
-from mlm.storage import atomic_write, lock
+from mlm.storage import atomic_write, lock, make_folder
 
 
 @contextmanager
 def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
     """The run's own folder, made or, to resume a run, found; one made is removed if training never began.
 
+    A dry run has one that is removed at its end.
+
     Raises UserError where `run_name` is taken, another process is at work there or the folder cannot be made.
     """
+    if config.dry_run:
+        cache = Path(config.path_model_save) / ".cache"
+        make_folder(cache)
+        with TemporaryDirectory(prefix="dry-run-", dir=cache) as temporary:
+            yield Path(temporary)
+        return
     with ExitStack() as held:  # the lock, for as long as the run lasts
         made = []
 
@@ -89,7 +98,12 @@ def find_run(config: Config) -> Path:
         if folder.exists() and not (folder / "settings.json").exists():
             raise UserError(f"resume: {folder} is not the folder of a run; choose another run_name")
         return folder
-    runs = [path.parent for path in output.glob("*/settings.json") if not (path.parent / "final").exists()]
+    runs = [path.parent for path in output.glob("*/settings.json") if _is_unfinished(path.parent)]
     if not runs:
         raise UserError(f"resume: {output} holds no unfinished run; leave --resume out to begin one")
     return max(runs, key=lambda folder: folder.stat().st_mtime)
+
+
+def _is_unfinished(folder: Path) -> bool:
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
+    return not (folder / "final").exists() and not settings.get("evaluate_only")

@@ -1,5 +1,6 @@
 """What any dataclass of settings shares: the check of its fields' types, its flags, its description."""
 
+import shlex
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
@@ -67,6 +68,20 @@ def parse_settings(
 
     of_default: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(kind, prog=program, args=arguments, use_underscores=True, **of_default)
+
+
+def repeat_command(program: str, settings: Any, default: Any, without: Iterable[str] = ()) -> str:
+    """The command that a program is to be called with for these settings, where its defaults are `default`.
+
+    without: settings that are not to be repeated.
+    """
+    flags = []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in without or value == getattr(default, field.name) or value is None or value is False:
+            continue
+        flags.append(f"--{field.name}" if value is True else f"--{field.name} {shlex.quote(str(value))}")
+    return " ".join(["python", program, *flags])
 
 
 def describe_settings(settings: Any, given: Any) -> str:

@@ -33,17 +33,41 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08}"
 
 
-class SaveClock:
-    """When a checkpoint was last saved, after which step, and what that cost."""
+class Pace:
+    """What a run's own work was measured to take, in seconds, and when and after which step it was last saved."""
 
     def __init__(self):
+        self.preparing_seconds = 0.0  # the text
+        self.chunk_seconds = 0.0  # to score a test chunk
+        self.keeping_seconds = 0.0  # after an evaluation: for best/, metrics.csv and the report
+        self.checkpoint_seconds = 0.0
         self.saved_step: int | None = None  # or the one that the run was resumed from
         self._saved_at = time.perf_counter()
-        self._cost_seconds = 0.0
 
     def is_affordable(self) -> bool:
-        """Whether one more save of the same cost keeps the time that saves take below LARGEST_SAVE_SHARE."""
-        return time.perf_counter() - self._saved_at >= self._cost_seconds / LARGEST_SAVE_SHARE
+        """Whether one more checkpoint of the same cost keeps the time for them below LARGEST_SAVE_SHARE."""
+        return time.perf_counter() - self._saved_at >= self.checkpoint_seconds / LARGEST_SAVE_SHARE
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Times the block, in which the text is found or made."""
+        began = time.perf_counter()
+        yield
+        self.preparing_seconds = time.perf_counter() - began
+
+    @contextmanager
+    def scoring(self, chunks: int) -> Iterator[None]:
+        """Times the block, in which so many test chunks are scored."""
+        began = time.perf_counter()
+        yield
+        self.chunk_seconds = (time.perf_counter() - began) / chunks
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Times the block, in which what an evaluation found is written."""
+        began = time.perf_counter()
+        yield
+        self.keeping_seconds = time.perf_counter() - began
 
     @contextmanager
     def saving(self, step: int) -> Iterator[None]:
@@ -51,7 +75,7 @@ class SaveClock:
         began = time.perf_counter()
         yield
         self.saved_step, self._saved_at = step, time.perf_counter()
-        self._cost_seconds = self._saved_at - began
+        self.checkpoint_seconds = self._saved_at - began
 
 
 class Data(NamedTuple):
@@ -66,6 +90,19 @@ class Data(NamedTuple):
     stats: TextStats
 
 
+def derive_numbers(accelerator: Accelerator, data: Data, bert: BertForMaskedLM, steps_per_epoch: int) -> dict[str, Any]:
+    """Numbers that follow from settings, text and machine, by name."""
+    return {
+        "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
+        "parameters": sum(parameter.numel() for parameter in bert.parameters()),
+        "added_words": len(data.added_words),
+        "chunks": len(data.train),
+        "steps_per_epoch": steps_per_epoch,
+        "tokens_per_step": round(len(data.train.tokens) / steps_per_epoch),
+        "positions_per_step": round((len(data.train.tokens) + 2 * len(data.train)) / steps_per_epoch),
+    }
+
+
 @dataclass
 class Run:
     """What is built once, and kept to the end."""
@@ -75,15 +112,16 @@ class Run:
     folder: Path
     data: Data
     hidden_words: list[HiddenWord]  # of the test text, for the guesses before and after
-    derived: dict[str, Any]  # numbers that follow from settings, text and machine, to be shown
+    derived: dict[str, Any]  # what `derive_numbers` returns, and the size of micro-batches; to be shown
     versions: dict[str, str]  # of the libraries
+    command: str  # that repeats the run
     recipe: dict[str, Any]  # all that decides the training
     checkpoint: Path | None  # the one to resume from
     bert: BertForMaskedLM  # what is saved
     model: nn.Module  # the same weights, taking packed rows, wrapped for the device
     optimizer: AcceleratedOptimizer
     divide: Divide  # chunks into micro-batches
-    save_clock: SaveClock
+    pace: Pace
     signals: list[int]  # that came since training began: Ctrl-C, SIGTERM
 
     @property
@@ -132,6 +170,7 @@ class Ending(Enum):
     """Why a run ends."""
 
     FINISHED = "all steps are done"
+    EVALUATED = "nothing but the start was to be evaluated"
     STOPPED = "a signal told it to stop"
     SKIPPING = "diverged: too many steps in a row had no finite loss and gradient"
     BROKEN = "diverged: weights are not finite"

@@ -2,19 +2,21 @@
 
 import csv
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlm.chunks import TextStats
 from mlm.errors import UserError
-from mlm.evaluation import SAMPLE_ERROR
+from mlm.evaluation import SAMPLE_ERROR, Evaluation, save_evaluation
 from mlm.guesses import Guess, guess
-from mlm.log import figure, with_error
+from mlm.log import SHOWN_BROKEN_WORDS, figure, with_error
 from mlm.state import Ending, Progress, Run
-from mlm.storage import write_json
+from mlm.storage import atomic_write, write_json
 
 GUESSES_IN_LOG = 5
+SCORES = "test_scores.safetensors"  # the last evaluation of all test chunks, to compare runs by
 KEPT = ("state", "text", "skipped_steps", "guesses")  # in summary.json: what settings.json and metrics.csv do not hold
 
 
@@ -35,6 +37,7 @@ class Summary:
     settings: dict[str, Any]
     derived: dict[str, Any]
     versions: dict[str, str]
+    command: str  # that repeats it
     rows: list[dict[str, float]]  # of metrics.csv; what a row did not measure is not in it
     state: str  # running, or the name of its ending
     text: TextStats
@@ -53,8 +56,16 @@ class Summary:
         return [row["eval_loss"] * tokens_per_character for row in (self.evaluations[0], self.evaluations[-1])]
 
 
-def publish(run: Run, progress: Progress, ending: Ending | None = None) -> Summary:
-    """Writes what came of a run so far to its folder; to be called on the main rank, once the start is evaluated."""
+def publish(
+    run: Run, progress: Progress, evaluation: Evaluation | None = None, ending: Ending | None = None
+) -> Summary:
+    """Writes what came of a run so far to its folder; to be called on the main rank, once the start is evaluated.
+
+    evaluation: where a new one was made, all chunks of it.
+    """
+    if evaluation and len(evaluation.losses) == run.test_chunks:
+        with atomic_write(run.folder / SCORES) as temporary:
+            save_evaluation(temporary, evaluation)
     guesses_after = [] if ending is Ending.BROKEN else guess(run.bert, run.hidden_words, run.data.tokenizer)
     guesses = zip(run.hidden_words, progress.guesses_before, guesses_after, strict=False)
     summary = Summary(
@@ -62,9 +73,10 @@ def publish(run: Run, progress: Progress, ending: Ending | None = None) -> Summa
         settings=asdict(run.config),
         derived=run.derived,
         versions=run.versions,
+        command=run.command,
         rows=progress.rows,
         state=ending.name.lower() if ending else "running",
-        text=run.data.stats,
+        text=replace(run.data.stats, broken_words=run.data.stats.broken_words[:SHOWN_BROKEN_WORDS]),
         skipped_steps=progress.skipped,
         guesses=[GuessedWord(*hidden, before, after) for hidden, before, after in guesses],
     )
@@ -97,15 +109,20 @@ def verdict(summary: Summary) -> str:
     """Whether the model guesses the test text better than the one that it started from, in a sentence."""
     last = summary.evaluations[-1]
     if "change" not in last:
-        return "Not trained yet: this is the starting model."
-    fell, low, high = -last["change"], -last["change_high"], -last["change_low"]
-    interval = f"(95% interval {low:.3f} to {high:.3f})"
-    if low > 0:
-        return f"Better: the test loss fell by {fell:.3f} nats per masked token {interval}."
+        return "Not trained: these are the scores of the starting model."
+    return of_change(last["change"], last["change_low"], last["change_high"], "fell", "rose")
+
+
+def of_change(loss: float, low: float, high: float, fell: str, rose: str) -> str:
+    """A change of the test loss with its 95% interval, in a sentence that says better, worse or that it cannot tell."""
+    if low == high == 0:
+        return "Equal: the loss is the same on every chunk of the test text."
+    unit = "nats per masked token (95% interval"
     if high < 0:
-        interval = f"(95% interval {-high:.3f} to {-low:.3f})"
-        return f"Worse: the test loss rose by {-fell:.3f} nats per masked token {interval}."
-    return f"Cannot tell: the test loss fell by {fell:.3f} nats per masked token {interval}, which may be chance."
+        return f"Better: the test loss {fell} by {-loss:.3f} {unit} {-high:.3f} to {-low:.3f})."
+    if low > 0:
+        return f"Worse: the test loss {rose} by {loss:.3f} {unit} {low:.3f} to {high:.3f})."
+    return f"Cannot tell: the test loss changed by {loss:+.3f} {unit} {low:+.3f} to {high:+.3f})."
 
 
 def trend(summary: Summary) -> str:
@@ -126,38 +143,60 @@ def trend(summary: Summary) -> str:
     return f"It no longer fell {since}: more epochs on this text will hardly help."
 
 
-def closing_words(summary: Summary) -> str:
-    """The end of the log: the scores before and after, some hidden words with their guesses, the model."""
-    before, after = summary.evaluations[0], summary.evaluations[-1]
-    unigram = summary.text.unigram_perplexity
-    both = (before, after)
-    table = [
-        ("", "before", "after", ""),
-        (
-            "perplexity",
-            *(with_error(row["perplexity"], row["perplexity_se"]) for row in both),
-            "± standard error",
-        ),
+def notes(summary: Summary) -> list[str]:
+    """What else to know of the scores: whether the loss still falls, and whether words' frequencies do as well."""
+    unigram, last = summary.text.unigram_perplexity, summary.evaluations[-1]
+    found = [trend(summary)] if trend(summary) else []
+    if not summary.settings["evaluate_only"] and last["perplexity"] > unigram:
+        found.append(
+            f"Word frequencies alone would reach a perplexity of {figure(unigram)}: it has not yet learned what words "
+            "tell of each other, and needs more steps or another learning rate."
+        )
+    return found
+
+
+def score_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """The table of scores: name, before, after, a note; of a run that did not train yet both are the start's."""
+    both = summary.evaluations[0], summary.evaluations[-1]
+    last, unigram = both[-1], summary.text.unigram_perplexity
+    divided = ""
+    if "change" in last:
+        factor, least, most = (math.exp(-last[name]) for name in ("change", "change_high", "change_low"))
+        divided = f"divided by {figure(factor)} (95%: {figure(least)} to {figure(most)})"
+    rows: list[tuple[str, ...]] = [
+        ("perplexity", *(with_error(row["perplexity"], row["perplexity_se"]) for row in both), divided),
         ("masked accuracy", *(f"{row['masked_accuracy']:.1%}" for row in both), ""),
         ("nats per character", *(f"{nats:.3f}" for nats in summary.nats_per_character), ""),
-        ("unigram perplexity", "", figure(unigram), f"perplexity / unigram = {figure(after['perplexity'] / unigram)}"),
     ]
-    lines = [f"{name:<20}{old:>20}{new:>20}    {note}".rstrip() for name, old, new, note in table]
+    if not summary.settings["evaluate_only"]:
+        share = figure(last["perplexity"] / unigram)
+        rows.append(("unigram perplexity", "", figure(unigram), f"perplexity / unigram = {share}"))
+    return rows
+
+
+def closing_words(summary: Summary) -> str:
+    """The end of the log: the scores before and after, some hidden words with their guesses, where the model is."""
+    trained = "change" in summary.evaluations[-1]
+    rows = [("", "before", "after", ""), *score_rows(summary)]
+    if not trained:  # both are the same
+        rows = [(name, "", score, note) for name, _, score, note in score_rows(summary)]
+    lines = [f"{name:<20}{before:>20}{after:>20}    {note}".rstrip() for name, before, after, note in rows]
     lines.append("(Perplexities compare between runs with the same tokenizer and sen_max_length; else compare nats.)")
-    lines += ["", f"{verdict(summary)} {trend(summary)}".rstrip()]
+    lines += ["", verdict(summary), *notes(summary)]
     for guessed in summary.guesses[:GUESSES_IN_LOG]:
         lines += ["", f"  {guessed.line}   ({guessed.word})"]
-        lines += [
-            f"    {when}  {_list(guesses)}" for when, guesses in (("before", guessed.before), ("after ", guessed.after))
-        ]
+        lines += [f"    before  {_list(guessed.before)}"] if trained else []
+        lines.append(f"    {'after   ' if trained else ''}{_list(guessed.after)}")
     if summary.skipped_steps:
         warning = "warning: steps skipped, as their loss or gradient was not finite"
         lines += ["", f"{warning}: {summary.skipped_steps:,}"]
-    model = summary.folder / "final"
-    lines += ["", f"The model: {model}"]
-    call = f"""print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))"""
-    return "\n".join([*lines, f"  python -c 'from transformers import pipeline; {call}'"])
+    lines += ["", f"The report: {summary.folder / 'report.html'}"]
+    if trained:
+        model = summary.folder / "final"
+        call = f"""print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))"""
+        lines += [f"The model: {model}", f"  python -c 'from transformers import pipeline; {call}'"]
+    return "\n".join(lines)
 
 
 def _list(guesses: list[Guess]) -> str:
-    return "   ".join(f"{guess.word} {guess.probability:.0%}" for guess in guesses)
+    return "   ".join(f"{guess.word} {guess.chance}" for guess in guesses)

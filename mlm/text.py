@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
+from tqdm import tqdm
 
 from Config import Config
 from mlm.demo import demo_folder, write_corpus
+from mlm.display import progress_bar
 from mlm.errors import UserError, first_line
 from mlm.hub import WIKITEXT, locate, wants_wikitext
 from mlm.storage import atomic_write, digest, lock, once
 
+LINES_BETWEEN_UPDATES = 500  # of a bar
 BINARY = "a binary file, such as a Word document"
 
 
@@ -49,6 +52,8 @@ def find_text(config: Config) -> Text:
         if wants_wikitext(config):
             _fetch_wikitext(folder)
     train, test = _files(folder, "train"), _files(folder, "test")
+    if config.evaluate_only and not train:
+        train = test  # of which nothing is shown
     if folder.is_file():
         raise UserError(f"path_datasets: {folder} is a file; give the folder, and name the file train.txt")
     if not train:
@@ -118,9 +123,11 @@ def decode_lines(files: list[Path], setting: str) -> Iterator[str]:
     Raises UserError, naming setting, file and line, for bytes that are not UTF-8, and for a file that cannot be read.
     """
     for path in files:
-        open_file = gzip.open if path.suffix == ".gz" else open
-        with _readable(path, setting), open_file(path, "rb") as file:
+        with _readable(path, setting), open(path, "rb") as stored, _reading_bar(path) as bar:
+            file = cast(BinaryIO, gzip.GzipFile(fileobj=stored)) if path.suffix == ".gz" else stored
             for number, raw in enumerate(file, start=1):
+                if number % LINES_BETWEEN_UPDATES == 0:
+                    bar.update(stored.tell() - bar.n)
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -131,6 +138,11 @@ def decode_lines(files: list[Path], setting: str) -> Iterator[str]:
                         f"Save it as plain UTF-8 text{remedy}"
                     ) from error
                 yield line.removesuffix("\n").removesuffix("\r")
+
+
+def _reading_bar(path: Path) -> tqdm:
+    """By bytes of the file as it is stored; whatever is made of its lines is made while they are read."""
+    return progress_bar(f"reading {path.name}", path.stat().st_size, "B")
 
 
 def _likely_encoding(sample: bytes) -> str:

@@ -1,7 +1,6 @@
 """What people are shown of a comparison: the task, each trial, tables, a sentence to repeat, and a picture."""
 
 import csv
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,14 +8,14 @@ import numpy as np
 from tqdm import tqdm
 
 from mlm.comparison import Gain, compare
-from mlm.log import figure
+from mlm.display import progress_bar
+from mlm.log import MANY_UNKNOWN, figure
 from mlm.scores import OneLabel, count_answers, metrics_of, score_of_one_label
 from mlm.storage import atomic_write
 from mlm.tasks import Task, entity_kinds
 from mlm.trials import Candidate, Result, Trial
 
 SPLITS = (("train", "train on"), ("dev", "choose settings by (dev)"), ("test", "test on"))
-MANY_UNKNOWN = 0.05  # share of [UNK] that is worth a warning
 METRIC_TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1"}
 
 
@@ -79,7 +78,7 @@ def describe_candidates(task: Task, candidates: list[Candidate]) -> str:
 
 def trial_bar(trial: Trial, steps: int) -> tqdm:
     """A bar of a trial's steps; drawn on a terminal alone."""
-    return tqdm(total=steps, desc=f"seed {trial.seed}", unit="step", leave=False, disable=not sys.stderr.isatty())
+    return progress_bar(f"seed {trial.seed}", steps, " steps")
 
 
 def say_result(result: Result, left: int) -> None:

@@ -129,14 +129,14 @@ def test_a_smaller_sample_is_a_part_of_a_larger_one_and_of_the_whole():
 
 def test_the_sample_suffices_for_one_percent_and_costs_a_twentieth():
     start, _ = draw_evaluations(np.random.default_rng(0), 100_000, gain=0.0, spread=0.0)
-    plenty = sample_size(start, training_positions=10**12, positions_per_chunk=20, evaluations=9)
+    plenty = sample_size(start, 100_000, training_positions=10**12, positions_per_chunk=20, evaluations=9)
     assert plenty < 100_000
     assert start.first(plenty).loss_se == pytest.approx(0.01, rel=0.05)  # nats: one per cent of the perplexity
     # 5% of the work of a million positions, at three passes each, is 150,000 positions: 750 chunks of 20 ten times.
-    assert sample_size(start, training_positions=10**6, positions_per_chunk=20, evaluations=10) == 750
-    assert sample_size(start, training_positions=10**5, positions_per_chunk=20, evaluations=10) == 256
-    assert sample_size(start.first(100), training_positions=10**5, positions_per_chunk=20, evaluations=10) == 100
-    assert sample_size(start.first(1), training_positions=10**9, positions_per_chunk=20, evaluations=0) == 1
+    assert sample_size(start, 100_000, training_positions=10**6, positions_per_chunk=20, evaluations=10) == 750
+    assert sample_size(start, 100_000, training_positions=10**5, positions_per_chunk=20, evaluations=10) == 256
+    assert sample_size(start.first(100), 100, training_positions=10**5, positions_per_chunk=20, evaluations=10) == 100
+    assert sample_size(start.first(1), 1, training_positions=10**9, positions_per_chunk=20, evaluations=0) == 1
 
 
 def test_evaluations_in_the_middle_take_a_sample_and_a_resumed_run_the_same_bits(long_settings, monkeypatch):

@@ -1,0 +1,122 @@
+"""What a run does beside training: a dry run, an evaluation alone, and what it tells trackers."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from runs import contents, metrics, run
+
+import train
+from mlm import rehearsal, trackers
+from mlm.errors import UserError
+from mlm.estimate import seconds_left
+from mlm.state import Pace, Progress
+
+
+def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing_but_the_cache(settings, monkeypatch, capsys):
+    monkeypatch.setattr(rehearsal, "TIMED_SECONDS", 0.1)
+    config = settings(dry_run=True, num_epochs=4, save_every=5)
+    train.main(settings(check_only=True))
+    cache = contents(Path(config.path_model_save))
+    capsys.readouterr()
+    train.main(config)
+    assert contents(Path(config.path_model_save)) == cache
+    screen = capsys.readouterr().out
+    assert re.search(r"^text +120 training lines of [\d,]+ tokens, 40 test lines$", screen, re.M)
+    assert re.search(r"^steps +48 of 16 chunks, 4 epochs, on 1 x cpu, no$", screen, re.M)
+    for what in (
+        r"speed +[\d,]+ tokens/s",
+        r"time +\d+ s: start .* 5 evaluations .* 12 checkpoints",
+        r"memory +\d",
+        r"disk +\d",
+    ):
+        assert re.search(f"^{what}", screen, re.M), what
+    assert "0 of the" not in screen and len(screen.splitlines()) < 45  # one screen
+
+
+def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch):
+    """Steps, evaluations, test chunks, checkpoints and bytes: each as the run itself has them."""
+    monkeypatch.setattr(rehearsal, "TIMED_SECONDS", 0.1)
+    estimates = []
+    monkeypatch.setattr(train, "describe_estimate", lambda run, estimate: estimates.append(estimate) or "")
+    usual = {"max_steps": 26, "eval_every": 4, "save_every": 5, "keep_checkpoints": 2}
+    train.main(settings(dry_run=True, **usual))
+    saved = []
+    save_checkpoint = train.save_if_due.__globals__["save_checkpoint"]
+
+    def watched(run, progress):
+        saved.append(progress.step)
+        save_checkpoint(run, progress)
+
+    monkeypatch.setitem(train.save_if_due.__globals__, "save_checkpoint", watched)
+    folder = run(settings(run_name="whole", **usual))
+    [estimate] = estimates
+    scored = [int(row["test_chunks"]) for row in metrics(folder) if row["test_chunks"]]
+    assert estimate.work == (26, sum(scored), len(scored) - 1)
+    assert estimate.checkpoints == len(saved)
+    size = sum(len(content) for content in contents(folder).values())
+    assert estimate.disk_bytes == pytest.approx(size, rel=0.02)
+
+
+def test_the_time_left_counts_evaluations_and_checkpoints_too(settings):
+    """By speeds that are given."""
+
+    class Run:
+        config = settings(max_steps=20, eval_every=5, save_every=4)
+        test_chunks, steps_per_epoch, pace = 80, 8, Pace()
+
+    pace = Run.pace
+    pace.chunk_seconds, pace.keeping_seconds, pace.checkpoint_seconds = 0.1, 3.0, 7.0
+    progress = Progress(step=10, evaluated=10, sampled_chunks=50)
+    # Evaluations after steps 15 (50 chunks) and 20 (80); checkpoints after two of nine further steps; final/ once.
+    assert seconds_left(Run, progress, 2.0) == pytest.approx(10 * 2 + 130 * 0.1 + 3 * 3.0 + 2 * 7.0)
+
+
+def test_evaluate_only_scores_any_checkpoint_on_any_text_and_trains_nothing(settings, tmp_path, capsys):
+    trained = run(settings(run_name="trained", max_steps=8))
+    (tmp_path / "other").mkdir()
+    test = (tmp_path / "text" / "test.txt").read_text(encoding="utf-8")
+    (tmp_path / "other" / "test.txt").write_text(test, encoding="utf-8")
+    start = str(trained / "final")
+    only = {"initial_pretrain_model": start, "initial_pretrain_tokenizer": start, "evaluate_only": True}
+    capsys.readouterr()
+    folder = run(settings(run_name="scored", path_datasets=str(tmp_path / "other"), **only))
+    [row], last = metrics(folder), metrics(trained)[-1]
+    for name in ("eval_loss", "eval_loss_se", "test_chunks"):
+        assert float(row[name]) == pytest.approx(float(last[name]), abs=1e-5)
+    assert not (folder / "final").exists() and not (folder / "checkpoints").exists()
+    output = capsys.readouterr().out
+    assert "   train " not in output and "warning" not in output
+    with pytest.raises(UserError, match="no unfinished run"):
+        run(settings(resume=True))
+
+
+def test_modes_exclude_each_other(settings):
+    with pytest.raises(UserError, match="dry_run, evaluate_only: choose one"):
+        settings(dry_run=True, evaluate_only=True)
+    with pytest.raises(UserError, match="dry_run, resume: choose one"):
+        settings(dry_run=True, resume=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ trackers
+
+
+def test_a_tracker_that_is_not_installed_is_said_plainly(settings, monkeypatch):
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: [])
+    with pytest.raises(UserError, match="tracker: wandb is not installed; pip install wandb, or --tracker none"):
+        train.main(settings(tracker="wandb"))
+
+
+def test_a_tracker_that_cannot_start_is_said_plainly(settings, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("No API key configured.\nmore")
+
+    monkeypatch.setattr(trackers, "check_tracker", lambda name: None)
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
+    with pytest.raises(UserError, match=r"tracker: tensorboard could not start \(No API key configured\.\)"):
+        train.main(settings(tracker="tensorboard"))
+
+
+def test_nothing_of_a_tracker_is_imported_unless_it_is_named():
+    assert not {"wandb", "mlflow", "swanlab", "trackio"} & sys.modules.keys()

@@ -1,14 +1,16 @@
 """What a run does beside training: a dry run, an evaluation alone, and what it tells trackers."""
 
+import gzip
 import re
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from runs import contents, metrics, run
 
 import train
-from mlm import rehearsal, trackers
+from mlm import display, hub, rehearsal, text, trackers
 from mlm.errors import UserError
 from mlm.estimate import seconds_left
 from mlm.state import Pace, Progress
@@ -120,3 +122,75 @@ def test_a_tracker_that_cannot_start_is_said_plainly(settings, monkeypatch):
 
 def test_nothing_of_a_tracker_is_imported_unless_it_is_named():
     assert not {"wandb", "mlflow", "swanlab", "trackio"} & sys.modules.keys()
+
+
+# ----------------------------------------------------------------------------------------------------- push to the Hub
+
+
+class StubApi:
+    """Takes what is uploaded, or fails as a network does."""
+
+    calls: ClassVar[list] = []
+    error: ClassVar[Exception | None] = None
+
+    def create_repo(self, name, **options):
+        if self.error:
+            raise self.error
+        self.calls.append((name, options))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, repo_id, folder_path):
+        self.calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_push_to_hub_uploads_the_finished_model_privately_and_a_failure_loses_nothing(settings, monkeypatch, capsys):
+    monkeypatch.setattr("mlm.hub.HfApi", StubApi)
+    folder = run(settings(run_name="pushed", max_steps=2, push_to_hub="me/bert"))
+    (created, options), (uploaded, files) = StubApi.calls
+    assert created == uploaded == "me/bert" and options["private"] is True
+    assert {"README.md", "config.json", "model.safetensors", "vocab.txt"} <= set(files)
+    assert "predictions.csv" not in files  # which quotes the text
+    assert "Pushed to https://hub/me/bert" in capsys.readouterr().out
+    monkeypatch.setattr(StubApi, "error", ConnectionError("no network\nmore"))
+    folder = run(settings(run_name="kept", max_steps=2, push_to_hub="me/bert"))
+    assert (folder / "final" / "model.safetensors").exists()
+    output = capsys.readouterr().out
+    assert f"not pushed to the Hub (no network). It is whole in {folder / 'final'}" in output
+    assert f"hf upload me/bert {folder / 'final'}" in output
+
+
+def test_push_to_hub_is_refused_before_training_where_it_cannot_work(monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="push_to_hub: nobody is logged in"):
+        hub.check_push("me/bert")
+    with pytest.raises(UserError, match="no name the Hugging Face Hub could have"):
+        hub.check_push("me/bert/more")
+    monkeypatch.setattr(hub, "get_token", lambda: "token")
+    hub.check_push("me/bert")
+
+
+# ---------------------------------------------------------------------------------------------------------------- bars
+
+
+def test_a_bar_is_lines_in_a_file(monkeypatch, capsys):
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)
+    with display.progress_bar("reading", 1000, "B") as bar:
+        for _ in range(4):
+            bar.update(250)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("%")[0].split()[-1] for line in lines] == ["0", "25", "50", "75", "100"]
+    with display.progress_bar("reading", 1000, "B", shown=False) as bar:
+        bar.update(1000)
+    assert capsys.readouterr().err == ""
+
+
+def test_reading_is_counted_by_bytes_of_the_file(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(text, "LINES_BETWEEN_UPDATES", 10)
+    monkeypatch.setattr("tqdm.tqdm.update", lambda self, by: seen.append((self.total, by)))
+    for name, opened in (("a.txt", open), ("a.txt.gz", gzip.open)):
+        with opened(tmp_path / name, "wb") as file:
+            file.write(b"a line of text\n" * 100)
+        assert len(list(text.read_lines([tmp_path / name]))) == 100
+        assert seen and {total for total, _ in seen} == {(tmp_path / name).stat().st_size}
+        seen.clear()

@@ -43,8 +43,8 @@ def test_what_a_run_leaves(settings, capsys):
     config = settings(num_epochs=2, log_every=5, tracker="tensorboard", run_name="mine", learning_rate=1e-3, **often)
     folder = run(config)
     assert {path.name for path in folder.iterdir()} == {
-        "best", "checkpoints", "final", "metrics.csv", "predictions.csv", "report.html", "settings.json", "summary.json",
-        "tensorboard", "test_scores.safetensors",
+        "best", "checkpoints", "final", "metrics.csv", "predictions.csv", "report.html", "settings.json",
+        "summary.json", "tensorboard", "test_scores.safetensors",
     }  # fmt: skip
 
     derived = json.loads((folder / "settings.json").read_text())["derived"]

@@ -166,13 +166,13 @@ def begin(run: Run) -> Progress:
             say(f"{run.folder} has no checkpoint yet, so it begins at the first step")
     run.derived["micro_batch_tokens"] = micro_batch_positions(run, progress)
 
-    # The files and the tracker, without what a killed run wrote after its checkpoint.
+    # The tracker and the files, without what a killed run wrote after its checkpoint.
+    if run.accelerator.log_with:
+        start_tracker(run, progress)
     if run.is_main:
         written = {"settings": asdict(run.config), "derived": run.derived, "versions": run.versions}
         write_json(run.folder / "settings.json", written | {"command": run.command})
         write_metrics(run.folder / "metrics.csv", progress.rows)
-    if run.accelerator.log_with:
-        start_tracker(run, progress)
 
     # Several ranks, which from now on have to answer within minutes, sum gradients in one order from the first step on.
     if run.accelerator.num_processes > 1:

@@ -110,14 +110,15 @@ def test_a_tracker_that_is_not_installed_is_said_plainly(settings, monkeypatch):
         train.main(settings(tracker="wandb"))
 
 
-def test_a_tracker_that_cannot_start_is_said_plainly(settings, monkeypatch):
+def test_a_tracker_that_cannot_start_is_said_plainly(settings, monkeypatch, tmp_path):
     def fail(*arguments, **options):
         raise RuntimeError("No API key configured.\nmore")
 
     monkeypatch.setattr(trackers, "check_tracker", lambda name: None)
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
     with pytest.raises(UserError, match=r"tracker: tensorboard could not start \(No API key configured\.\)"):
-        train.main(settings(tracker="tensorboard"))
+        train.main(settings(tracker="tensorboard", run_name="mine"))
+    assert not (tmp_path / "output" / "mine").exists()  # so that the same command can be given again
 
 
 def test_nothing_of_a_tracker_is_imported_unless_it_is_named():

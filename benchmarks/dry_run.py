@@ -1,0 +1,62 @@
+"""Dry runs against the runs that they foretell: time, memory and disk.
+
+    python benchmarks/dry_run.py -- --demo
+    python benchmarks/dry_run.py -- --initial_pretrain_model scratch:mini --initial_pretrain_tokenizer corpus
+
+What is behind -- goes to train.py. The text is prepared first, as a dry run foretells the run with its text prepared.
+Prints what was foretold and what came, and their ratios; meant for an otherwise idle machine.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+UNITS = {"s": 1, "min": 60, "h": 3600, "MB": 1e6, "GB": 1e9}
+
+
+def measure(flags: list[str]) -> tuple[str, float, int]:
+    """What train.py printed, its seconds and the most memory it held, in bytes."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, out
+    return out, time.perf_counter() - began, usage.ru_maxrss * 1024
+
+
+def amount(text: str) -> float:
+    """The number that a line of the dry run begins with: 3 min 20 s, 1.8 GB."""
+    first = re.match(r"(?:[\d.]+ (?:min|s|h|MB|GB)\b ?)+", text)
+    assert first, text
+    return sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([\d.]+) (\w+)", first[0]))
+
+
+def main() -> None:
+    """Prepares, foretells, runs, compares."""
+    flags = sys.argv[sys.argv.index("--") + 1 :]
+    with tempfile.TemporaryDirectory() as output:
+        flags += [f"--path_model_save={output}", "--run_name=whole"]
+        measure([*flags, "--check_only"])
+        screen, seconds, _ = measure([*flags, "--dry_run"])
+        print(screen, f"(the dry run took {seconds:.0f} s)\n", flush=True)
+        foretold = {
+            what: amount(rest) for what, rest in re.findall(r"^(time|memory|disk) +(.*)$", screen, re.MULTILINE)
+        }
+        _, seconds, memory = measure(flags)
+        size = sum(file.stat().st_size for file in Path(output, "whole").rglob("*") if file.is_file())
+    for what, came in (("time", seconds), ("memory", memory), ("disk", size)):
+        unit = 1 if what == "time" else 1e6
+        print(
+            f"{what:<8} foretold {foretold[what] / unit:8,.0f}, came {came / unit:8,.0f} {'s' if unit == 1 else 'MB'}: "
+            f"foretold / came = {foretold[what] / came:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -43,6 +43,7 @@ from mlm.log import say
 from mlm.memory import CPU_MICRO_BATCH_POSITIONS
 from mlm.picture import save_picture
 from mlm.ranks import make_accelerator, quiet_libraries
+from mlm.report import redraw
 from mlm.scores import choose_metric
 from mlm.storage import digest, lock, make_folder, write_json
 from mlm.tasks import Task, draw_few, load_task
@@ -86,6 +87,9 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
             write_json(comparison.folder / "settings.json", asdict(config))
     if config.general_text:
         measure_forgetting(comparison, config.general_text)
+    if accelerator.is_main_process:
+        for name in config.models:
+            redraw(Path(name).parent)
     say(f"\nEvery seed, the differences and a picture: {comparison.folder}")
 
 

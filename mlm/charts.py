@@ -182,7 +182,8 @@ def bars(counts: list[tuple[str, int]]) -> list[Bar]:
     drawn = []
     for index, (label, number) in enumerate(counts):
         height = (HEIGHT - TOP - BOTTOM) * number / most
-        is_labelled = (index % math.ceil(len(counts) / 5) == 0 and index < len(counts) - 2) or index == len(counts) - 1
+        is_last = index == len(counts) - 1
+        is_labelled = is_last or (index % 4 == 0 and index < len(counts) - 4)
         x, y = LEFT + room * index, HEIGHT - BOTTOM - height
         drawn.append(Bar(round(x, 1), round(y, 1), round(room - 2, 1), round(height, 1), label, number, is_labelled))
     return drawn

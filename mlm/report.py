@@ -29,6 +29,12 @@ def write_report(summary: Summary) -> None:
     _write(summary.folder / "report.html", page_of(summary))
 
 
+def redraw(folder: Path) -> None:
+    """Draws the page of a run anew, with what downstream.py has found since; does nothing where there is no run."""
+    if (folder / "summary.json").exists():
+        write_report(read_summary(folder))
+
+
 def _write(path: Path, page: str) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -110,7 +116,10 @@ def charts_of(run: Summary) -> list[Chart]:
         chart(
             "Perplexity",
             f"Test perplexity went from {figure(first['perplexity'])} to {figure(last['perplexity'])} {span}.",
-            [Curve("training text", "thin", losses), Curve("test text, 95%", "one", perplexities, dots=True)],
+            [
+                Curve("training text", "thin", losses),
+                Curve("test text with 95% intervals", "one", perplexities, dots=True),
+            ],
             references,
             logarithmic=True,
         ),

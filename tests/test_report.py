@@ -238,7 +238,9 @@ def test_results_on_tasks_and_general_text_are_shown(finished, tmp_path):
     ]
     (task / "comparison.csv").write_text(head + "".join(lines))
     (task / "general_text.csv").write_text(f"model,perplexity\nold,10.5\noutput/{folder.name}/final,12.25\n")
-    page = page_of(read_summary(folder))
+    report.redraw(folder)
+    report.redraw(tmp_path)  # which is no run's
+    page = (folder / "report.html").read_text(encoding="utf-8")
     assert "better by 23.5" in page and "worse" not in page and "old 10.50" in page and "final 12.25" in page
 
 

@@ -34,7 +34,7 @@ class Guess(NamedTuple):
     @property
     def chance(self) -> str:
         """The probability for people."""
-        return "<1%" if self.probability < 0.005 else f"{self.probability:.0%}"
+        return "<1%" if not self.probability >= 0.005 else f"{self.probability:.0%}"
 
 
 def hide_words(

@@ -14,7 +14,7 @@ from mlm.storage import atomic_write
 from mlm.vocabulary import Vocabulary
 
 MOST_LINES = 100
-LINES_AT_ONCE = 20
+LINES_AT_ONCE = 4  # few, as the logits of every position need much memory
 SEEN_AS_MASKS = BERT_RULE._replace(mask_share=1.0, random_share=0.0)  # else a kept token would not be seen to be hidden
 
 

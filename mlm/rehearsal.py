@@ -104,7 +104,7 @@ def _train_some_steps(run: Run, progress: Progress, queue: StepQueue) -> Unrepor
     for _ in range(min(WARM_UP_STEPS, run.config.max_steps - 1)):
         train_step(run, progress, queue)
     warm_up, progress.unreported = progress.unreported, Unreported()
-    usual_seconds = warm_up.seconds / max(1, warm_up.steps)
+    usual_seconds = max(1e-3, warm_up.seconds / max(1, warm_up.steps))
     steps = decide_on_main(run.accelerator, lambda: min(MOST_TIMED_STEPS, round(TIMED_SECONDS / usual_seconds)))
     for _ in range(min(max(steps, 3), run.config.max_steps - progress.step)):
         train_step(run, progress, queue)

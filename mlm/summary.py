@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mlm.chunks import TextStats
 from mlm.errors import UserError
-from mlm.evaluation import SAMPLE_ERROR, Evaluation, save_evaluation
+from mlm.evaluation import SAMPLE_ERROR, Evaluation, perplexity, save_evaluation
 from mlm.guesses import Guess, guess
 from mlm.log import SHOWN_BROKEN_WORDS, figure, with_error
 from mlm.state import Ending, Progress, Run
@@ -66,7 +66,9 @@ def publish(
     if evaluation and len(evaluation.losses) == run.test_chunks:
         with atomic_write(run.folder / SCORES) as temporary:
             save_evaluation(temporary, evaluation)
-    guesses_after = [] if ending is Ending.BROKEN else guess(run.bert, run.hidden_words, run.data.tokenizer)
+    guesses_after = (
+        [] if ending in (Ending.BROKEN, Ending.SKIPPING) else guess(run.bert, run.hidden_words, run.data.tokenizer)
+    )
     guesses = zip(run.hidden_words, progress.guesses_before, guesses_after, strict=False)
     summary = Summary(
         folder=run.folder,
@@ -108,13 +110,19 @@ def read_summary(folder: Path) -> Summary:
 def verdict(summary: Summary) -> str:
     """Whether the model guesses the test text better than the one that it started from, in a sentence."""
     last = summary.evaluations[-1]
-    if "change" not in last:
+    if summary.settings["evaluate_only"]:
         return "Not trained: these are the scores of the starting model."
+    if "change" not in last:
+        return "Not evaluated yet since training began: these are the scores of the starting model."
     return of_change(last["change"], last["change_low"], last["change_high"], "fell", "rose")
 
 
 def of_change(loss: float, low: float, high: float, fell: str, rose: str) -> str:
     """A change of the test loss with its 95% interval, in a sentence that says better, worse or that it cannot tell."""
+    if not math.isfinite(loss):
+        return "Worse: the test loss is not finite; training diverged."
+    if not math.isfinite(low):
+        return "Cannot tell: one chunk of test text gives no standard error; test on more text."
     if low == high == 0:
         return "Equal: the loss is the same on every chunk of the test text."
     unit = "nats per masked token (95% interval"
@@ -127,12 +135,12 @@ def of_change(loss: float, low: float, high: float, fell: str, rose: str) -> str
 
 def trend(summary: Summary) -> str:
     """Whether the test loss still falls, in a sentence; empty where too few evaluations were made to say."""
-    trained = [row for row in summary.evaluations if "change" in row]
+    trained = [row for row in summary.evaluations if math.isfinite(row.get("change_low", math.nan))]
     if len(trained) < 2:
         return ""
     before, last = trained[-2:]
     lowest = min(trained, key=lambda row: row["change"])
-    since = f"over the last {last['step'] - before['step']:,.0f} steps"
+    since = f"since step {before['step']:,.0f}"
     if last["change"] > lowest["change"] + SAMPLE_ERROR:
         return (
             f"It was lowest after step {lowest['step']:,.0f}, and has risen by "
@@ -161,8 +169,9 @@ def score_rows(summary: Summary) -> list[tuple[str, ...]]:
     last, unigram = both[-1], summary.text.unigram_perplexity
     divided = ""
     if "change" in last:
-        factor, least, most = (math.exp(-last[name]) for name in ("change", "change_high", "change_low"))
-        divided = f"divided by {figure(factor)} (95%: {figure(least)} to {figure(most)})"
+        factor, least, most = (perplexity(-last[name]) for name in ("change", "change_high", "change_low"))
+        if math.isfinite(last["change_low"]):
+            divided = f"divided by {figure(factor)} (95%: {figure(least)} to {figure(most)})"
     rows: list[tuple[str, ...]] = [
         ("perplexity", *(with_error(row["perplexity"], row["perplexity_se"]) for row in both), divided),
         ("masked accuracy", *(f"{row['masked_accuracy']:.1%}" for row in both), ""),

@@ -144,7 +144,7 @@ def comments(settings: type) -> dict[str, str]:
 
 
 def settings_table(settings: type) -> str:
-    """The README's table of settings. After a change of Config.py: PYTHONPATH=.:tests python tests/test_config.py"""
+    """The docs' table of settings. After a change of Config.py: PYTHONPATH=.:tests python tests/test_config.py"""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for field in fields(settings):
         default = "unset" if field.default is None else f"`{field.default!r}`".replace("'", '"')
@@ -154,13 +154,16 @@ def settings_table(settings: type) -> str:
     return "\n".join(rows)
 
 
+SETTINGS_PAGE = ROOT / "docs" / "settings.md"
+
+
 @pytest.mark.parametrize("settings", [Config, DownstreamConfig])
-def test_readme_has_the_table_of_settings(settings):
-    assert settings_table(settings) in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_docs_have_the_table_of_settings(settings):
+    assert settings_table(settings) in SETTINGS_PAGE.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = re.compile(r"\| setting \|.*?(?=\n\n)", re.DOTALL)
+    page = SETTINGS_PAGE.read_text(encoding="utf-8")
+    table = re.compile(r"\| setting \|.*?(?=\n\n|\Z)", re.DOTALL)
     tables = iter([settings_table(Config), settings_table(DownstreamConfig)])
-    (ROOT / "README.md").write_text(table.sub(lambda _: next(tables), readme), encoding="utf-8")
+    SETTINGS_PAGE.write_text(table.sub(lambda _: next(tables), page, count=2), encoding="utf-8")

@@ -61,6 +61,11 @@ def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch):
     assert estimate.disk_bytes == pytest.approx(size, rel=0.02)
 
 
+def test_the_shortest_run_can_be_rehearsed(settings, capsys):
+    train.main(settings(dry_run=True, max_steps=1))
+    assert "steps     1 of 16 chunks" in capsys.readouterr().out
+
+
 def test_the_time_left_counts_evaluations_and_checkpoints_too(settings):
     """By speeds that are given."""
 

@@ -116,11 +116,25 @@ def test_verdicts_follow_the_interval(finished):
     )
 
 
+def test_what_is_not_finite_is_said_and_not_shown(finished):
+    """A diverged run, one chunk of test text, and intervals too wide for a float."""
+    diverged = changed(finished, change=math.nan, change_low=math.nan, change_high=math.nan, perplexity=math.nan)
+    one = changed(finished, change=-1.0, change_low=-math.inf, change_high=math.inf, perplexity_se=math.inf)
+    wide = changed(finished, change=-900.0, change_low=-1e6, change_high=1e6)
+    for summary, word in ((diverged, "not finite"), (one, "one chunk"), (wide, "Cannot tell")):
+        assert word in verdict(summary)
+        page = page_of(summary)
+        assert not re.search(r"\binf\b", page) and trend(one) == ""
+        Page(page)
+
+
 def test_the_trend_says_whether_more_training_helps(finished):
     start, *_ = finished.evaluations
     cases = {"still fell, by 0.200": (-1.0, -1.2), "risen by 0.200": (-1.2, -1.0), "no longer": (-1.0, -1.005)}
     for word, changes in cases.items():
-        rows = [start] + [start | {"step": 10.0 * i, "change": c} for i, c in enumerate(changes, start=1)]
+        rows = [start] + [
+            start | {"step": 10.0 * i, "change": c, "change_low": c - 0.1} for i, c in enumerate(changes, start=1)
+        ]
         assert word in trend(dataclasses.replace(finished, rows=rows))
     assert trend(dataclasses.replace(finished, rows=[start])) == ""
 

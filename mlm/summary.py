@@ -135,7 +135,9 @@ def of_change(loss: float, low: float, high: float, fell: str, rose: str) -> str
 
 def trend(summary: Summary) -> str:
     """Whether the test loss still falls, in a sentence; empty where too few evaluations were made to say."""
-    trained = [row for row in summary.evaluations if math.isfinite(row.get("change_low", math.nan))]
+    trained = [row for row in summary.evaluations if "change" in row]
+    if trained and not math.isfinite(trained[-1]["change_low"]):
+        return ""
     if len(trained) < 2:
         return ""
     before, last = trained[-2:]

@@ -164,6 +164,6 @@ def test_the_docs_have_the_table_of_settings(settings):
 
 if __name__ == "__main__":
     page = SETTINGS_PAGE.read_text(encoding="utf-8")
-    table = re.compile(r"\| setting \|.*?(?=\n\n|\Z)", re.DOTALL)
+    table = re.compile(r"\| setting \|.*?(?=\n\n|\n?\Z)", re.DOTALL)
     tables = iter([settings_table(Config), settings_table(DownstreamConfig)])
     SETTINGS_PAGE.write_text(table.sub(lambda _: next(tables), page, count=2), encoding="utf-8")

@@ -44,7 +44,7 @@ def test_languages_are_in_step(english, chinese):
     """The same commands and settings, but for the model's language, and tables of as many rows."""
 
     def in_english(line: str) -> str:
-        return line.replace("bert-base-chinese", "bert-base-uncased").partition("    #")[0]
+        return line.replace("bert-base-chinese", "bert-base-uncased").partition("    #")[0].strip()
 
     assert list(map(in_english, commands(english))) == list(map(in_english, commands(chinese)))
     assert tables(english) == tables(chinese)

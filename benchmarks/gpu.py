@@ -91,6 +91,7 @@ def make_run(size: str, chunks: Chunks, batch_size: int, precision: str, on_cpu:
         config=config, accelerator=accelerator, folder=Path(), hidden_words=[], derived={},
         data=SimpleNamespace(vocabulary=VOCABULARY, train=chunks),  # type: ignore[arg-type]
         recipe={}, checkpoint=None, bert=bert, model=model, optimizer=optimizer, pace=Pace(), signals=[],
+        versions={}, command="",
         divide=partial(make_micro_batches, vocabulary=VOCABULARY, device=accelerator.device, varlen=varlen),
     )  # fmt: skip
 

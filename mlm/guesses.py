@@ -120,7 +120,7 @@ def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTraine
     """The model's three likeliest words for the masked place of each line."""
     options: dict[str, Any] = {"tokenizer": tokenizer, "device": model.device, "top_k": 3}
     fill_mask = pipeline("fill-mask", model=model.eval(), **options)
-    answers = fill_mask([line for line, _ in hidden], batch_size=HIDDEN_WORDS) if hidden else []
+    answers: list[Any] = fill_mask([line for line, _ in hidden], batch_size=HIDDEN_WORDS) if hidden else []
     if len(hidden) == 1:  # whose answer is not wrapped in a list
         answers = [answers]
     return [[Guess(found["token_str"], found["score"]) for found in likeliest] for likeliest in answers]

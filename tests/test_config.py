@@ -144,7 +144,7 @@ def comments(settings: type) -> dict[str, str]:
 
 
 def settings_table(settings: type) -> str:
-    """The docs' table of settings. After a change of Config.py: PYTHONPATH=.:tests python tests/test_config.py"""
+    """The table of settings in docs/. After a change of Config.py: PYTHONPATH=.:tests python tests/test_config.py"""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for field in fields(settings):
         default = "unset" if field.default is None else f"`{field.default!r}`".replace("'", '"')
@@ -155,15 +155,25 @@ def settings_table(settings: type) -> str:
 
 
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
+TABLE = re.compile(r"\| setting \|.*?(?=\n\n|\n?\Z)", re.DOTALL)
 
 
 @pytest.mark.parametrize("settings", [Config, DownstreamConfig])
-def test_the_docs_have_the_table_of_settings(settings):
+def test_the_page_of_settings_has_their_table(settings):
     assert settings_table(settings) in SETTINGS_PAGE.read_text(encoding="utf-8")
 
 
+def test_the_chinese_page_of_settings_has_the_same_names_and_defaults():
+    rows = re.compile(r"^\| (`\w+`) \| (.+?) \| (\S.*) \|$", re.MULTILINE)
+    english = rows.findall(SETTINGS_PAGE.read_text(encoding="utf-8"))
+    chinese = rows.findall((ROOT / "docs" / "zh-CN" / "settings.md").read_text(encoding="utf-8"))
+    words = {"unset": "未设", "required": "必填"}
+    expected = [(name, words.get(default, default)) for name, default, _ in english]
+    assert [(name, default) for name, default, _ in chinese] == expected
+    assert all(re.search("[\u4e00-\u9fff]", meaning) for _, _, meaning in chinese)
+
+
 if __name__ == "__main__":
-    page = SETTINGS_PAGE.read_text(encoding="utf-8")
-    table = re.compile(r"\| setting \|.*?(?=\n\n|\n?\Z)", re.DOTALL)
     tables = iter([settings_table(Config), settings_table(DownstreamConfig)])
-    SETTINGS_PAGE.write_text(table.sub(lambda _: next(tables), page, count=2), encoding="utf-8")
+    page = TABLE.sub(lambda _: next(tables), SETTINGS_PAGE.read_text(encoding="utf-8"))
+    SETTINGS_PAGE.write_text(page, encoding="utf-8")

@@ -95,7 +95,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     """
     # Lines of text become chunks of tokens, once for all runs on this text.
     pace = Pace()
-    with pace.preparing():
+    with pace.timing("preparing the text"):
         data = load_data(given)
     steps_per_epoch = math.ceil(len(data.train) / given.batch_size)
     config = resolve(given, steps_per_epoch, choose_precision(given))
@@ -131,14 +131,16 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
         keep_freed_memory()
     head_size = bert.config.hidden_size // bert.config.num_attention_heads
     varlen = has_variable_length_kernels(config.attention_dropout, accelerator.mixed_precision, head_size)
-    hidden_words = hide_words(islice(data.text.test(), 2000), data.train, data.tokenizer, vocabulary)
+    hidden_words = []
+    if accelerator.is_main_process:  # which alone shows them
+        hidden_words = hide_words(islice(data.text.test(), 2000), data.train, data.tokenizer, vocabulary)
 
     return Run(
         config=config,
         accelerator=accelerator,
         folder=folder,
         data=data,
-        hidden_words=hidden_words if accelerator.is_main_process else [],
+        hidden_words=hidden_words,
         derived=derived,
         versions={name: version(name) for name in PACKAGES},
         command=repeat_command("train.py", given, Config(), without=("resume", "run_name", "dry_run")),
@@ -245,7 +247,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress, queue: StepQueue) -> bo
         progress.sampled_chunks = choose_sample(run, evaluation)
 
     # The scores, and what training changed, go to the log, metrics.csv, the tracker and the report.
-    with run.pace.keeping():
+    with run.pace.timing("keeping what was found"):
         change = compare(progress.start, evaluation) if progress.step else None
         report_evaluation(run, progress, evaluation, change)
         progress.evaluated = progress.step
@@ -268,7 +270,7 @@ def evaluate_chunks(run: Run, queue: StepQueue, number: int) -> Evaluation | Non
     accelerator, data, positions = run.accelerator, run.data, queue.micro_batch_positions
     rank, ranks = accelerator.process_index, accelerator.num_processes
     batches = evaluation_batches(data.test, data.vocabulary, number, rank, ranks)
-    with run.pace.scoring(number):
+    with run.pace.timing("scoring a chunk", pieces=number):
         evaluation = evaluate(accelerator, run.model, batches, number, queue, run.signals)
     if queue.micro_batch_positions < positions:
         say(f"out of memory in an evaluation; micro-batches of {queue.micro_batch_positions} are used from now on")
@@ -321,14 +323,12 @@ def save_results(run: Run, progress: Progress, ending: Ending) -> Summary:
     """Writes how the run ended; of a finished one predictions and, last of all, the model with its card in final/."""
     summary = publish(run, progress, ending=ending)
     write_report(summary)
-    data, config = run.data, run.config
     if ending in (Ending.FINISHED, Ending.EVALUATED):
-        rest = (data.tokenizer, data.vocabulary, config.sen_max_length)
-        save_predictions(run.folder / "predictions.csv", data.text.test(), run.bert, *rest)
+        save_predictions(run)
     if ending is Ending.FINISHED:
         with atomic_write(run.folder / "final") as temporary:
-            save_model(temporary, run.bert, data.tokenizer)
-            make_card(summary, data.text.test()).save(temporary / "README.md")
+            save_model(temporary, run.bert, run.data.tokenizer)
+            make_card(summary, run.data.text.test()).save(temporary / "README.md")
     return summary
 
 

@@ -6,9 +6,9 @@ from itertools import islice
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
+from mlm.pages import template
 from mlm.summary import Summary, score_rows, verdict
 
 READ_LINES = 500  # to tell the language by
@@ -19,8 +19,7 @@ STOP_WORD_SHARE = 0.2  # of the words: English
 def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
     """The card of a finished run; lines: of the test text, to tell its language by. No text is quoted in it."""
     start, last = run.settings["initial_pretrain_model"], run.evaluations[-1]
-    language = language_of(lines)
-    name = run.folder.name
+    language, name = language_of(lines), run.folder.name
     scores = {"perplexity": last["perplexity"], "accuracy": last["masked_accuracy"]}
     data = ModelCardData(
         language=language,
@@ -40,8 +39,7 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
             for metric, value in scores.items()
         ],
     )
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "pages"), undefined=StrictUndefined)
-    body = pages.get_template("card.md").render(
+    body = template("card.md").render(
         run=run,
         name=name,
         start=start if is_hub_name(start) or start.startswith("scratch:") else "a local checkpoint",

@@ -4,8 +4,23 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 400, 230  # units of the picture; on a page about as many pixels
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 32  # margins
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+
+class Frame(NamedTuple):
+    """The picture and its margins, in units that are about pixels on a page."""
+
+    width: int = 400
+    height: int = 230
+    left: int = 54
+    right: int = 14
+    top: int = 12
+    bottom: int = 32
+
+
+FRAME = Frame()
+INNER_WIDTH = FRAME.width - FRAME.left - FRAME.right
+INNER_HEIGHT = FRAME.height - FRAME.top - FRAME.bottom
 MOST_POINTS = 250  # of a curve; more are averaged, as the picture shows no more and the page must stay small
 
 
@@ -74,10 +89,10 @@ def chart(
     values = [point.value for point in points] + [each.value for each in references]
     y_of, y_ticks = _vertical_axis(min(values), max(values), logarithmic, label)
     last_step = max(point.step for point in points)
-    x_ticks = _linear_ticks(0, last_step, most=5) if last_step else [0]
+    x_ticks = [step for step in _ticks(0, last_step) if step == int(step)] if last_step else [0]
 
     def x_of(step: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * (step / last_step if last_step else 0.5), 1)
+        return round(FRAME.left + INNER_WIDTH * (step / last_step if last_step else 0.5), 1)
 
     drawn = []
     for curve in curves:
@@ -129,38 +144,30 @@ def _vertical_axis(
     """Where a value is drawn, and which are labelled."""
     if logarithmic:
         low, high = low / 1.1, high * 1.1
-        ticks = _logarithmic_ticks(low, high)
     else:
         margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
         low, high = (0.0 if 0 <= low < (high - low) else low - margin), high + margin
-        ticks = _linear_ticks(low, high, most=6)
     scale: Callable[[float], float] = math.log if logarithmic else float
 
     def y_of(value: float) -> float:
         share = (scale(min(max(value, low), high)) - scale(low)) / (scale(high) - scale(low))
-        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share, 1)
+        return round(FRAME.height - FRAME.bottom - INNER_HEIGHT * share, 1)
 
-    return y_of, ticks
-
-
-def _linear_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers from low to high: steps of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / most
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    first = math.ceil(low / step)
-    return [index * step for index in range(first, math.floor(high / step) + 1)]
+    return y_of, _ticks(low, high, logarithmic)
 
 
-def _logarithmic_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between; where there are few, 2 and 5 times these too; where there are none, round numbers."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1,), (1, 2, 5)):
-        ticks = [factor * 10.0**power for power in powers for factor in factors]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
-            return ticks
-    return _linear_ticks(low, high, most=5)
+def _ticks(low: float, high: float, logarithmic: bool = False) -> list[float]:
+    """Round numbers from low to high; on a logarithmic axis 1, 2 and 5 times powers of ten, or the powers alone."""
+    ticks: list[float] = []
+    if logarithmic:
+        for factors in ((1.0,), (1.0, 2.0, 5.0)):
+            if len(ticks) < 3:
+                ticks = _between(low, high, LogLocator(subs=factors, numticks=10**3).tick_values(low, high))
+    return ticks if len(ticks) > 1 else _between(low, high, MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high))
+
+
+def _between(low: float, high: float, ticks: Sequence[float]) -> list[float]:
+    return [float(tick) for tick in ticks if low <= tick <= high]
 
 
 class Bar(NamedTuple):
@@ -178,12 +185,12 @@ class Bar(NamedTuple):
 def bars(counts: list[tuple[str, int]]) -> list[Bar]:
     """A histogram: a bar for each label and how often it occurs."""
     most = max(1, max(number for _, number in counts))
-    room = (WIDTH - LEFT - RIGHT) / len(counts)
+    room = INNER_WIDTH / len(counts)
     drawn = []
     for index, (label, number) in enumerate(counts):
-        height = (HEIGHT - TOP - BOTTOM) * number / most
+        height = INNER_HEIGHT * number / most
         is_last = index == len(counts) - 1
         is_labelled = is_last or (index % 4 == 0 and index < len(counts) - 4)
-        x, y = LEFT + room * index, HEIGHT - BOTTOM - height
+        x, y = FRAME.left + room * index, FRAME.height - FRAME.bottom - height
         drawn.append(Bar(round(x, 1), round(y, 1), round(room - 2, 1), round(height, 1), label, number, is_labelled))
     return drawn

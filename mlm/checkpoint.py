@@ -61,8 +61,9 @@ def save_if_due(run: Run, progress: Progress, queue: StepQueue, ending: Ending |
         return
     if is_found_by_trial(run):
         progress.micro_batch_tokens = queue.micro_batch_positions
-    with run.pace.saving(progress.step):
+    with run.pace.timing("saving a checkpoint"):
         save_checkpoint(run, progress)
+    run.pace.saved(progress.step)
 
 
 def save_checkpoint(run: Run, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from Config import Config
 from mlm.chunks import SplitStats, TextStats
-from mlm.estimate import seconds_left
+from mlm.estimate import time_left
 from mlm.evaluation import Change, Evaluation, perplexity
 from mlm.schedule import learning_rate_at
 from mlm.settings import describe_settings
@@ -38,14 +38,6 @@ def figure(value: float) -> str:
     if value >= 1e8:
         return f"{value:.2e}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:,.2f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 45 s, 3 min 20 s, 4 h 12 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def with_error(value: float, standard_error: float) -> str:
@@ -150,13 +142,13 @@ def report_if_due(run: Run, progress: Progress, bar: tqdm) -> None:
     train_loss = new.loss / new.masked_tokens
     learning_rate = learning_rate_at(step - 1, config)
     tokens_per_s = new.tokens / new.seconds
-    time_left = tqdm.format_interval(seconds_left(run, progress, new.seconds / new.steps))
+    left = tqdm.format_interval(time_left(run, progress, new.seconds / new.steps).seconds)
     say(
         f"step {step}/{config.max_steps}, epoch {step / run.steps_per_epoch:.2f}: loss {train_loss:.3f}, "
         f"perplexity {figure(perplexity(train_loss))}, lr {learning_rate:.2e}, {tokens_per_s:,.0f} tokens/s, "
-        f"{time_left} left"
+        f"{left} left"
     )
-    bar.set_postfix_str(f"{time_left} left, loss {train_loss:.3f}")
+    bar.set_postfix_str(f"{left} left, loss {train_loss:.3f}")
     record(run, progress, {"train_loss": train_loss, "lr": learning_rate, "tokens_per_s": tokens_per_s})
     progress.unreported = Unreported()
 
@@ -181,14 +173,14 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def describe_divergence(run: Run, progress: Progress, ending: Ending) -> str:
-    """What went wrong, the setting to change, and where the last good weights are: in a checkpoint, and in best/."""
+    """What went wrong, the setting to change, and where the last finite weights are: in a checkpoint, and in best/."""
     what = f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, had no finite loss and gradient"
     if ending is Ending.BROKEN:
         what = f"the weights after step {progress.step} are not finite"
     rate = f"most often {run.config.learning_rate:g} is too high. Begin a new run with a lower one"
     lines = [f"learning_rate: {what}; {rate}"]
     if run.pace.saved_step is not None:
-        lines.append(f"  the last good weights are in {checkpoint_path(run.folder, run.pace.saved_step)}")
+        lines.append(f"  the last finite weights are in {checkpoint_path(run.folder, run.pace.saved_step)}")
     if progress.best_loss is not None:
         lines.append(f"  those with the lowest test loss are in {run.folder / 'best'}")
     return "\n".join(lines)

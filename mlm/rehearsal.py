@@ -10,14 +10,16 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from mlm.batches import StepQueue
 from mlm.checkpoint import save_checkpoint, save_model
 from mlm.chunks import histogram
-from mlm.estimate import Work, checkpoints_to_come, choose_sample, work_left
+from mlm.estimate import TimeLeft, choose_sample, time_left
 from mlm.evaluation import Evaluation
-from mlm.log import duration, text_warnings, with_error
+from mlm.log import text_warnings, with_error
 from mlm.machine import count_gpus, native_precision
+from mlm.predictions import save_predictions
 from mlm.ranks import decide_on_main
 from mlm.state import Progress, Run, Unreported, checkpoint_path
 from mlm.summary import publish
@@ -37,12 +39,8 @@ class Estimate(NamedTuple):
     start: Evaluation  # of some test chunks, before training
     rehearsed_steps: int
     tokens_per_s: float
-    work: Work
-    checkpoints: int
     start_seconds: float  # until the first evaluation begins
-    step_seconds: float  # all, as the next two
-    evaluation_seconds: float  # with what is written after each
-    checkpoint_seconds: float
+    left: TimeLeft  # from then on
     memory_bytes: int  # of this process
     gpu_bytes: int  # of its GPU; 0 without
     disk_bytes: int  # of the run's folder, at the end
@@ -51,7 +49,7 @@ class Estimate(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        return self.start_seconds + self.step_seconds + self.evaluation_seconds + self.checkpoint_seconds
+        return self.start_seconds + self.left.seconds
 
 
 def measure(
@@ -66,35 +64,25 @@ def measure(
     evaluate: scores so many test chunks; prepare: finds the text prepared, as the whole run will.
     """
     prepare()
-    start_seconds = time.time() - psutil.Process().create_time() - run.pace.preparing_seconds
+    start_seconds = time.time() - psutil.Process().create_time() - run.pace.seconds["preparing the text"]
     progress.start = evaluate(min(run.test_chunks, REHEARSED_CHUNKS))
     assert progress.start, "no signal stops it"
-    progress.rows.append({"step": 0, "eval_loss": progress.start.loss})
-
     trained = _train_some_steps(run, progress, queue)
-    sizes = _save_once(run, progress)
+    model_bytes, checkpoint_bytes = _save_once(run, progress)
 
-    whole = Progress(sampled_chunks=choose_sample(run, progress.start))  # where the run itself begins
-    work = work_left(run, whole)
     tokens_per_s = trained.tokens / trained.seconds
-    seconds_per_step = run.derived["tokens_per_step"] / tokens_per_s
-    checkpoints = checkpoints_to_come(run, work.steps, seconds_per_step)
-    model_bytes, checkpoint_bytes = sizes
+    whole = Progress(sampled_chunks=choose_sample(run, progress.start))  # where the run itself begins
+    left = time_left(run, whole, run.derived["tokens_per_step"] / tokens_per_s)
     return Estimate(
         start=progress.start,
         rehearsed_steps=progress.step,
         tokens_per_s=tokens_per_s,
-        work=work,
-        checkpoints=checkpoints,
         start_seconds=start_seconds,
-        step_seconds=work.steps * seconds_per_step,
-        evaluation_seconds=work.test_chunks * run.pace.chunk_seconds
-        + (work.evaluations + 1) * run.pace.keeping_seconds,
-        checkpoint_seconds=checkpoints * run.pace.checkpoint_seconds,
+        left=left,
         memory_bytes=_peak_memory(),
         gpu_bytes=torch.cuda.max_memory_reserved() if run.accelerator.device.type == "cuda" else 0,
-        disk_bytes=2 * model_bytes + min(checkpoints, run.config.keep_checkpoints) * checkpoint_bytes,
-        saving_bytes=checkpoint_bytes if checkpoints else model_bytes,
+        disk_bytes=2 * model_bytes + min(left.checkpoints, run.config.keep_checkpoints) * checkpoint_bytes,
+        saving_bytes=checkpoint_bytes if left.checkpoints else model_bytes,
         free_bytes=shutil.disk_usage(run.folder).free,
     )
 
@@ -112,14 +100,15 @@ def _train_some_steps(run: Run, progress: Progress, queue: StepQueue) -> Unrepor
 
 
 def _save_once(run: Run, progress: Progress) -> tuple[int, int]:
-    """Writes what follows an evaluation, and a checkpoint. Returns the bytes of the model and of the checkpoint."""
+    """Writes what follows an evaluation, a checkpoint, and predictions. Returns the bytes of model and checkpoint."""
     if not run.is_main:
         return 0, 0
-    with run.pace.keeping():
+    with run.pace.timing("keeping what was found"):
         save_model(run.folder / "best", run.bert, run.data.tokenizer)
         publish(run, progress)
-    with run.pace.saving(progress.step):
+    with run.pace.timing("saving a checkpoint"):
         save_checkpoint(run, progress)
+    save_predictions(run)  # for its memory
     return _bytes(run.folder / "best"), _bytes(checkpoint_path(run.folder, progress.step))
 
 
@@ -157,13 +146,14 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
         f"{config.max_steps:,} of {min(config.batch_size, len(run.data.train)):,} chunks, "
         f"{config.max_steps / run.steps_per_epoch:.3g} epochs, on {run.derived['devices']}, {config.mixed_precision}"
     )
+    left, as_time = estimate.left, tqdm.format_interval
     time_for = {
         "start": estimate.start_seconds,
-        "steps": estimate.step_seconds,
-        f"{estimate.work.evaluations + 1:,} evaluations": estimate.evaluation_seconds,
-        f"{estimate.checkpoints:,} checkpoints": estimate.checkpoint_seconds,
+        "steps": left.step_seconds,
+        f"{left.evaluations:,} evaluation(s)": left.evaluation_seconds,
+        f"{left.checkpoints:,} checkpoint(s)": left.checkpoint_seconds,
     }
-    parts = ", ".join(f"{what} {duration(seconds)}" for what, seconds in time_for.items())
+    parts = ", ".join(f"{what} {as_time(seconds)}" for what, seconds in time_for.items())
     gpu = f", and {_size(estimate.gpu_bytes)} of the GPU's" if estimate.gpu_bytes else ""
     each = " for each process" if run.accelerator.num_processes > 1 else ""
     disk = (
@@ -175,7 +165,7 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
         "model": model,
         "steps": [steps],
         "speed": [f"{estimate.tokens_per_s:,.0f} tokens/s"],
-        "time": [f"{duration(estimate.seconds)}: {parts}"],
+        "time": [f"{as_time(estimate.seconds)}: {parts}"],
         "memory": [f"{_size(estimate.memory_bytes)}{gpu}{each}"],
         "disk": [disk],
         "faster": hints_for_speed(run, estimate),
@@ -213,8 +203,8 @@ def hints_for_speed(run: Run, estimate: Estimate) -> list[str]:
         hints.append("a GPU: none is used")
     if count_gpus() and config.attention_dropout:
         hints.append("--attention_dropout 0: allows the fast attention kernels")
-    if estimate.evaluation_seconds > WORTH_A_HINT * estimate.seconds and run.test_chunks > REHEARSED_CHUNKS:
-        share = estimate.evaluation_seconds / estimate.seconds
+    if estimate.left.evaluation_seconds > WORTH_A_HINT * estimate.seconds and run.test_chunks > REHEARSED_CHUNKS:
+        share = estimate.left.evaluation_seconds / estimate.seconds
         hints.append(f"--max_test_chunks {REHEARSED_CHUNKS}: evaluations take {share:.0%} of the time")
     if train.duplicate > WORTH_A_HINT * train.lines:
         hints.append(

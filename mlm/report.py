@@ -3,21 +3,17 @@
 import csv
 import sys
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from mlm import charts
-from mlm.charts import Chart, Curve, Point, Reference, chart
+from mlm.charts import FRAME, Chart, Curve, Point, Reference, bars, chart
 from mlm.chunks import SplitStats, histogram
 from mlm.errors import UserError, plain_errors
 from mlm.evaluation import compare, load_evaluation, perplexity
 from mlm.log import figure, splits_of, text_warnings, with_error
+from mlm.pages import template
 from mlm.state import Ending
 from mlm.storage import atomic_write
 from mlm.summary import SCORES, Summary, notes, of_change, read_summary, score_rows, verdict
 
-FRAME = {name: getattr(charts, name.upper()) for name in ("width", "height", "left", "right", "top", "bottom")}
 MASK = "[MASK]"
 STYLES = ("one", "two", "three", "four")  # of runs beside each other
 MOST_RUNS = len(STYLES)
@@ -40,11 +36,6 @@ def _write(path: Path, page: str) -> None:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _template(name: str) -> Any:
-    loader = FileSystemLoader(Path(__file__).parent / "pages")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template(name)
-
-
 # -------------------------------------------------------------------------------------------------------------- one run
 
 
@@ -58,7 +49,7 @@ def page_of(run: Summary) -> str:
         warnings.append(f"warning: {run.skipped_steps:,} steps skipped, as their loss or gradient was not finite")
     counts = histogram(next(iter(splits.values())), run.settings["sen_max_length"])
     last = run.evaluations[-1]
-    return _template("run.html").render(
+    return template("run.html").render(
         run=run,
         state=_state_of(run),
         answer=answer,
@@ -74,7 +65,7 @@ def page_of(run: Summary) -> str:
         tasks=tasks_of(run.folder),
         splits=splits,
         text_rows=_rows_of_text(list(splits.values())),
-        lengths=charts.bars(counts),
+        lengths=bars(counts),
         lengths_alt="Histogram of the tokens of a line: " + ", ".join(f"{label}: {n:,}" for label, n in counts if n),
     )
 
@@ -127,12 +118,16 @@ def charts_of(run: Summary) -> list[Chart]:
             "Hidden tokens guessed right",
             f"From {first['masked_accuracy']:.1%} to {last['masked_accuracy']:.1%} {span}.",
             [Curve("test text", "one", accuracies, dots=True)],
-            label="{:.0%}".format,
+            label=_percent,
         ),
         chart("Learning rate", _range("The learning rate", rates), [Curve("", "one", rates)], label="{:.3g}".format),
         chart("Tokens a second", _range("Training speed", speeds), [Curve("", "one", speeds)]),
     ]
     return [each for each in made if each]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _range(what: str, points: list[Point]) -> str:
@@ -177,17 +172,16 @@ def _is_of(model: str, folder: Path) -> bool:
 def page_of_several(runs: list[Summary]) -> str:
     """The page that sets runs side by side, as HTML."""
     first = runs[0]
-    names = list(first.settings)
     differing = [
         (name, [run.settings.get(name) for run in runs])
-        for name in names
+        for name in first.settings
         if name != "run_name" and len({str(run.settings.get(name)) for run in runs}) > 1
     ]
     hidden = [(guessed.line, guessed.word) for guessed in first.guesses]
     same_words = all([(guessed.line, guessed.word) for guessed in run.guesses] == hidden for run in runs)
     curves = {
         "Perplexity on the test text": ("perplexity", True, "{:,.10g}".format),
-        "Hidden tokens guessed right": ("masked_accuracy", False, "{:.0%}".format),
+        "Hidden tokens guessed right": ("masked_accuracy", False, _percent),
     }
     made = []
     for title, (column, logarithmic, label) in curves.items():
@@ -196,7 +190,7 @@ def page_of_several(runs: list[Summary]) -> str:
             for run, style in zip(runs, STYLES, strict=False)
         ]
         made.append(chart(title, f"{title}, a curve for each run.", lines, logarithmic=logarithmic, label=label))
-    return _template("runs.html").render(
+    return template("runs.html").render(
         runs=runs,
         rows=[_row_of(run, first) for run in runs],
         charts=[each for each in made if each],
@@ -227,10 +221,10 @@ def _row_of(run: Summary, first: Summary) -> dict[str, str]:
 def _against(run: Summary, first: Summary) -> str:
     """The paired difference of two runs' last evaluations, in a sentence."""
     try:
+        if run.text.test != first.text.test:
+            raise ValueError("they are of other texts")
         change = compare(*(load_evaluation(each.folder / SCORES) for each in (first, run)))
     except (ValueError, OSError):
-        return "Not comparable: another test text, tokenizer or sen_max_length."
-    if run.text.test != first.text.test:
         return "Not comparable: another test text, tokenizer or sen_max_length."
     return of_change(change.loss, change.low, change.high, "is lower", "is higher")
 

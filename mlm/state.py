@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -33,49 +33,32 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08}"
 
 
+Timed = Literal["preparing the text", "scoring a chunk", "keeping what was found", "saving a checkpoint"]
+
+
 class Pace:
-    """What a run's own work was measured to take, in seconds, and when and after which step it was last saved."""
+    """What a run's own work was measured to take, and when and after which step it was last saved."""
 
     def __init__(self):
-        self.preparing_seconds = 0.0  # the text
-        self.chunk_seconds = 0.0  # to score a test chunk
-        self.keeping_seconds = 0.0  # after an evaluation: for best/, metrics.csv and the report
-        self.checkpoint_seconds = 0.0
+        self.seconds: dict[Timed, float] = dict.fromkeys(get_args(Timed), 0.0)
         self.saved_step: int | None = None  # or the one that the run was resumed from
         self._saved_at = time.perf_counter()
 
+    @contextmanager
+    def timing(self, work: Timed, pieces: int = 1) -> Iterator[None]:
+        """Times the block, which does so many pieces of that work."""
+        began = time.perf_counter()
+        yield
+        self.seconds[work] = (time.perf_counter() - began) / pieces
+
     def is_affordable(self) -> bool:
         """Whether one more checkpoint of the same cost keeps the time for them below LARGEST_SAVE_SHARE."""
-        return time.perf_counter() - self._saved_at >= self.checkpoint_seconds / LARGEST_SAVE_SHARE
+        cost = self.seconds["saving a checkpoint"]
+        return time.perf_counter() - self._saved_at >= cost / LARGEST_SAVE_SHARE
 
-    @contextmanager
-    def preparing(self) -> Iterator[None]:
-        """Times the block, in which the text is found or made."""
-        began = time.perf_counter()
-        yield
-        self.preparing_seconds = time.perf_counter() - began
-
-    @contextmanager
-    def scoring(self, chunks: int) -> Iterator[None]:
-        """Times the block, in which so many test chunks are scored."""
-        began = time.perf_counter()
-        yield
-        self.chunk_seconds = (time.perf_counter() - began) / chunks
-
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        """Times the block, in which what an evaluation found is written."""
-        began = time.perf_counter()
-        yield
-        self.keeping_seconds = time.perf_counter() - began
-
-    @contextmanager
-    def saving(self, step: int) -> Iterator[None]:
-        """Times the block, in which a checkpoint of that step is saved."""
-        began = time.perf_counter()
-        yield
+    def saved(self, step: int) -> None:
+        """Notes that the checkpoint of that step is saved."""
         self.saved_step, self._saved_at = step, time.perf_counter()
-        self.checkpoint_seconds = self._saved_at - began
 
 
 class Data(NamedTuple):

@@ -1,9 +1,7 @@
 """Experiment trackers, by the names that accelerate gives them: tensorboard, trackio, wandb, mlflow, swanlab."""
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import get_available_trackers
@@ -30,46 +28,27 @@ def start_tracker(run: Run, progress: Progress) -> None:
 
     What is written goes under `path_model_save`, but trackio's, which has one place for all of a user's runs.
     """
-    name = run.config.tracker
-    arguments = ARGUMENTS.get(name, lambda *_: {})(run.folder.absolute(), progress.step if run.checkpoint else None)
+    name, folder, is_resumed = run.config.tracker, run.folder.absolute(), run.checkpoint is not None
+    arguments: dict[str, dict[str, Any]] = {
+        "tensorboard": {"purge_step": progress.step + 1 if is_resumed else 0},
+        "trackio": {
+            "name": folder.name,
+            "resume": "allow" if is_resumed else "never",
+            "auto_log_cpu": False,
+            "auto_log_gpu": False,
+        },
+        "wandb": {"name": folder.name, "dir": str(folder)},
+        "mlflow": {"run_name": folder.name, "logging_dir": str(folder.parent / "mlartifacts")},
+        "swanlab": {"name": folder.name, "log_dir": str(folder / "swanlog")},
+    }
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")  # one for all runs
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     settings = {setting: value for setting, value in asdict(run.config).items() if value is not None}
     try:
-        run.accelerator.init_trackers(PROJECT, config=settings, init_kwargs={name: arguments})
+        run.accelerator.init_trackers(PROJECT, config=settings, init_kwargs={name: arguments.get(name, {})})
     except Exception as error:  # each raises what it likes, from no account to no network
-        local = TO_KEEP_IT_LOCAL.get(name)
-        remedy = f"keep it on this machine by {local}, or leave it out" if local else "leave it out"
-        raise UserError(f"tracker: {name} could not start ({first_line(error)}); {remedy} by --tracker none") from error
-
-
-def _tensorboard(folder: Path, resumed_step: int | None) -> dict[str, Any]:
-    return {"purge_step": 0 if resumed_step is None else resumed_step + 1}
-
-
-def _trackio(folder: Path, resumed_step: int | None) -> dict[str, Any]:
-    resume = "never" if resumed_step is None else "allow"
-    return {"name": folder.name, "resume": resume, "auto_log_cpu": False, "auto_log_gpu": False}
-
-
-def _wandb(folder: Path, resumed_step: int | None) -> dict[str, Any]:
-    os.environ.setdefault("WANDB_SILENT", "true")
-    return {"name": folder.name, "dir": str(folder)}
-
-
-def _mlflow(folder: Path, resumed_step: int | None) -> dict[str, Any]:
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")  # one for all runs
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    return {"run_name": folder.name, "logging_dir": str(folder.parent / "mlartifacts")}
-
-
-def _swanlab(folder: Path, resumed_step: int | None) -> dict[str, Any]:
-    return {"name": folder.name, "log_dir": str(folder / "swanlog")}
-
-
-ARGUMENTS: dict[str, Callable[[Path, int | None], dict[str, Any]]] = {
-    "tensorboard": _tensorboard,
-    "trackio": _trackio,
-    "wandb": _wandb,
-    "mlflow": _mlflow,
-    "swanlab": _swanlab,
-}
+        local = f"keep it on this machine by {TO_KEEP_IT_LOCAL[name]}, or " if name in TO_KEEP_IT_LOCAL else ""
+        reason = f"tracker: {name} could not start ({first_line(error)})"
+        raise UserError(f"{reason}; {local}leave it out by --tracker none") from error

@@ -23,9 +23,10 @@ from mlm.vocabulary import load_tokenizer, read_vocabulary
 from model import PackedMaskedLM, load_model
 
 
-def test_every_chunk_is_scored_as_the_stock_model_scores_it_alone(settings, monkeypatch):
+def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings, monkeypatch):
+    """Of each chunk by itself, and of all together."""
     monkeypatch.setattr(data_process, "EVALUATION_CHUNKS", 7)  # so that it takes several batches
-    config = settings()
+    config = settings(mlm_probability=0.5, random_replace_prob=0.2)  # which evaluations do not follow
     text = find_text(config)
     tokenizer = load_tokenizer(config, text.train, text.digest)
     vocabulary = read_vocabulary(tokenizer)
@@ -33,18 +34,37 @@ def test_every_chunk_is_scored_as_the_stock_model_scores_it_alone(settings, monk
     model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
     divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"))
     queue = StepQueue(iter([]), divide, micro_batch_positions=100, longest_chunk=32)
-    found = evaluate(
-        Accelerator(), PackedMaskedLM(model), evaluation_batches(test, vocabulary, 20), 20, queue, signals=[]
-    )
-    for place, chunk in enumerate(evaluation_order(len(test))[:20]):
-        tokens, lengths, _ = take(test, np.array([chunk]))
+    batches = evaluation_batches(test, vocabulary, len(test))
+    found = evaluate(Accelerator(), PackedMaskedLM(model).train(), batches, len(test), queue, signals=[])
+
+    def by_stock_model(chunks):
+        tokens, lengths, _ = take(test, chunks)
         hidden = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
         with torch.no_grad():
-            alone = score(model.eval(), pad(*hidden, lengths, vocabulary))
+            return score(model.eval(), pad(*hidden, lengths, vocabulary))
+
+    for place, chunk in enumerate(evaluation_order(len(test))):
+        alone = by_stock_model(np.array([chunk]))
         assert found.masked[place] == alone.masked_tokens
         assert found.losses[place] == pytest.approx(alone.loss.item() * alone.masked_tokens, abs=1e-4)
         assert found.correct[place] == alone.right
-    assert found.loss == pytest.approx(found.losses.sum() / found.masked.sum())
+    expected = by_stock_model(np.arange(len(test)))
+    assert found.loss == pytest.approx(expected.loss.item(), abs=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(expected.loss.item()), rel=1e-4)
+    assert found.accuracy == pytest.approx(expected.right / expected.masked_tokens)
+
+
+def test_evaluation_is_the_same_whatever_the_run(settings, tmp_path):
+    """Seed, batch size, micro-batch and training masks do not change what the same weights score."""
+    first = run(settings(run_name="a", max_steps=2))
+    changes = {"seed": 7, "batch_size": 5, "micro_batch_tokens": 64, "mlm_probability": 0.3, "whole_words_mask": True}
+    start = str(first / "final")
+    same = {"initial_pretrain_model": start, "initial_pretrain_tokenizer": start, "max_steps": 1}
+    scores = []
+    for name, more in (("b", {}), ("c", changes)):
+        scores.append(float(metrics(run(settings(run_name=name, **same, **more)))[0]["eval_loss"]))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[0] == pytest.approx(float(metrics(first)[-1]["eval_loss"]), abs=1e-5)
 
 
 @pytest.mark.parametrize("varlen", [False, True])

@@ -12,7 +12,7 @@ from runs import contents, metrics, run
 import train
 from mlm import display, hub, rehearsal, text, trackers
 from mlm.errors import UserError
-from mlm.estimate import seconds_left
+from mlm.estimate import time_left
 from mlm.state import Pace, Progress
 
 
@@ -29,7 +29,7 @@ def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing_but_the_cache(setting
     assert re.search(r"^steps +48 of 16 chunks, 4 epochs, on 1 x cpu, no$", screen, re.M)
     for what in (
         r"speed +[\d,]+ tokens/s",
-        r"time +\d+ s: start .* 5 evaluations .* 12 checkpoints",
+        r"time +\d\d:\d\d: start .* 5 evaluation\(s\) .* 12 checkpoint\(s\)",
         r"memory +\d",
         r"disk +\d",
     ):
@@ -55,8 +55,7 @@ def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch):
     folder = run(settings(run_name="whole", **usual))
     [estimate] = estimates
     scored = [int(row["test_chunks"]) for row in metrics(folder) if row["test_chunks"]]
-    assert estimate.work == (26, sum(scored), len(scored) - 1)
-    assert estimate.checkpoints == len(saved)
+    assert estimate.left[:3] == (len(scored), sum(scored), len(saved))
     size = sum(len(content) for content in contents(folder).values())
     assert estimate.disk_bytes == pytest.approx(size, rel=0.02)
 
@@ -73,11 +72,10 @@ def test_the_time_left_counts_evaluations_and_checkpoints_too(settings):
         config = settings(max_steps=20, eval_every=5, save_every=4)
         test_chunks, steps_per_epoch, pace = 80, 8, Pace()
 
-    pace = Run.pace
-    pace.chunk_seconds, pace.keeping_seconds, pace.checkpoint_seconds = 0.1, 3.0, 7.0
+    Run.pace.seconds |= {"scoring a chunk": 0.1, "keeping what was found": 3.0, "saving a checkpoint": 7.0}
     progress = Progress(step=10, evaluated=10, sampled_chunks=50)
     # Evaluations after steps 15 (50 chunks) and 20 (80); checkpoints after two of nine further steps; final/ once.
-    assert seconds_left(Run, progress, 2.0) == pytest.approx(10 * 2 + 130 * 0.1 + 3 * 3.0 + 2 * 7.0)
+    assert time_left(Run, progress, 2.0).seconds == pytest.approx(10 * 2 + 130 * 0.1 + 3 * 3.0 + 2 * 7.0)
 
 
 def test_evaluate_only_scores_any_checkpoint_on_any_text_and_trains_nothing(settings, tmp_path, capsys):

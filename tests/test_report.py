@@ -196,6 +196,19 @@ def test_a_chart_keeps_the_ends_the_order_and_few_points():
     assert min(ys) < middle < max(ys)
 
 
+def test_ticks_say_where_they_are():
+    """Each label is the value of its place, none twice, whole steps below."""
+    for last, high in ((12, 0.0204), (7, 0.5), (3040, 33_000.0), (1, 3e-5)):
+        points = [Point(0, 0.0), Point(last, high)]
+        drawn = chart("t", "a", [Curve("c", "one", points)], label="{:.3g}".format)
+        (x0, y0), (x1, y1) = (map(float, place.split()) for place in drawn.curves[0].path[1:].split("L"))
+        for x, label in drawn.x_ticks:
+            assert x == pytest.approx(x0 + (x1 - x0) * int(label.replace(",", "")) / last, abs=0.1)
+        for y, label in drawn.y_ticks:
+            assert y == pytest.approx(y0 + (y1 - y0) * float(label) / high, abs=0.1)
+        assert len(set(drawn.y_ticks)) == len({label for _, label in drawn.y_ticks}) >= 3
+
+
 def test_a_chart_takes_what_runs_bring():
     """Nothing, one point, equal values, values that are not finite, zero on a logarithmic axis."""
     assert chart("t", "a", [Curve("c", "one", [])]) is None

@@ -5,15 +5,12 @@ import math
 import re
 import time
 from dataclasses import asdict
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from reference import pad, score
 from runs import evaluation_of, folder_of, metrics, run, weights
 from safetensors.torch import load_file
@@ -22,18 +19,17 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import data_process
 import train
-from data_process import evaluation_batches, prepare
+from data_process import prepare
 from mlm import training
-from mlm.batches import StepQueue, make_micro_batches
 from mlm.chunks import take
 from mlm.errors import UserError
-from mlm.masking import BERT_RULE, content_keys, mask
+from mlm.masking import BERT_RULE, mask
 from mlm.randomness import dropout_seed, epoch_order, mask_keys
 from mlm.schedule import learning_rate_at, resolve
 from mlm.storage import lock
 from mlm.text import find_text
 from mlm.vocabulary import load_tokenizer, read_vocabulary
-from model import Dropout, PackedMaskedLM, load_model
+from model import Dropout, load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,41 +78,6 @@ def test_what_a_run_leaves(settings, capsys):
         assert word in output
     assert output.count("\n    before  ") == output.count("\n    after   ") >= 1
     assert output.count("initial_pretrain_model ") == 1  # the settings are printed once
-
-
-def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings, monkeypatch):
-    monkeypatch.setattr(data_process, "EVALUATION_CHUNKS", 7)  # so that it takes several batches
-    config = settings(mlm_probability=0.5, random_replace_prob=0.2)
-    text = find_text(config)
-    tokenizer = load_tokenizer(config, text.train, text.digest)
-    vocabulary = read_vocabulary(tokenizer)
-    _, test, _ = prepare(config, text, tokenizer, vocabulary)
-    model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
-    divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"))
-    queue = StepQueue(iter([]), divide, micro_batch_positions=100, longest_chunk=32)
-    batches = evaluation_batches(test, vocabulary, len(test))
-    ours = train.evaluate(Accelerator(), PackedMaskedLM(model).train(), batches, len(test), queue, signals=[])
-
-    tokens, lengths, _ = take(test, np.arange(len(test)))
-    hidden = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
-    with torch.no_grad():
-        expected = score(model.eval(), pad(*hidden, lengths, vocabulary))
-    assert ours.masked.sum() == expected.masked_tokens
-    assert ours.loss == pytest.approx(expected.loss.item(), abs=1e-5)
-    assert ours.accuracy == pytest.approx(expected.right / expected.masked_tokens)
-
-
-def test_evaluation_is_the_same_whatever_the_run(settings, tmp_path):
-    """Seed, batch size, micro-batch and training masks do not change what the same weights score."""
-    first = run(settings(run_name="a", max_steps=2))
-    changes = {"seed": 7, "batch_size": 5, "micro_batch_tokens": 64, "mlm_probability": 0.3, "whole_words_mask": True}
-    start = str(first / "final")
-    same = {"initial_pretrain_model": start, "initial_pretrain_tokenizer": start, "max_steps": 1}
-    scores = []
-    for name, more in (("b", {}), ("c", changes)):
-        scores.append(float(metrics(run(settings(run_name=name, **same, **more)))[0]["eval_loss"]))
-    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-    assert scores[0] == pytest.approx(float(metrics(first)[-1]["eval_loss"]), abs=1e-5)
 
 
 def test_the_same_run_twice_gives_the_same_bits(settings):

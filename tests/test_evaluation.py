@@ -11,6 +11,7 @@ from reference import pad, score
 from runs import assert_same_bits, metrics, run, stop_at
 
 import data_process
+import train
 from data_process import evaluation_batches, prepare
 from mlm import evaluation
 from mlm.batches import StepQueue, chunks_of_masked, frame, make_micro_batches
@@ -171,6 +172,23 @@ def test_evaluations_in_the_middle_take_a_sample_and_a_resumed_run_the_same_bits
     folder = stop_at(long_settings(run_name="stopped"), 11)
     run(long_settings(run_name="stopped", resume=True))
     assert_same_bits(folder, whole)
+
+
+def test_the_best_is_found_by_the_chunks_that_all_evaluations_score(long_settings, monkeypatch):
+    """The last is best on the sample, and worst on the rest that it alone scores: best/ is its model."""
+    monkeypatch.setattr(evaluation, "SMALLEST_SAMPLE", 2)
+    monkeypatch.setattr(evaluation, "SAMPLE_ERROR", 100.0)
+    sampled = iter([9.0, 5.0, 6.0, 4.0])
+
+    def scored(accelerator, model, batches, chunks, queue, signals):
+        losses = np.full(chunks, 9.0)
+        losses[:2] = next(sampled)
+        return Evaluation(losses, np.zeros(chunks), np.ones(chunks))
+
+    monkeypatch.setattr(train, "evaluate", scored)
+    folder = run(long_settings(max_steps=12, max_test_chunks=20))
+    best, last = (folder / name / "model.safetensors" for name in ("best", "final"))
+    assert best.read_bytes() == last.read_bytes()
 
 
 def test_no_more_chunks_than_allowed_are_scored(long_settings):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 import re
 import shutil
@@ -21,6 +22,7 @@ from mlm.chunks import Chunks
 from mlm.errors import UserError
 from mlm.evaluation import save_evaluation
 from mlm.guesses import HIDDEN_WORDS, Guess, hide_words
+from mlm.masking import BERT_RULE, content_keys, mask
 from mlm.report import page_of, page_of_several
 from mlm.summary import SCORES, GuessedWord, read_summary, trend, verdict
 from mlm.vocabulary import learn_tokenizer, read_vocabulary
@@ -194,6 +196,8 @@ def test_a_chart_keeps_the_ends_the_order_and_few_points():
     assert len(ticks) >= 3 and ticks == sorted(ticks)
     middle = drawn.references[0][2]
     assert min(ys) < middle < max(ys)
+    for _, y, upper, lower, _ in drawn.curves[0].dots[1:-1]:
+        assert upper < y < lower  # downwards in the picture
 
 
 def test_ticks_say_where_they_are():
@@ -228,20 +232,23 @@ def test_a_chart_takes_what_runs_bring():
 
 
 def test_several_runs_are_compared_in_pairs_where_they_can_be(finished, tmp_path, monkeypatch, capsys):
-    folders = [tmp_path / name for name in ("a", "b", "c")]
+    folders = [tmp_path / name for name in ("a", "b", "c", "d")]
     for folder in folders:
         shutil.copytree(finished.folder, folder)
     better = report.load_evaluation(folders[0] / SCORES)
     save_evaluation(folders[1] / SCORES, better._replace(losses=better.losses - 0.5 * better.masked))
     save_evaluation(folders[2] / SCORES, evaluation_of(1.0))  # of another text
+    other = json.loads((folders[3] / "summary.json").read_text())
+    other["text"]["test"]["characters"] += 1  # as many masked tokens in each chunk, but of another text
+    (folders[3] / "summary.json").write_text(json.dumps(other))
     monkeypatch.setattr("sys.argv", ["report", *map(str, folders)])
     report.main()
-    path = tmp_path / "report-of-3-runs.html"
+    path = tmp_path / "report-of-4-runs.html"
     assert capsys.readouterr().out.strip() == str(path)
     page = path.read_text(encoding="utf-8")
     Page(page)
     assert "the test loss is lower by 0.500 nats per masked token (95% interval 0.500 to 0.500)" in page
-    assert page.count("another test text, tokenizer or sen_max_length") == 1
+    assert page.count("another test text, tokenizer or sen_max_length") == 2
     assert page == page_of_several([read_summary(folder) for folder in folders])
 
 
@@ -290,6 +297,10 @@ def test_the_model_card_says_what_the_run_measured_and_quotes_no_text(finished, 
     hub = make_card(dataclasses.replace(finished, settings=settings), ["the text of the day is here"])
     assert (hub.data.base_model, hub.data.language) == ("bert-base-uncased", "en")
     assert ModelCard(str(hub)).data.to_dict() == hub.data.to_dict()
+    settings = finished.settings | {"initial_pretrain_model": str(tmp_path)}
+    local = make_card(dataclasses.replace(finished, settings=settings), [])
+    assert local.data.base_model is None and "from a local checkpoint" in local.text
+    assert str(tmp_path) not in local.content  # a path is nobody else's business
 
 
 def test_the_language_is_told_where_it_is_known():
@@ -306,8 +317,14 @@ def test_predictions_differ_from_the_line_at_masks_alone_and_are_the_models(fini
     test_lines = (finished.folder.parent.parent / "text" / "test.txt").read_text(encoding="utf-8").splitlines()
     tokenizer = AutoTokenizer.from_pretrained(finished.folder / "final")
     model = AutoModelForMaskedLM.from_pretrained(finished.folder / "final").eval()
+    vocabulary = read_vocabulary(tokenizer)
     for row in rows:
-        assert row["src"] in test_lines and "[MASK]" in row["mask"]
+        assert row["src"] in test_lines
+        encoded = tokenizer(row["src"], add_special_tokens=False, return_offsets_mapping=True)
+        tokens, lengths = np.array(encoded["input_ids"]), np.array([len(encoded["input_ids"])])
+        _, hidden, _ = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
+        assert row["mask"].count("[MASK]") == len(hidden)  # those that an evaluation hides
+        assert row["mask"].index("[MASK]") == encoded["offset_mapping"][hidden[0]][0]
         kept = re.split(r"\[MASK\]", row["mask"])
         assert re.fullmatch(".+".join(map(re.escape, kept)), row["src"])
         assert re.fullmatch(".+".join(map(re.escape, kept)), row["pred"])

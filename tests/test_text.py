@@ -10,7 +10,7 @@ from conftest import make_lines
 
 from data_process import prepare, training_batches
 from mlm.batches import pack
-from mlm.chunks import cut_line, take
+from mlm.chunks import cut_line, histogram, take
 from mlm.errors import UserError
 from mlm.masking import BERT_RULE
 from mlm.text import find_text, read_lines
@@ -194,3 +194,14 @@ def test_unigram_perplexity_counts_every_test_token(tmp_path, settings, text_of,
     total = counts.total() + vocabulary.size
     expected = np.exp(-np.mean([np.log((counts[token] + 1) / total) for token in test]))
     assert found.unigram_perplexity == pytest.approx(expected)
+
+
+def test_lines_are_counted_by_their_tokens(tmp_path, settings, tokenizer, text_of):
+    """Of 1, 2, 15, 30 and 31 tokens, where 30 fit a chunk: 15 bins of two, and one for those too long."""
+    lines = ["the " * tokens for tokens in (1, 2, 2, 15, 30, 31, 90)]
+    text = text_of(tmp_path, "\n".join(lines).encode())
+    *_, stats = prepare(settings(), text, tokenizer, read_vocabulary(tokenizer))
+    counts = histogram(stats.train, sen_max_length=32)
+    assert [label for label, _ in counts] == [f"{first} to {first + 1}" for first in range(1, 30, 2)] + ["over 30"]
+    assert [number for _, number in counts] == [3, *[0] * 6, 1, *[0] * 6, 1, 2]
+    assert sum(number for _, number in counts) == len(lines)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from runs import contents, metrics, run
+from accelerate import Accelerator
+from runs import contents, metrics, run, stop_at
 
 import train
 from mlm import display, hub, rehearsal, text, trackers
@@ -122,6 +123,20 @@ def test_a_tracker_that_cannot_start_is_said_plainly(settings, monkeypatch, tmp_
     with pytest.raises(UserError, match=r"tracker: tensorboard could not start \(No API key configured\.\)"):
         train.main(settings(tracker="tensorboard", run_name="mine"))
     assert not (tmp_path / "output" / "mine").exists()  # so that the same command can be given again
+
+
+def test_a_tracker_goes_on_at_the_step_after_the_checkpoint(long_settings, monkeypatch):
+    given = []
+    start = Accelerator.init_trackers
+
+    def watched(self, project, config, init_kwargs):
+        given.append((config["seed"], init_kwargs))
+        start(self, project, config=config, init_kwargs=init_kwargs)
+
+    monkeypatch.setattr(Accelerator, "init_trackers", watched)
+    stop_at(long_settings(run_name="mine", tracker="tensorboard"), 8)
+    run(long_settings(run_name="mine", tracker="tensorboard", resume=True, max_steps=26))
+    assert given == [(42, {"tensorboard": {"purge_step": 0}}), (42, {"tensorboard": {"purge_step": 9}})]
 
 
 def test_nothing_of_a_tracker_is_imported_unless_it_is_named():

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-UNITS = {"s": 1, "min": 60, "h": 3600, "MB": 1e6, "GB": 1e9}
+UNITS = {"MB": 1e6, "GB": 1e9}
 
 
 def measure(flags: list[str]) -> tuple[str, float, int]:
@@ -31,10 +31,12 @@ def measure(flags: list[str]) -> tuple[str, float, int]:
 
 
 def amount(text: str) -> float:
-    """The number that a line of the dry run begins with: 3 min 20 s, 1.8 GB."""
-    first = re.match(r"(?:[\d.]+ (?:min|s|h|MB|GB)\b ?)+", text)
-    assert first, text
-    return sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([\d.]+) (\w+)", first[0]))
+    """The seconds or bytes that a line of the dry run begins with: 03:20, 1:03:20, 1.8 GB."""
+    clock, size = re.match(r"[\d:]+:\d\d", text), re.match(r"([\d.]+) (MB|GB)", text)
+    if clock:
+        return sum(60**place * int(part) for place, part in enumerate(reversed(clock[0].split(":"))))
+    assert size, text
+    return float(size[1]) * UNITS[size[2]]
 
 
 def main() -> None:

@@ -4,15 +4,17 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from runs import evaluation_of, run
+from runs import ROOT, evaluation_of, run
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlm import report
@@ -352,3 +354,9 @@ def test_hidden_words_are_content_words_that_a_neighbour_foretells():
     assert not {"the", "then", "other", "form"} & set(words)
     assert all(line.replace("[MASK]", word) in lines for line, word in hidden)
     assert hide_words(iter([]), chunks, tokenizer, vocabulary) == []
+
+
+def test_pictures_are_made_where_a_notebook_names_its_own_way_to_show_them():
+    """`!python train.py` in a notebook inherits it, and may run in an environment that lacks it."""
+    environment = os.environ | {"MPLBACKEND": "no_such_backend"}
+    subprocess.run([sys.executable, "-c", "import mlm.charts, mlm.picture"], cwd=ROOT, env=environment, check=True)

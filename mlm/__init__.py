@@ -1,4 +1,4 @@
-"""What train.py, downstream.py, data_process.py and model.py stand on: one subject a file. CONTRIBUTING.md has a map."""
+"""What the programs on top stand on: one subject a file. CONTRIBUTING.md has a map."""
 
 import os
 

@@ -154,12 +154,11 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
         f"{left.checkpoints:,} checkpoint(s)": left.checkpoint_seconds,
     }
     parts = ", ".join(f"{what} {as_time(seconds)}" for what, seconds in time_for.items())
-    memory = _size(estimate.memory_bytes)
+    memory = _size(estimate.memory_bytes) + (" for each process" if run.accelerator.num_processes > 1 else "")
     if estimate.gpu_bytes:
-        memory += f", and {_size(estimate.gpu_bytes)} of the GPU's"
+        memory += f", and {_size(estimate.gpu_bytes)} of its GPU's"
     else:  # keep_freed_memory, mlm/machine.py
         memory += " so far; up to twice as much in a long run, which keeps what is freed for the next step"
-    each = " for each process" if run.accelerator.num_processes > 1 else ""
     disk = (
         f"{_size(estimate.disk_bytes)} in the run's folder, {_size(estimate.saving_bytes)} more while it saves; "
         f"{_size(estimate.free_bytes)} are free"
@@ -170,7 +169,7 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
         "steps": [steps],
         "speed": [f"{estimate.tokens_per_s:,.0f} tokens/s"],
         "time": [f"{as_time(estimate.seconds)}: {parts}"],
-        "memory": [f"{memory}{each}"],
+        "memory": [memory],
         "disk": [disk],
         "faster": hints_for_speed(run, estimate),
     }

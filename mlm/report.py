@@ -175,7 +175,7 @@ def page_of_several(runs: list[Summary]) -> str:
     differing = [
         (name, [run.settings.get(name) for run in runs])
         for name in first.settings
-        if name != "run_name" and len({str(run.settings.get(name)) for run in runs}) > 1
+        if name not in ("run_name", "resume") and len({str(run.settings.get(name)) for run in runs}) > 1
     ]
     hidden = [(guessed.line, guessed.word) for guessed in first.guesses]
     same_words = all([(guessed.line, guessed.word) for guessed in run.guesses] == hidden for run in runs)

@@ -153,7 +153,7 @@ class Ending(Enum):
     """Why a run ends."""
 
     FINISHED = "all steps are done"
-    EVALUATED = "nothing but the start was to be evaluated"
+    EVALUATED = "scored as it is"
     STOPPED = "a signal told it to stop"
     SKIPPING = "diverged: too many steps in a row had no finite loss and gradient"
     BROKEN = "diverged: weights are not finite"

@@ -89,6 +89,8 @@ def publish(
 
 def read_summary(folder: Path) -> Summary:
     """What the files of a run's folder say. Raises UserError where it is none, or was written by an older version."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -111,7 +113,7 @@ def verdict(summary: Summary) -> str:
     """Whether the model guesses the test text better than the one that it started from, in a sentence."""
     last = summary.evaluations[-1]
     if summary.settings["evaluate_only"]:
-        return "Not trained: these are the scores of the starting model."
+        return "Not trained: these are the scores of the model as it is."
     if "change" not in last:
         return "Not evaluated yet since training began: these are the scores of the starting model."
     return of_change(last["change"], last["change_low"], last["change_high"], "fell", "rose")
@@ -157,10 +159,11 @@ def notes(summary: Summary) -> list[str]:
     """What else to know of the scores: whether the loss still falls, and whether words' frequencies do as well."""
     unigram, last = summary.text.unigram_perplexity, summary.evaluations[-1]
     found = [trend(summary)] if trend(summary) else []
-    if not summary.settings["evaluate_only"] and last["perplexity"] > unigram:
+    upper = last["perplexity"] + 1.96 * last["perplexity_se"]  # of its 95% interval
+    if not summary.settings["evaluate_only"] and not upper < unigram:
         found.append(
-            f"Word frequencies alone would reach a perplexity of {figure(unigram)}: it has not yet learned what words "
-            "tell of each other, and needs more steps or another learning rate."
+            f"Word frequencies alone would reach a perplexity of {figure(unigram)}: it has hardly learned yet what "
+            "words tell of each other, and needs more steps or another learning rate."
         )
     return found
 

@@ -132,6 +132,14 @@ def test_what_is_not_finite_is_said_and_not_shown(finished):
         Page(page)
 
 
+def test_a_model_no_better_than_word_frequencies_is_said_to_be_so(finished):
+    """Also where it is better by less than the error of its perplexity."""
+    unigram = finished.text.unigram_perplexity
+    for perplexity, error, is_said in ((2.0, 0.0, True), (0.9, 0.1, True), (0.5, 0.1, False)):
+        summary = changed(finished, perplexity=perplexity * unigram, perplexity_se=error * unigram)
+        assert ("Word frequencies alone" in page_of(summary)) == is_said
+
+
 def test_the_trend_says_whether_more_training_helps(finished):
     start, *_ = finished.evaluations
     cases = {"still fell, by 0.200": (-1.0, -1.2), "risen by 0.200": (-1.2, -1.0), "no longer": (-1.0, -1.005)}
@@ -257,6 +265,8 @@ def test_several_runs_are_compared_in_pairs_where_they_can_be(finished, tmp_path
 def test_a_folder_that_is_no_runs_is_said_plainly(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not the folder of a run"):
         read_summary(tmp_path)
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
+        read_summary(tmp_path / "nowhere")
     monkeypatch.setattr("sys.argv", ["report"])
     with pytest.raises(UserError, match="name one run's folder or up to 4"):
         report.main()

@@ -1,8 +1,8 @@
 """The data's whole story: lines of text -> chunks of tokens (cached, memory-mapped) -> masked batches.
 
-A *chunk* is a line, or a part of a line too long for `sen_max_length` (mlm/chunks.py). Each epoch visits the chunks in
-an order of its own (mlm/randomness.py), hides some of their tokens (mlm/masking.py) and puts [CLS] and [SEP] around
-each (mlm/batches.py, which also packs them for the model).
+A *chunk* is a line, or a part of a line too long for `sen_max_length` (mlm/data/chunks.py). Each epoch visits the
+chunks in an order of its own (randomness.py), hides some of their tokens (masking.py) and puts [CLS] and [SEP] around
+each (packing.py, which also packs them for the model).
 """
 
 import json
@@ -18,15 +18,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from Config import MOST_AUTOMATIC_WORDS, Config
-from mlm.batches import Batch, MaskedChunks, chunk_bounds, frame, part_of
-from mlm.chunks import Chunks, SplitStats, TextStats, WrittenSplit, take, write_chunks
-from mlm.masking import BERT_RULE, MaskRule, content_keys, mask
-from mlm.randomness import epoch_order, evaluation_order, mask_keys
-from mlm.state import Data
+from mlm.data.chunks import Chunks, Corpus, WrittenSplit, take, write_chunks
+from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
+from mlm.data.packing import Batch, MaskedChunks, chunk_bounds, frame, part_of
+from mlm.data.randomness import epoch_order, evaluation_order, mask_keys
+from mlm.data.text_files import Text, find_text
+from mlm.data.text_stats import SplitStats, TextStats
+from mlm.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
+from mlm.data.words import BrokenWord, add_words, make_encoders, make_segmenter, read_words
 from mlm.storage import digest, once
-from mlm.text import Text, find_text
-from mlm.vocabulary import Vocabulary, load_tokenizer, read_vocabulary
-from mlm.words import BrokenWord, add_words, make_encoders, make_segmenter, read_words
 
 CACHE_FORMAT = 4  # raise when what the cache holds changes
 MASKED_AT_ONCE = 1 << 15  # tokens: enough that numpy's calls cost little, few enough for the processor's cache
@@ -36,14 +36,14 @@ EVALUATION_CHUNKS = 256  # chunks masked and packed together in an evaluation
 # ------------------------------------------------------------------------------------------------- lines -> chunks
 
 
-def load_data(config: Config) -> Data:
+def load_corpus(config: Config) -> Corpus:
     """Finds the text and the tokenizer, and makes chunks of tokens of it. Raises UserError where that cannot be."""
     text = find_text(config)
     tokenizer = load_tokenizer(config, text.train, text.digest)
     added_words = add_words(tokenizer, words_to_add(config, text, tokenizer))
     vocabulary = read_vocabulary(tokenizer)
     train, test, stats = prepare(config, text, tokenizer, vocabulary)
-    return Data(text, tokenizer, added_words, vocabulary, train, test, stats)
+    return Corpus(text, tokenizer, added_words, vocabulary, train, test, stats)
 
 
 def prepare(

@@ -4,14 +4,14 @@ import signal
 
 from Config import Config, DownstreamConfig, parse_downstream_flags
 from mlm.errors import UserError, plain_errors
-from mlm.hub import locate
-from mlm.machine import (
+from mlm.runtime.hardware import (
     choose_devices,
     choose_precision,
     has_variable_length_kernels,
     keep_freed_memory,
     ran_out_of_memory,
 )
+from mlm.runtime.hub import locate
 
 if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during an import ends without a traceback
@@ -33,24 +33,17 @@ import torch
 from accelerate import Accelerator
 
 from data_process import chunks_of, evaluation_batches
-from mlm.batches import Divide, StepQueue, make_micro_batches
-from mlm.encoding import encode
-from mlm.evaluation import evaluate
-from mlm.finetuning import Budget, answer, fine_tune
-from mlm.frozen import features, fit, resample, rows_of
-from mlm.leakage import count_read_before
-from mlm.log import say
-from mlm.memory import CPU_MICRO_BATCH_POSITIONS
-from mlm.picture import save_picture
-from mlm.ranks import make_accelerator, quiet_libraries
-from mlm.report import redraw
-from mlm.scores import choose_metric
-from mlm.storage import digest, lock, make_folder, write_json
-from mlm.tasks import Task, draw_few, load_task
-from mlm.text import read_sample
-from mlm.training import has_finite_weights
-from mlm.trials import Candidate, Comparison, Result, Trial, Trials, fingerprint
-from mlm.verdict import (
+from mlm.data.micro_batches import Divide, StepQueue, make_micro_batches
+from mlm.data.text_files import read_sample
+from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
+from mlm.downstream.comparison import Candidate, Comparison, fingerprint
+from mlm.downstream.contamination import count_read_before
+from mlm.downstream.encoding import encode
+from mlm.downstream.finetuning import Budget, answer, fine_tune
+from mlm.downstream.linear_probe import features, fit, resample, rows_of
+from mlm.downstream.metrics import choose_metric
+from mlm.downstream.plot import save_picture
+from mlm.downstream.results import (
     Known,
     describe_candidates,
     describe_known,
@@ -62,7 +55,15 @@ from mlm.verdict import (
     say_result,
     trial_bar,
 )
-from mlm.vocabulary import load_pretrained_tokenizer, read_vocabulary
+from mlm.downstream.task import Task, draw_few, load_task
+from mlm.downstream.trials import Result, Trial, Trials
+from mlm.evaluation.loss import evaluate
+from mlm.report.page import redraw
+from mlm.runtime.distributed import make_accelerator, quiet_libraries
+from mlm.storage import digest, lock, make_folder, write_json
+from mlm.terminal import say
+from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
+from mlm.training.step import has_finite_weights
 from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_model
 
 GPU_MICRO_BATCH_POSITIONS = 1 << 14  # positions that go through the model at once, where they fit

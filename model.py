@@ -28,7 +28,7 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from Config import SCRATCH_SIZES, Config
 from mlm.errors import UserError, first_line
-from mlm.hub import locate
+from mlm.runtime.hub import locate
 
 
 class PackedBert(nn.Module):

@@ -4,8 +4,8 @@ import signal
 
 from Config import Config, parse_flags
 from mlm.errors import UserError, plain_errors
-from mlm.hub import locate_downloads, push
-from mlm.machine import choose_devices, choose_precision, has_variable_length_kernels, hints, keep_freed_memory
+from mlm.runtime.hardware import choose_devices, choose_precision, has_variable_length_kernels, hints, keep_freed_memory
+from mlm.runtime.hub import locate_downloads, push
 
 if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during an import ends without a traceback
@@ -25,10 +25,32 @@ from typing import Any, cast
 
 from accelerate import Accelerator
 
-from data_process import evaluation_batches, load_data, training_batches, training_rule
-from mlm.batches import StepQueue, make_micro_batches
-from mlm.card import make_card
-from mlm.checkpoint import (
+from data_process import evaluation_batches, load_corpus, training_batches, training_rule
+from mlm.data.micro_batches import StepQueue, make_micro_batches
+from mlm.evaluation.fill_mask import guess, save_predictions
+from mlm.evaluation.hidden_words import hide_words
+from mlm.evaluation.loss import Evaluation, compare, evaluate
+from mlm.report.console import describe_divergence, describe_run, report_evaluation, report_if_due
+from mlm.report.dry_run import describe_estimate, measure
+from mlm.report.metrics import write_metrics
+from mlm.report.model_card import make_card
+from mlm.report.page import write_report
+from mlm.report.summary import Summary, publish
+from mlm.report.trackers import check_tracker, start_tracker
+from mlm.report.wording import closing_words
+from mlm.runtime.distributed import (
+    decide_on_main,
+    make_accelerator,
+    quiet_libraries,
+    refuse_differences,
+    shorten_timeouts,
+    shut_down,
+)
+from mlm.runtime.signals import catch_signals, explain_endings
+from mlm.settings import repeat_command
+from mlm.storage import atomic_write, write_json
+from mlm.terminal import say, steps_bar
+from mlm.training.checkpoint import (
     find_checkpoint,
     is_save_due,
     load_checkpoint,
@@ -37,32 +59,12 @@ from mlm.checkpoint import (
     save_if_due,
     save_model,
 )
-from mlm.display import steps_bar
-from mlm.estimate import choose_sample
-from mlm.evaluation import Evaluation, compare, evaluate
-from mlm.guesses import guess, hide_words
-from mlm.log import (
-    describe_divergence,
-    describe_run,
-    report_evaluation,
-    report_if_due,
-    say,
-    write_metrics,
-)
-from mlm.memory import micro_batch_positions
-from mlm.predictions import save_predictions
-from mlm.ranks import decide_on_main, leave, lose_patience, make_accelerator, quiet_libraries, refuse_differences
-from mlm.rehearsal import describe_estimate, measure
-from mlm.report import write_report
-from mlm.runs import run_folder
-from mlm.schedule import resolve
-from mlm.settings import repeat_command
-from mlm.signals import catch_signals, explain_endings
-from mlm.state import Ending, Pace, Progress, Run, checkpoint_path, derive_numbers
-from mlm.storage import atomic_write, write_json
-from mlm.summary import Summary, closing_words, publish
-from mlm.trackers import start_tracker
-from mlm.training import has_finite_weights, make_optimizer, patience, train_step, warm_up_reducer
+from mlm.training.micro_batch_size import micro_batch_positions
+from mlm.training.plan import resolve
+from mlm.training.run import Ending, Pace, Progress, Run, checkpoint_path, derive_numbers
+from mlm.training.run_folder import run_folder
+from mlm.training.step import has_finite_weights, make_optimizer, patience, train_step, warm_up_reducer
+from mlm.training.time_left import choose_sample
 from model import PackedMaskedLM, load_model
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
@@ -96,7 +98,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     # Lines of text become chunks of tokens, once for all runs on this text.
     pace = Pace()
     with pace.timing("preparing the text"):
-        data = load_data(given)
+        data = load_corpus(given)
     steps_per_epoch = math.ceil(len(data.train) / given.batch_size)
     config = resolve(given, steps_per_epoch, choose_precision(given))
 
@@ -178,7 +180,7 @@ def begin(run: Run) -> Progress:
 
     # Several ranks, which from now on have to answer within minutes, sum gradients in one order from the first step on.
     if run.accelerator.num_processes > 1:
-        lose_patience()
+        shorten_timeouts()
         warm_up_reducer(run)
     return progress
 
@@ -186,9 +188,10 @@ def begin(run: Run) -> Progress:
 def rehearse(run: Run, progress: Progress) -> None:
     """Says what the whole run will take, by some seconds of its own work in a folder that is thrown away."""
     queue = fill_queue(run, progress)
-    measured = measure(run, progress, queue, partial(evaluate_chunks, run, queue), partial(load_data, run.config))
+    measured = measure(run, progress, queue, partial(evaluate_chunks, run, queue), partial(load_corpus, run.config))
     say(describe_estimate(run, measured))
-    leave(run)
+    del run.model, run.optimizer
+    shut_down(run.accelerator)
 
 
 # ----------------------------------------------------------------------------------------------------------------- fit
@@ -302,7 +305,8 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
     Raises UserError where it diverged, SystemExit where it was told to stop.
     """
     summary = save_results(run, progress, ending) if run.is_main and progress.start else None
-    leave(run)
+    del run.model, run.optimizer
+    shut_down(run.accelerator)
 
     # What came of it is said, with the exit status that fits.
     if summary and ending in (Ending.FINISHED, Ending.EVALUATED):
@@ -324,7 +328,7 @@ def save_results(run: Run, progress: Progress, ending: Ending) -> Summary:
     summary = publish(run, progress, ending=ending)
     write_report(summary)
     if ending in (Ending.FINISHED, Ending.EVALUATED):
-        save_predictions(run)
+        save_predictions(run.folder / "predictions.csv", run.bert, run.data, run.config.sen_max_length)
     if ending is Ending.FINISHED:
         with atomic_write(run.folder / "final") as temporary:
             save_model(temporary, run.bert, run.data.tokenizer)
@@ -338,6 +342,7 @@ def main(config: Config) -> None:
     quiet_libraries()
     with explain_endings(config):
         tracker = "none" if config.dry_run or config.evaluate_only else config.tracker
+        check_tracker(tracker)
         accelerator = make_accelerator(config, tracker, config.path_model_save)
         with run_folder(config, accelerator) as folder:
             accelerator.project_configuration.logging_dir = str(folder / "tensorboard")

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from data_process import training_batches
-from mlm.batches import make_micro_batches
-from mlm.chunks import Chunks
-from mlm.masking import BERT_RULE
-from mlm.vocabulary import Vocabulary
+from mlm.data.chunks import Chunks
+from mlm.data.masking import BERT_RULE
+from mlm.data.micro_batches import make_micro_batches
+from mlm.data.tokenizer import Vocabulary
 
 SIZE, STEPS = 30522, 2000  # of BERT's vocabulary; timed at a stretch
 

@@ -34,8 +34,8 @@ import torch
 import data_process
 import train
 from Config import Config
-from mlm import training
 from mlm.errors import plain_errors
+from mlm.training import step as training
 
 ROOT = Path(__file__).parent.parent
 STEPS = 36  # of a run; a kill may fall into any of them

@@ -35,16 +35,16 @@ from transformers import BertConfig, BertForMaskedLM
 
 from Config import SCRATCH_SIZES, Config
 from data_process import training_batches
-from mlm import memory
-from mlm.batches import StepQueue, make_micro_batches
-from mlm.chunks import Chunks
-from mlm.machine import has_variable_length_kernels, native_precision
-from mlm.masking import BERT_RULE
-from mlm.memory import fit_memory, micro_batch_positions
-from mlm.schedule import resolve
-from mlm.state import Pace, Progress, Run
-from mlm.training import make_optimizer, train_step
-from mlm.vocabulary import Vocabulary
+from mlm.data.chunks import Chunks
+from mlm.data.masking import BERT_RULE
+from mlm.data.micro_batches import StepQueue, make_micro_batches
+from mlm.data.tokenizer import Vocabulary
+from mlm.runtime.hardware import has_variable_length_kernels, native_precision
+from mlm.training import micro_batch_size as memory
+from mlm.training.micro_batch_size import fit_memory, micro_batch_positions
+from mlm.training.plan import resolve
+from mlm.training.run import Pace, Progress, Run
+from mlm.training.step import make_optimizer, train_step
 from model import PackedMaskedLM
 
 ROOT = Path(__file__).parent.parent

@@ -28,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM, logging
 
-from mlm.batches import frame, make_micro_batches
-from mlm.masking import MaskRule, content_keys, mask
-from mlm.vocabulary import read_vocabulary
-from mlm.words import make_encoders, make_segmenter, tokenize
+from mlm.data.masking import MaskRule, content_keys, mask
+from mlm.data.micro_batches import make_micro_batches
+from mlm.data.packing import frame
+from mlm.data.tokenizer import read_vocabulary
+from mlm.data.words import make_encoders, make_segmenter, tokenize
 from model import PackedMaskedLM
 
 ROOT = Path(__file__).parent.parent

@@ -40,8 +40,8 @@ def prepare(folder: Path, sizes: list[str], lengths: list[int], given_tokenizer:
     """Writes lines of about `lengths` tokens from the demo's corpus, and a checkpoint of random weights a size."""
     from transformers import AutoTokenizer
 
-    from mlm.demo import write_corpus
-    from mlm.vocabulary import learn_tokenizer
+    from mlm.data.demo import write_corpus
+    from mlm.data.tokenizer import learn_tokenizer
 
     write_corpus(folder / "corpus")
     words = (folder / "corpus" / "train.txt").read_text(encoding="utf-8").split()
@@ -71,7 +71,7 @@ def random_bert(folder: Path, size: str, lines: list[str], tokenizer: str | None
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
     from Config import SCRATCH_SIZES
-    from mlm.vocabulary import learn_tokenizer
+    from mlm.data.tokenizer import learn_tokenizer
 
     vocabulary = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else learn_tokenizer(lambda: iter(lines), 30522)
     layers, hidden, _ = SCRATCH_SIZES[size]
@@ -226,7 +226,7 @@ def operations_per_token(model: Path, length: int) -> float:
 
 
 def native_formats() -> list[str]:
-    from mlm.machine import native_precision
+    from mlm.runtime.hardware import native_precision
 
     return ["float32", "bf16"] if native_precision() == "bf16" else ["float32"]
 

@@ -25,10 +25,10 @@ import numpy as np
 
 from Config import Config
 from data_process import prepare
-from mlm import chunks
-from mlm.text import Text, read_lines
-from mlm.vocabulary import learn_tokenizer, read_vocabulary
-from mlm.words import HAN_CHARACTER, TokenizedLines, make_encoders, make_segmenter, tokenize
+from mlm.data import chunks
+from mlm.data.text_files import Text, read_lines
+from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
+from mlm.data.words import HAN_CHARACTER, TokenizedLines, make_encoders, make_segmenter, tokenize
 
 
 def check(lines: list[str], tokenizer) -> tuple[int, int, Counter, dict[str, list[str]]]:

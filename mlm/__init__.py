@@ -1,5 +1,1 @@
-"""What the programs on top stand on: one subject a file. CONTRIBUTING.md has a map."""
-
-import os
-
-os.environ["MPLBACKEND"] = "agg"  # nothing is shown; a notebook names one that may be missing where the program runs
+"""What the programs on top stand on: six wings over a ground floor. Imports run one way (CONTRIBUTING.md)."""

@@ -16,8 +16,8 @@ import pytest
 from runs import reset_process_state, run
 
 from Config import Config
-from mlm.text import Text, read_lines
-from mlm.vocabulary import learn_tokenizer, read_vocabulary
+from mlm.data.text_files import Text, read_lines
+from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
 
 ENGLISH = [
     "the",

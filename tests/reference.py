@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import BertForMaskedLM
 
-from mlm.vocabulary import Vocabulary
+from mlm.data.tokenizer import Vocabulary
 
 IGNORED = -100  # the label of a position where nothing is predicted, in transformers
 

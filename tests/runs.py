@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import data_process
 import train
 from mlm.errors import plain_errors
-from mlm.evaluation import Evaluation
+from mlm.evaluation.loss import Evaluation
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

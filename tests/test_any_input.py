@@ -19,13 +19,13 @@ from transformers import BertConfig, BertForMaskedLM
 
 from Config import SCRATCH_SIZES, Config
 from data_process import prepare, training_batches
-from mlm.batches import make_micro_batches
-from mlm.chunks import take
+from mlm.data.chunks import take
+from mlm.data.masking import BERT_RULE, MaskRule
+from mlm.data.micro_batches import make_micro_batches
+from mlm.data.text_files import find_text
 from mlm.errors import UserError
-from mlm.masking import BERT_RULE, MaskRule
-from mlm.schedule import learning_rate_at, resolve
 from mlm.settings import describe_settings
-from mlm.text import find_text
+from mlm.training.plan import learning_rate_at, resolve
 from model import PackedMaskedLM
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 60))  # texts; of configurations ten times as many

@@ -21,11 +21,12 @@ from transformers import (
     pipeline,
 )
 
-from mlm.batches import divide_rows, frame, make_micro_batches, pack
-from mlm.checkpoint import save_model
+from mlm.data.masking import BERT_RULE, mask
+from mlm.data.micro_batches import make_micro_batches
+from mlm.data.packing import divide_rows, frame, pack
+from mlm.data.randomness import random_bits
 from mlm.errors import UserError
-from mlm.masking import BERT_RULE, mask
-from mlm.randomness import random_bits
+from mlm.training.checkpoint import save_model
 from model import Dropout, PackedMaskedLM, load_model
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from runs import run
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
+from mlm.data.tokenizer import load_tokenizer
 from mlm.errors import UserError
-from mlm.vocabulary import load_tokenizer
 from model import load_model
 
 

@@ -1,0 +1,1 @@
+"""Lines of text to masked micro-batches of tokens."""

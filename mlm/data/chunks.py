@@ -1,0 +1,180 @@
+"""Lines cut into chunks of tokens, and the file that holds them: written once, memory-mapped by every run after.
+
+A *chunk* is a line, or a part of a line too long for `sen_max_length`. Stored tokens are the text's alone: [CLS] and
+[SEP] are put around each chunk when a batch is made. A token's highest bit says whether the token starts a word.
+"""
+
+import math
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlm.data.text_files import Text, line_hash
+from mlm.data.text_stats import SplitStats, TextStats, length_bins
+from mlm.data.tokenizer import Vocabulary
+from mlm.data.words import Encoders, Segmenter, WordCounts, tokenize
+from mlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of one split: chunk i is tokens[offsets[i]:offsets[i + 1]], one token or more."""
+
+    tokens: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped; the highest bit: whether the token starts a word
+    offsets: np.ndarray  # (chunks + 1,) int64
+
+    @classmethod
+    def read(cls, path: Path) -> "Chunks":
+        """What `write_chunks` wrote."""
+        from datasets import Dataset  # here, as it takes a second
+
+        column = Dataset.from_file(str(path)).data.column("tokens").chunk(0)
+        tokens = column.values.to_numpy(zero_copy_only=True)
+        return cls(tokens, offsets=column.offsets.to_numpy(zero_copy_only=True))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """The tokens in each of the chunks at `indices` (n,): (n,)."""
+        return self.offsets[indices + 1] - self.offsets[indices]
+
+
+def take(chunks: Chunks, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens (tokens,) int64 of some chunks end to end, the chunks' lengths (n,), and whether each token starts a
+    word (tokens,) bool."""
+    lengths = chunks.lengths(indices)
+    skipped = chunks.offsets[indices] - (np.cumsum(lengths) - lengths)
+    marked = chunks.tokens[np.arange(lengths.sum()) + np.repeat(skipped, lengths)]
+    word_bit = _word_bit(marked.dtype)
+    return (marked & ((1 << word_bit) - 1)).astype(np.int64), lengths, (marked >> word_bit).astype(bool)
+
+
+def _word_bit(dtype: Any) -> int:
+    return 8 * np.dtype(dtype).itemsize - 1
+
+
+# ------------------------------------------------------------------------------------------------- what is in the text
+
+
+# -------------------------------------------------------------------------------------------------- lines -> chunks
+
+
+class WrittenSplit(NamedTuple):
+    """What `write_chunks` leaves beside the file."""
+
+    stats: SplitStats
+    line_hashes: array  # (lines that are not blank,) uint64
+    occurrences: np.ndarray  # (vocabulary,) int64: how often each token occurs
+    words: WordCounts
+
+
+def write_chunks(
+    lines: Iterator[str],
+    path: Path,
+    body_length: int,
+    encoders: Encoders,
+    segmenter: Segmenter,
+    vocabulary: Vocabulary,
+) -> WrittenSplit:
+    """Tokenizes the lines, cuts them into chunks of at most `body_length` tokens and writes these to an Arrow file.
+
+    The file has one column, one list of tokens per chunk, all in one record batch, which makes one flat array to index.
+    The tokens go to a plain file first, so that memory stays small for any text. Raises UserError where there is none.
+    """
+    dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit is the words'
+    counts = dict.fromkeys(("lines", "blank", "dropped", "characters"), 0)
+    line_hashes, chunk_lengths = array("Q"), array("q")
+    bins = [*length_bins(body_length), math.inf]
+    line_lengths = np.zeros(len(bins) - 1, dtype=np.int64)
+    occurrences, words = np.zeros(vocabulary.size, dtype=np.int64), WordCounts()
+    tokens_file = path.with_suffix(".tokens")
+    with open(tokens_file, "wb") as file:
+        for block in _blocks(lines):
+            texts = [line for line in block if line]
+            counts["lines"] += len(block)
+            counts["blank"] += len(block) - len(texts)
+            counts["characters"] += sum(map(len, texts))
+            line_hashes.extend(map(line_hash, texts))
+            tokenized = tokenize(texts, encoders, vocabulary.continues_word, segmenter)
+            word_bits = np.left_shift(tokenized.starts_word.astype(dtype), _word_bit(dtype))
+            (tokenized.tokens.astype(dtype) | word_bits).tofile(file)
+            occurrences += np.bincount(tokenized.tokens, minlength=vocabulary.size)
+            words.update(tokenized.tokens, vocabulary.continues_word, tokenized.segmented)
+            line_lengths += np.histogram(tokenized.lengths, bins)[0]
+            line_ends = np.cumsum(tokenized.lengths)
+            for length, end in zip(tokenized.lengths.tolist(), line_ends.tolist(), strict=True):
+                if length > body_length:
+                    chunk_lengths.extend(cut_line(tokenized.starts_word[end - length : end], body_length))
+                elif length:
+                    chunk_lengths.append(length)
+                else:
+                    counts["dropped"] += 1
+    if not chunk_lengths:
+        raise UserError(f"path_datasets: no line of {path.stem}*.txt holds a token to train or test on")
+
+    import pyarrow as pa  # here, so that a GPU can be checked without it
+
+    offsets = np.concatenate([[0], np.cumsum(chunk_lengths)])
+    column = pa.LargeListArray.from_arrays(offsets, np.memmap(tokens_file, dtype, mode="r"))
+    table = pa.table({"tokens": column})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    tokens_file.unlink()
+    stats = SplitStats(
+        **counts,
+        duplicate=len(line_hashes) - len(np.unique(line_hashes)),
+        tokens=int(offsets[-1]),
+        unknown=int(occurrences[vocabulary.unk_id]),
+        chunks=len(chunk_lengths),
+        line_lengths=line_lengths.tolist(),
+    )
+    return WrittenSplit(stats, line_hashes, occurrences, words)
+
+
+def _blocks(lines: Iterator[str], characters: int = 1 << 19) -> Iterator[list[str]]:
+    """Groups lines into blocks of about so many characters, enough to keep every core busy and memory small."""
+    block, size = [], 0
+    for line in lines:
+        block.append(line)
+        size += len(line) + 1
+        if size >= characters:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def cut_line(starts_word: np.ndarray, limit: int) -> list[int]:
+    """The lengths of the chunks that a line is cut into.
+
+    starts_word: (tokens,) bool, whether a token starts a word. A chunk has at most `limit` tokens and ends where a word
+    does; only a word that is longer than `limit` by itself is cut inside.
+    """
+    if len(starts_word) <= limit:
+        return [len(starts_word)] if len(starts_word) else []
+    word_starts = np.append(np.flatnonzero(starts_word), len(starts_word))
+    bounds = [0]
+    while bounds[-1] < len(starts_word):
+        furthest = bounds[-1] + limit
+        last_word_start = int(word_starts[np.searchsorted(word_starts, furthest, side="right") - 1])
+        bounds.append(last_word_start if last_word_start > bounds[-1] else furthest)
+    return [end - start for start, end in pairwise(bounds)]
+
+
+class Corpus(NamedTuple):
+    """The text, and what was made of it."""
+
+    text: Text
+    tokenizer: PreTrainedTokenizerBase
+    added_words: dict[str, list[int]]  # to the tokenizer, each with the ids of its pieces
+    vocabulary: Vocabulary
+    train: Chunks
+    test: Chunks
+    stats: TextStats

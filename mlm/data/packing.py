@@ -1,0 +1,157 @@
+"""Masked chunks laid out for the model: framed by [CLS] and [SEP], packed into rows, divided into micro-batches, and
+queued one step ahead.
+
+*n* is a number of chunks. *Tokens* are the text's own; *positions* count [CLS], [SEP] and padding too.
+"""
+
+import math
+from collections.abc import Iterator
+from heapq import heapreplace
+from typing import NamedTuple
+
+import numpy as np
+
+from mlm.data.tokenizer import Vocabulary
+
+# About how long a row is in which a mask keeps the chunks apart. Longer rows waste more attention scores between
+# chunks, shorter ones more padding.
+ROW_POSITIONS = 192
+
+
+class MaskedChunks(NamedTuple):
+    """Chunks end to end, each between its own [CLS] and [SEP], some of their tokens hidden."""
+
+    input_ids: np.ndarray  # (positions,) int64
+    position_ids: np.ndarray  # (positions,) int64: restart at 0 with every chunk
+    masked: np.ndarray  # (masked,) int64, ascending: where a token is to be predicted
+    targets: np.ndarray  # (masked,) int64: that token
+    lengths: np.ndarray  # (n,) int64: positions in each chunk, [CLS] and [SEP] included
+
+
+class Rows(NamedTuple):
+    """Chunks packed into rows of one width."""
+
+    input_ids: np.ndarray  # (rows, width) int64
+    position_ids: np.ndarray  # (rows, width) int64
+    sequence_ids: np.ndarray  # (rows, width) int64: 1, 2, ... for the chunks; 0 is padding
+    masked: np.ndarray  # (masked,) int64, ascending: indices into the flattened rows
+    targets: np.ndarray  # (masked,) int64
+
+
+class Batch(NamedTuple):
+    """What one device needs to know of the batch of an optimizer step."""
+
+    chunks: MaskedChunks  # its share of the batch
+    masked_tokens: int  # over all devices
+    tokens: int  # over all devices
+
+
+def frame(
+    input_ids: np.ndarray, masked: np.ndarray, targets: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary
+) -> MaskedChunks:
+    """Puts [CLS] and [SEP], which are not to be predicted, around each chunk (n,) of what `mask` returned."""
+    framed = lengths + 2
+    ends = np.cumsum(framed)
+    starts = ends - framed
+    positions = len(input_ids) + 2 * len(lengths)
+    inside = np.arange(len(input_ids)) + np.repeat(2 * np.arange(len(lengths)) + 1, lengths)
+    chunks = MaskedChunks(
+        input_ids=np.full(positions, vocabulary.sep_id),
+        position_ids=np.arange(positions) - np.repeat(starts, framed),
+        masked=inside[masked],
+        targets=targets,
+        lengths=framed,
+    )
+    chunks.input_ids[starts] = vocabulary.cls_id
+    chunks.input_ids[inside] = input_ids
+    return chunks
+
+
+def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
+    """The position at which each chunk begins, and the end of the last: (n + 1,) int64 for lengths (n,)."""
+    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    return bounds
+
+
+def part_of(chunks: MaskedChunks, bounds: np.ndarray, first: int, after: int) -> MaskedChunks:
+    """The chunks from `first` to the one before `after`, as views; bounds: `chunk_bounds` of their lengths."""
+    begin, end = bounds[first], bounds[after]
+    predicted = slice(*chunks.masked.searchsorted((begin, end)))
+    return MaskedChunks(
+        input_ids=chunks.input_ids[begin:end],
+        position_ids=chunks.position_ids[begin:end],
+        masked=chunks.masked[predicted] - begin,
+        targets=chunks.targets[predicted],
+        lengths=chunks.lengths[first:after],
+    )
+
+
+def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Rows:
+    """Lays chunks end to end into as few rows as hold them, evenly: the longest first, each into the row that holds the
+    least (Graham 1969, doi 10.1137/0117039), so that little is padded.
+
+    Rows hold about `row_positions`, at most a chunk more. With no chunk there is one position of padding.
+    """
+    lengths = chunks.lengths
+    rows_needed = max(1, math.ceil(len(chunks.input_ids) / max(row_positions, lengths.max(initial=1))))
+    rows_of, offsets = [0] * len(lengths), [0] * len(lengths)
+    emptiest = [(0, row) for row in range(rows_needed)]  # a heap of the positions in each row
+    longest_first = np.argsort(-lengths, kind="stable")
+    for chunk, length in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
+        held, row = emptiest[0]
+        rows_of[chunk], offsets[chunk] = row, held
+        heapreplace(emptiest, (held + length, row))
+
+    width = max(1, max(held for held, _ in emptiest))
+    shape = (rows_needed, width)
+    new_starts = np.array(rows_of, dtype=np.int64) * width + np.array(offsets, dtype=np.int64)  # (n,)
+    old_starts = np.cumsum(lengths) - lengths
+    places = np.arange(len(chunks.input_ids)) + np.repeat(new_starts - old_starts, lengths)  # in the flattened rows
+    masked = places[chunks.masked]
+    ascending = np.argsort(masked)
+    rows = Rows(
+        input_ids=np.full(shape, vocabulary.pad_id),
+        position_ids=np.zeros(shape, dtype=np.int64),
+        sequence_ids=np.zeros(shape, dtype=np.int64),
+        masked=masked[ascending],
+        targets=chunks.targets[ascending],
+    )
+    rows.input_ids.reshape(-1)[places] = chunks.input_ids
+    rows.position_ids.reshape(-1)[places] = chunks.position_ids
+    rows.sequence_ids.reshape(-1)[places] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return rows
+
+
+def divide_chunks(chunks: MaskedChunks, positions: int) -> Iterator[MaskedChunks]:
+    """Divides chunks, in their order, into parts of at most so many positions, or of one chunk that has more."""
+    if len(chunks.input_ids) <= positions:  # which most batches do
+        yield chunks
+        return
+    bounds, first = chunk_bounds(chunks.lengths), 0
+    while first < len(chunks.lengths):
+        after = int(np.searchsorted(bounds, bounds[first] + positions, side="right")) - 1
+        after = max(after, first + 1)
+        yield part_of(chunks, bounds, first, after)
+        first = after
+
+
+def divide_rows(rows: Rows, positions: int) -> Iterator[Rows]:
+    """Divides rows evenly into parts of at most so many positions, or of one row that has more."""
+    height, width = rows.input_ids.shape
+    parts = math.ceil(height / max(1, positions // width))
+    rows_each = math.ceil(height / parts)
+    for first in range(0, height, rows_each):
+        some_rows = slice(first, first + rows_each)
+        begin = first * width
+        predicted = slice(*rows.masked.searchsorted((begin, begin + rows_each * width)))
+        yield Rows(
+            input_ids=rows.input_ids[some_rows],
+            position_ids=rows.position_ids[some_rows],
+            sequence_ids=rows.sequence_ids[some_rows],
+            masked=rows.masked[predicted] - begin,
+            targets=rows.targets[predicted],
+        )
+
+
+# ---------------------------------------------------------------------------------------------- batches one step ahead

@@ -1,0 +1,76 @@
+"""Random numbers without state: each is a hash of what it is for, so no generator has to be saved, shared or replayed.
+
+A mask drawn from (seed, epoch, chunk, place) is the same whatever the batch, the device or an interruption. Every
+stream of random numbers of a run has its number here, so that no two of them are the same. Beside them, `seed` decides
+which lines are held out for testing (mlm/data/text_files.py) and the new weights of a model (model.py).
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What random numbers are for. Hashed after the run's seed."""
+
+    ORDER = 1  # of the chunks in an epoch
+    MASKS = 2  # which tokens are chosen, and what becomes of them
+    DROPOUT = 3
+    EVALUATION = 4  # which test chunks are scored where not all are
+
+
+class Draw(IntEnum):
+    """Further random bits, derived from a token's bits of Stream.MASKS, which decide whether it is chosen."""
+
+    FATE = 1  # of a chosen token: [MASK], a random token, or kept
+    REPLACEMENT = 2  # which random token
+    NOT_CHOSEN = 3  # bits for a word that no span covers
+
+
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    """Scrambles 64-bit integers: the finaliser of SplitMix64 (Steele, Lea and Flood, doi 10.1145/2660193.2660195)."""
+    for shift, factor in _MIX:
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def random_bits(*counters: int | np.ndarray, after: np.ndarray | None = None) -> np.ndarray:
+    """64 random bits (uint64) for each tuple of counters, which broadcast against each other: a chained hash of them.
+
+    random_bits(a, b) is random_bits(b, after=random_bits(a)).
+    """
+    bits = np.zeros(1, dtype=np.uint64) if after is None else after
+    for counter in counters:
+        bits = _mix(bits + np.uint64(0x9E3779B97F4A7C15) + np.asarray(counter).astype(np.uint64))
+    return bits
+
+
+def threshold(probability: float) -> np.uint64:
+    """The number that 64 random bits are below with this probability: comparing integers is faster than fractions."""
+    return np.uint64(min(round(probability * 2**64), 2**64 - 1))
+
+
+def epoch_order(seed: int, epoch: int, chunks: int) -> np.ndarray:
+    """The order in which an epoch visits the chunks: a permutation (chunks,) int64 of their indices."""
+    return np.argsort(random_bits(seed, Stream.ORDER, epoch, np.arange(chunks)), kind="stable")
+
+
+def evaluation_order(chunks: int) -> np.ndarray:
+    """The order in which test chunks are taken for evaluations: (chunks,) int64. The same in every run: it has no seed.
+
+    The first n of it are the sample of n chunks, so that a smaller sample is a part of a larger one.
+    """
+    return np.argsort(random_bits(0, Stream.EVALUATION, np.arange(chunks)), kind="stable")
+
+
+def mask_keys(seed: int, epoch: int, chunks: np.ndarray) -> np.ndarray:
+    """What decides the masks of the chunks with these indices (n,) in an epoch: (n,) uint64."""
+    return random_bits(seed, Stream.MASKS, epoch, chunks)
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """What torch is seeded with before a micro-batch of a step, so that repeating it drops the same units."""
+    return int(random_bits(seed, Stream.DROPOUT, step, micro_batch, rank)[0])

@@ -1,0 +1,187 @@
+"""Text files -> lines, one line an example: found, fetched or held out, and decoded with plain errors."""
+
+import codecs
+import gzip
+import hashlib
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+import numpy as np
+from tqdm import tqdm
+
+from Config import Config
+from mlm.data.demo import demo_folder, write_corpus
+from mlm.errors import UserError, first_line
+from mlm.runtime.hub import WIKITEXT, locate, wants_wikitext
+from mlm.storage import atomic_write, digest, lock, once
+from mlm.terminal import progress_bar
+
+LINES_BETWEEN_UPDATES = 500  # of a bar
+BINARY = "a binary file, such as a Word document"
+
+
+class Text(NamedTuple):
+    """The lines of both splits, each call reading them anew, and a digest of all that decides them."""
+
+    train: Callable[[], Iterator[str]]
+    test: Callable[[], Iterator[str]]
+    digest: str
+
+
+def text_folder(config: Config) -> Path:
+    """The folder that the text is read from."""
+    return demo_folder(config) if config.demo else Path(config.path_datasets)
+
+
+def find_text(config: Config) -> Text:
+    """The lines under `path_datasets`: train*.txt, and test*.txt or a seeded random share of the distinct lines.
+
+    A held-out line is held out wherever it is repeated. The demo first writes its text; the default folder, if it has
+    none, first receives WikiText-2 from the Hub. Raises UserError where there is no text, or too little to hold some
+    out.
+    """
+    folder = text_folder(config)
+    if config.demo:
+        once(folder, write_corpus)
+    with lock(Path(config.path_model_save) / ".cache" / ".fetch.lock"):  # one process fetches, the others wait
+        if wants_wikitext(config):
+            _fetch_wikitext(folder)
+    train, test = _files(folder, "train"), _files(folder, "test")
+    if config.evaluate_only and not train:
+        train = test  # of which nothing is shown
+    if folder.is_file():
+        raise UserError(f"path_datasets: {folder} is a file; give the folder, and name the file train.txt")
+    if not train:
+        raise UserError(f"path_datasets: no train*.txt in {folder}; put your text there, one example a line")
+    digests = [[_file_digest(path) for path in paths] for paths in (train, test)]
+    if test:
+        return Text(partial(read_lines, train), partial(read_lines, test), digest(digests))
+
+    salt = config.seed.to_bytes(8, "little")  # lines whose salted hash is below a limit are held out
+
+    def write_limit(path: Path) -> None:
+        hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(train) if line)))
+        if len(hashes) < 2:
+            state = "holds one line only" if len(hashes) else "is empty"
+            raise UserError(
+                f"path_datasets: train*.txt in {folder} {state}; two are needed to train on one and test on one"
+            )
+        held_out = min(max(1, round(len(hashes) * config.test_fraction)), len(hashes) - 1)
+        path.write_text(str(hashes[held_out]))
+
+    key = digest(digests, config.seed, config.test_fraction)
+    limit = int(once(Path(config.path_model_save) / ".cache" / f"held-out-{key}", write_limit).read_text())
+
+    def lines(of_test: bool) -> Iterator[str]:
+        return (line for line in read_lines(train) if (line_hash(line, salt) < limit) == of_test)
+
+    return Text(partial(lines, False), partial(lines, True), digest(digests, config.seed, limit))
+
+
+def _files(folder, split):
+    return sorted(path for ending in ("txt", "txt.gz") for path in folder.glob(f"{split}*.{ending}"))
+
+
+def _file_digest(path):
+    with _readable(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+
+
+def line_hash(line: str, salt: bytes = b"") -> int:
+    """64 bits that stand for a line, the same in every run."""
+    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8, salt=salt).digest(), "little")
+
+
+def read_lines(files: list[Path], setting: str = "path_datasets") -> Iterator[str]:
+    """The lines of UTF-8 files (.gz too), stripped of surrounding white space. Raises UserError as `decode_lines`."""
+    return (line.strip() for line in decode_lines(files, setting))
+
+
+def read_sample(path: Path, setting: str, most: int) -> list[str]:
+    """At most so many lines that are not blank, spread evenly over a file or over a folder's *.txt and *.txt.gz.
+
+    Raises UserError, which names the setting, where there is none.
+    """
+    files = [path] if path.is_file() else sorted([*path.glob("*.txt"), *path.glob("*.txt.gz")])
+    lines = [line for line in read_lines(files, setting) if line]
+    if not lines:
+        raise UserError(f"{setting}: {path} is no file or folder of .txt files with a line of text in it")
+    every = max(1, len(lines) // most)
+    return lines[::every][:most]
+
+
+def decode_lines(files: list[Path], setting: str) -> Iterator[str]:
+    r"""The lines of UTF-8 files (.gz too), without their ends.
+
+    Only \n and \r\n end a line; a lone \r stays inside it and is white space to the tokenizer.
+
+    Raises UserError, naming setting, file and line, for bytes that are not UTF-8, and for a file that cannot be read.
+    """
+    for path in files:
+        with _readable(path, setting), open(path, "rb") as stored, _reading_bar(path) as bar:
+            file = cast(BinaryIO, gzip.GzipFile(fileobj=stored)) if path.suffix == ".gz" else stored
+            for number, raw in enumerate(file, start=1):
+                if number % LINES_BETWEEN_UPDATES == 0:
+                    bar.update(stored.tell() - bar.n)
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    encoding = _likely_encoding(raw + file.read(1 << 16))
+                    remedy = "" if encoding == BINARY else f", for example with iconv -f {encoding} -t UTF-8"
+                    raise UserError(
+                        f"{setting}: {path}, line {number} is not UTF-8; it looks like {encoding}. "
+                        f"Save it as plain UTF-8 text{remedy}"
+                    ) from error
+                yield line.removesuffix("\n").removesuffix("\r")
+
+
+def _reading_bar(path: Path) -> tqdm:
+    """By bytes of the file as it is stored; whatever is made of its lines is made while they are read."""
+    return progress_bar(f"reading {path.name}", path.stat().st_size, "B")
+
+
+def _likely_encoding(sample: bytes) -> str:
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if b"\0" in sample:
+        return BINARY
+    try:
+        foreign = [c for c in codecs.getincrementaldecoder("gb18030")().decode(sample) if c > "\x7f"]
+    except UnicodeDecodeError:
+        return "WINDOWS-1252"
+    chinese = sum("\u3000" <= c <= "\u9fff" or "\uff00" <= c <= "\uffef" for c in foreign)
+    return "GBK" if chinese * 2 > len(foreign) else "WINDOWS-1252"
+
+
+@contextmanager
+def _readable(path, setting="path_datasets"):
+    """Raises UserError where the block cannot read the file."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{setting}: cannot read {path}: {error}") from error
+
+
+def _fetch_wikitext(folder):
+    from datasets import DownloadConfig, load_dataset  # here, as it takes a second
+
+    offline = locate(**WIKITEXT)
+    print(f"{folder} holds no text: fetching WikiText-2 (raw) into it from the Hub", flush=True)
+    options = DownloadConfig(local_files_only=offline)
+    name, subset = WIKITEXT["name"], "wikitext-2-raw-v1"
+    try:
+        test = load_dataset(name, subset, split="test", download_config=options)
+        train = load_dataset(name, subset, split="train", download_config=options)
+    except Exception as error:  # whatever a broken connection or a changed data set make `datasets` raise
+        raise UserError(
+            f"path_datasets: WikiText-2 could not be fetched ({first_line(error)}); put text into {folder}"
+        ) from error
+    for split, rows in (("test", test), ("train", train)):  # train.txt last: a folder without it is not trained on
+        with atomic_write(folder / f"{split}.txt", "path_datasets") as temporary:
+            text = "".join(line.rstrip("\n") + "\n" for line in rows["text"])
+            temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,121 @@
+"""Fine-tuning: a classifier trained on a task, kept as it was when it was best on dev; and its answers.
+
+After Zhang et al., Revisiting Few-sample BERT Fine-tuning (arXiv 2006.05987): AdamW with bias correction, and hundreds
+of updates even where data are few.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
+
+from mlm.data.micro_batches import MicroBatch
+from mlm.data.packing import MaskedChunks, chunk_bounds, part_of
+from mlm.data.randomness import dropout_seed
+from mlm.downstream.encoding import Encoded, training_order
+from mlm.training.step import has_finite_weights, make_optimizer
+
+WARMUP_SHARE, WEIGHT_DECAY, LARGEST_NORM = 0.1, 0.01, 1.0
+MOST_EVALUATIONS = 10  # on dev, in one fine-tuning
+CHUNKS_AT_ONCE = 256  # packed together where nothing is trained
+
+DivideBatch = Callable[[MaskedChunks], list[MicroBatch]]
+
+
+class Budget(NamedTuple):
+    """What every model is given."""
+
+    steps: int  # optimizer steps
+    evaluate_every: int  # steps
+    batch_size: int  # examples
+    learning_rate: float  # peak
+
+    @classmethod
+    def of(
+        cls, examples: int, dev_examples: int, num_epochs: int, least_steps: int, batch_size: int, learning_rate: float
+    ) -> "Budget":
+        """For so many examples: an evaluation an epoch, or fewer where epochs are many, or dev is long."""
+        steps_per_epoch = math.ceil(examples / batch_size)
+        steps = max(num_epochs * steps_per_epoch, least_steps)
+        evaluate_every = max(steps_per_epoch, math.ceil(steps / MOST_EVALUATIONS), dev_examples // batch_size)
+        return cls(steps, min(evaluate_every, steps), batch_size, learning_rate)
+
+
+class Best(NamedTuple):
+    """When a classifier was best on dev."""
+
+    step: int
+    score: float
+
+
+def fine_tune(
+    classifier: nn.Module,
+    train: Encoded,
+    score_on_dev: Callable[[], float],
+    budget: Budget,
+    seed: int,
+    accelerator: Accelerator,
+    divide: DivideBatch,
+    advance: Callable[[], object],
+) -> Best:
+    """Trains the classifier, and leaves it with the weights that scored best on dev, the earliest of equals.
+
+    The seed decides order and dropout. Weights that are not finite are never the best; where all are, it is left as it
+    was. advance: called after every step.
+    """
+    if accelerator.scaler is not None:  # which remembers the scale that the last classifier needed
+        accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
+    optimizer = accelerator.prepare(make_optimizer(classifier, budget.learning_rate, WEIGHT_DECAY))
+    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * budget.steps), budget.steps)
+    best, best_weights = Best(0, 0.0), copy_of_weights(classifier)
+    batches = training_order(train, budget.batch_size, seed)
+    for step, batch in enumerate(islice(batches, budget.steps), start=1):
+        classifier.train()
+        for number, (inputs, targets) in enumerate(divide(batch)):
+            torch.manual_seed(dropout_seed(seed, step, number, 0))
+            with accelerator.autocast():
+                logits = classifier(**inputs).float()  # (places, classes)
+            accelerator.backward(F.cross_entropy(logits, targets, reduction="sum") / len(batch.targets))
+        accelerator.clip_grad_norm_(classifier.parameters(), LARGEST_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        advance()
+        if step % budget.evaluate_every == 0 or step == budget.steps:
+            score = score_on_dev()
+            if (score > best.score or best.step == 0) and has_finite_weights(classifier):
+                best, best_weights = Best(step, score), copy_of_weights(classifier)
+    classifier.load_state_dict(best_weights)
+    return best
+
+
+def copy_of_weights(module: nn.Module) -> dict[str, Tensor]:
+    """By name."""
+    return {name: weight.clone() for name, weight in module.state_dict().items()}
+
+
+@torch.no_grad()
+def answer(classifier: nn.Module, encoded: Encoded, accelerator: Accelerator, divide: DivideBatch) -> list[int]:
+    """The likeliest class of each text, or word, in their order."""
+    answers = np.empty(encoded.answers, dtype=np.int64)
+    classifier.eval()
+    numbered = encoded.chunks._replace(targets=np.arange(encoded.answers))  # as packing changes their order
+    for inputs, numbers in blocks(numbered, divide):
+        with accelerator.autocast():
+            logits = classifier(**inputs)  # (places, classes)
+        answers[numbers.cpu().numpy()] = logits.argmax(-1).cpu().numpy()
+    return answers.tolist()
+
+
+def blocks(chunks: MaskedChunks, divide: DivideBatch) -> Iterator[MicroBatch]:
+    """All chunks, as micro-batches."""
+    bounds = chunk_bounds(chunks.lengths)
+    for start in range(0, len(chunks.lengths), CHUNKS_AT_ONCE):
+        yield from divide(part_of(chunks, bounds, start, min(start + CHUNKS_AT_ONCE, len(chunks.lengths))))

@@ -1,0 +1,219 @@
+"""A task: labelled texts in three splits that share no text, and the classes to be told apart."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from Config import DownstreamConfig
+from mlm.downstream.task_files import Example, Kind, LabelledFile, read_labelled
+from mlm.errors import UserError
+from mlm.storage import digest
+
+ENDINGS = ("tsv", "csv", "jsonl", "json", "ndjson", "txt", "conll", "bio", "iob", "iob2")
+SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "validation", "eval"), "test": ("test",)}
+
+
+class Task(NamedTuple):
+    """What is to be learned, and on what it is tested."""
+
+    name: str
+    kind: Kind
+    classes: list[str]  # labels, or tags of words
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+    notes: list[str]  # what was left out, and what to beware of, for people
+
+    @property
+    def digest(self) -> str:
+        return digest(self.kind, self.classes, self.train, self.dev, self.test)
+
+
+def load_task(config: DownstreamConfig) -> Task:
+    """The task of one file, split by `seed` with each class's share in every split, or of a folder's files.
+
+    Raises UserError where there is too little to train, choose and test on, or nothing to tell apart.
+    """
+    path = Path(config.task)
+    files = {split: read_labelled(file, config) for split, file in _find_files(path).items()}
+    kinds = {file.kind for file in files.values()}
+    if len(kinds) > 1:
+        raise UserError(f"task: the files of {path} hold different kinds of examples: {', '.join(sorted(kinds))}")
+    [kind] = kinds
+    _check_labels(kind, [example for file in files.values() for example in file.examples], path)
+
+    # What was read and what was not, and the splits, of which none shares a text with another.
+    notes = list(dict.fromkeys(file.columns for file in files.values() if file.columns))
+    empty = sum(file.empty for file in files.values())
+    if empty:
+        notes.append(f"left out, as text or label is empty: {empty:,}")
+    splits, removed = _split(files, kind, config)
+    notes += [f"left out, {reason}: {number:,}" for reason, number in removed.items() if number]
+    for split, examples in splits.items():
+        if not examples:
+            raise UserError(f"task: {path} leaves no text for {split}. {'. '.join(notes)}".rstrip(". "))
+
+    counts = {
+        split: Counter(label for example in examples for label in example.labels) for split, examples in splits.items()
+    }
+    if len(counts["train"]) == 1:
+        [label] = counts["train"]
+        raise UserError(f"task: all training texts of {path} have the label {label}. {'. '.join(notes)}".rstrip(". "))
+    if not counts["train"].keys() & counts["test"].keys():
+        raise UserError(f"task: no label of the training texts of {path} is one of the test texts'")
+    notes += _notes_on_labels(kind, counts["train"], counts["test"])
+    classes = sorted(set().union(*counts.values()))
+    return Task(path.name.partition(".")[0] or path.resolve().name, kind, classes, **splits, notes=notes)
+
+
+def _find_files(path: Path) -> dict[str, Path]:
+    """The one file as "all", or the folder's files by split. Raises UserError where there is none."""
+    if path.is_file():
+        return {"all": path}
+    if not path.is_dir():
+        raise UserError(f"task: there is no file or folder {path}")
+    found = {}
+    for split, names in SPLIT_NAMES.items():
+        candidates = [
+            file for name in names for ending in ENDINGS for file in sorted(path.glob(f"{name}.{ending}*"))
+            if file.suffix in (f".{ending}", ".gz")
+        ]  # fmt: skip
+        if len(candidates) > 1:
+            raise UserError(f"task: {path} has more than one file to {split}: {', '.join(map(str, candidates))}")
+        if candidates:
+            found[split] = candidates[0]
+    missing = {"train", "test"} - found.keys()
+    if missing:
+        raise UserError(
+            f"task: {path} has no {' and no '.join(sorted(missing))} file, such as train.tsv and test.tsv; or name one "
+            "file, which is then split"
+        )
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- split
+
+
+def _split(
+    files: dict[str, LabelledFile], kind: Kind, config: DownstreamConfig
+) -> tuple[dict[str, list[Example]], dict[str, int]]:
+    """The splits, and how many examples were left out for which reason; what files do not split is split by `seed`."""
+    removed = {}
+    if "all" in files:
+        given = files["all"].examples
+        first = {text_of(example): example for example in reversed(given)}  # of each text
+        distinct = list(first.values())[::-1]
+        removed["as they repeat an earlier text"] = len(given) - len(distinct)
+        contradictions = sum(first[text_of(example)].labels != example.labels for example in given)
+        removed["among these with another label than the earlier one"] = contradictions
+        rest, test = _hold_out(distinct, config.test_fraction, kind, config.seed)
+        dev_share = config.dev_fraction / (1 - config.test_fraction)
+    else:
+        rest, test, dev_share = files["train"].examples, files["test"].examples, config.dev_fraction
+    if "dev" in files:
+        train, dev = rest, files["dev"].examples
+    else:
+        train, dev = _hold_out(rest, dev_share, kind, config.seed + 1)
+
+    # A text in two splits stays in the later one, so that a published test set stays what it is.
+    of_test, of_dev = ({*map(text_of, examples)} for examples in (test, dev))
+    kept_train = [example for example in train if text_of(example) not in of_dev | of_test]
+    kept_dev = [example for example in dev if text_of(example) not in of_test]
+    removed["as they train on a text of dev or test"] = len(train) - len(kept_train)
+    removed["as they are of dev and of test"] = len(dev) - len(kept_dev)
+    return {"train": kept_train, "dev": kept_dev, "test": test}, removed
+
+
+def _hold_out(examples: list[Example], share: float, kind: Kind, seed: int) -> tuple[list[Example], list[Example]]:
+    """What is left and what is held out, about `share` of each class; of a class of three or more, one at least.
+
+    Both in the examples' order. A class keeps one example at least. (scikit-learn's split refuses small classes.)
+    """
+    draw = np.random.default_rng([seed, 1])
+    by_class: dict[str, list[int]] = {}
+    for index in draw.permutation(len(examples)).tolist():
+        by_class.setdefault("" if kind == "entities" else examples[index].labels[0], []).append(index)
+    held_out: set[int] = set()
+    spare = []  # what may be held out beside that, where rounding leaves too few
+    for members in by_class.values():
+        wanted = round(share * len(members))
+        number = min(max(wanted, 1) if len(members) >= 3 else wanted, len(members) - 1)
+        held_out.update(members[:number])
+        spare += members[number:-1]
+    held_out.update(spare[: max(0, round(share * len(examples)) - len(held_out))])
+    left = [example for index, example in enumerate(examples) if index not in held_out]
+    return left, [examples[index] for index in sorted(held_out)]
+
+
+def text_of(example: Example) -> str:
+    """An example's text, by which it is recognised in another split."""
+    return "\t".join(" ".join(part.split()) for part in example.parts)
+
+
+def draw_few(task: Task, size: str, seed: int) -> list[int]:
+    """The indices of `size` training examples of each class ("all": of all there are), drawn anew for each seed.
+
+    Of a task with entities, so many sentences times the kinds of entities.
+    """
+    if size == "all":
+        return list(range(len(task.train)))
+    order = np.random.default_rng([seed, 2]).permutation(len(task.train)).tolist()
+    if task.kind == "entities":
+        return order[: int(size) * len(entity_kinds(task.classes))]
+    drawn: dict[str, list[int]] = {}
+    for index in order:
+        of_class = drawn.setdefault(task.train[index].labels[0], [])
+        if len(of_class) < int(size):
+            of_class.append(index)
+    return [index for of_class in drawn.values() for index in of_class]
+
+
+def entity_kinds(tags: list[str]) -> list[str]:
+    """The kinds of entities that some tags speak of."""
+    return sorted({tag.partition("-")[2] for tag in tags if tag != "O"})
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+def _check_labels(kind: Kind, examples: list[Example], path: Path) -> None:
+    """Raises UserError where there is nothing to tell apart, or labels look like texts."""
+    labels = {label for example in examples for label in example.labels}
+    if len(labels) == 1:
+        raise UserError(f"task: all texts of {path} have the label {labels.pop()}: nothing to tell apart")
+    if kind != "entities" and len(labels) > 0.8 * len(examples) and len(labels) > 10:
+        raise UserError(
+            f"task: {path} has {len(labels):,} different labels for {len(examples):,} texts; is the label in another "
+            "column? (--label_column)"
+        )
+
+
+def _notes_on_labels(kind: Kind, train: Counter[str], test: Counter[str]) -> list[str]:
+    """Classes that cannot be learned or tested, names that look alike, and a class that nearly all texts have."""
+    notes = []
+    alike = Counter(label.casefold() for label in train.keys() | test.keys())
+    if max(alike.values()) > 1:
+        notes.append(f"labels that differ in case alone: {_list(sorted(name for name, n in alike.items() if n > 1))}")
+    if kind == "entities":
+        return notes
+    unseen, untested = sorted(test.keys() - train.keys()), sorted(train.keys() - test.keys())
+    if unseen:
+        notes.append(f"classes in the test that training never shows, so always missed: {_list(unseen)}")
+    if untested:
+        notes.append(f"classes that are never tested: {_list(untested)}")
+    [(largest, occurrences)] = test.most_common(1)
+    share = occurrences / test.total()
+    if 0.8 < share < 1:
+        notes.append(
+            f"{share:.0%} of the test texts are {largest}, so always saying that has this accuracy; --metric macro_f1 "
+            "weighs classes alike"
+        )
+    return notes
+
+
+def _list(names: list[str], most: int = 10) -> str:
+    shown = ", ".join(re.sub(r"\s+", " ", name)[:40] for name in names[:most])
+    return shown + (f" and {len(names) - most:,} more" if len(names) > most else "")

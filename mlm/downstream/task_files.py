@@ -1,0 +1,268 @@
+"""Labelled files -> examples: TSV, CSV, JSON lines, and CoNLL columns for entities; read with plain errors."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from Config import DownstreamConfig
+from mlm.data.text_files import decode_lines
+from mlm.errors import UserError, first_line
+
+Kind = Literal["text", "pair", "entities"]
+
+# Usual names of columns, the likelier first; compared without regard to case.
+PAIR_NAMES = (
+    ("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("text1", "text2"), ("text_a", "text_b"),
+    ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"), ("question", "answer"),
+)  # fmt: skip
+TEXT_NAMES = ("text", "sentence", "review", "content", "title", "question", "文本", "句子", "内容", "标题")
+LABEL_NAMES = ("label", "labels", "class", "category", "target", "gold_label", "标签", "类别")
+TAG = re.compile(r"O|[BIES]-\S.*")  # of a word outside of an entity, or at its beginning, inside, at its end, or alone
+
+
+class Example(NamedTuple):
+    """A text and its label; or two texts and their label; or words and a tag for each."""
+
+    parts: tuple[str, ...]  # the text; the two texts; the words
+    labels: tuple[str, ...]  # the one label; the tags
+
+
+class LabelledFile(NamedTuple):
+    """What a file holds."""
+
+    kind: Kind
+    examples: list[Example]
+    empty: int  # rows without a text or without a label, which are left out
+    columns: str  # that were read, and those that were not, for people
+
+
+def read_labelled(path: Path, config: DownstreamConfig) -> LabelledFile:
+    """Reads one file, in the format that its name or its first lines say.
+
+    Raises UserError, which names the line, where the file is not what it seems to be.
+    """
+    ending = Path(path.name.removesuffix(".gz")).suffix.lower()
+    lines = decode_lines([path], "task")
+    if ending in (".conll", ".bio", ".iob", ".iob2") or (ending in (".txt", ".tsv", "") and _has_tags(path)):
+        return LabelledFile("entities", list(_sentences(lines, path)), 0, "")
+    if ending in (".json", ".jsonl", ".ndjson"):
+        table = _read_json(lines, path)
+    else:
+        table = _read_table(lines, path, "," if ending == ".csv" else "\t", config)
+    columns = _choose_columns(table, config, path)
+    examples, empty = [], 0
+    for number, row in zip(table.line_numbers, table.rows, strict=True):
+        *parts, label = (_cell(row[column], path, number) for column in columns)
+        if all(parts) and label:
+            examples.append(Example(tuple(parts), (label,)))
+        else:
+            empty += 1
+    _refuse_tags(examples, path)
+    return LabelledFile("text" if len(columns) == 2 else "pair", examples, empty, _describe_columns(table, columns))
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+class Table(NamedTuple):
+    """Rows of cells, as wide as each other."""
+
+    titles: list[str]  # of the columns; none where the file does not name them
+    rows: list[list[Any]]
+    line_numbers: list[int]  # of the rows
+
+
+def _read_table(lines: Iterable[str], path: Path, delimiter: str, config: DownstreamConfig) -> Table:
+    """A TSV, which has no quotes, or a CSV, which has. Blank lines are left out."""
+    csv.field_size_limit(2**31 - 1)
+    with_ends = (line.replace("\r", " ") + "\n" for line in lines)
+    if delimiter == "\t":
+        reader = csv.reader(with_ends, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(with_ends, strict=True)
+    rows: list[list[str]] = []
+    numbers: list[int] = []
+    try:
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue
+            if rows and len(row) != len(rows[0]):
+                raise UserError(
+                    f"task: {path}, line {reader.line_num} has {len(row)} column(s), and those above have "
+                    f"{len(rows[0])}{_other_delimiter(row, delimiter)}"
+                )
+            rows.append(row)
+            numbers.append(reader.line_num)
+    except csv.Error as error:
+        raise UserError(
+            f'task: {path}, line {reader.line_num} is not CSV: {error}. A text that holds " or a comma must stand in '
+            'quotes, its own quotes doubled (""); a quote that is not closed runs on to the end'
+        ) from error
+    if rows and len(rows[0]) == 1:
+        raise UserError(
+            f"task: {path}, line {numbers[0]} has 1 column; it should have a text and a label"
+            f"{_other_delimiter(rows[0], delimiter)}"
+        )
+    titles = [cell.strip() for cell in rows[0]] if rows else []
+    names_columns = {title.lower() for title in titles} & {*LABEL_NAMES}
+    if names_columns or config.text_column or config.pair_column or config.label_column:
+        return Table(titles, rows[1:], numbers[1:])
+    return Table([], rows, numbers)
+
+
+def _other_delimiter(row: list[str], delimiter: str) -> str:
+    """A hint, where the columns of a row seem to be separated by something else."""
+    names = {"\t": "a tab", ",": "a comma", ";": "a semicolon"}
+    for other in names.keys() - {delimiter}:
+        if len(row) == 1 and other in row[0]:
+            return f". Is the separator {names[other]}? {names[delimiter].capitalize()} is read in {FILES[delimiter]}"
+    return ""
+
+
+FILES = {"\t": "a .tsv or .txt file, a comma in a .csv", ",": "a .csv file, a tab in a .tsv"}
+
+
+def _read_json(lines: Iterable[str], path: Path) -> Table:
+    """One object a line; its keys are the columns."""
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"task: {path}, line {number} is not JSON by itself: {first_line(error)}. A line should hold one object"
+            ) from error
+        if not isinstance(content, dict):
+            raise UserError(f'task: {path}, line {number} should be an object: {{"text": "...", "label": "..."}}')
+        objects.append((number, content))
+    titles = list(dict.fromkeys(key for _, content in objects for key in content))
+    rows = [[content.get(title) for title in titles] for _, content in objects]
+    return Table(titles, rows, [number for number, _ in objects])
+
+
+def _choose_columns(table: Table, config: DownstreamConfig, path: Path) -> list[int]:
+    """Where text, second text (if any) and label stand in a row: by the settings, or by usual names, or by order."""
+    if not table.rows:
+        raise UserError(f"task: {path} holds no labelled text")
+    if not table.titles:
+        _refuse_other_orders(table, path)
+        return list(range(len(table.rows[0])))
+    lower = [title.lower() for title in table.titles]
+
+    def find(setting: str, usual_names: tuple[str, ...]) -> int:
+        wanted = getattr(config, setting)
+        names = [wanted.lower()] if wanted else usual_names
+        found = next((lower.index(name) for name in names if name in lower), None)
+        if found is None:
+            named = f"named {wanted}" if wanted else f"of a usual name, such as {usual_names[0]}; say which it is"
+            raise UserError(f"{setting}: {path} has no column {named}. It has {', '.join(table.titles)}")
+        return found
+
+    pair = next((names for names in PAIR_NAMES if {*names} <= {*lower}), None)
+    label = find("label_column", LABEL_NAMES)
+    if config.text_column is None and config.pair_column is None and pair:
+        return [lower.index(pair[0]), lower.index(pair[1]), label]
+    text = find("text_column", TEXT_NAMES)
+    return [text, find("pair_column", ()), label] if config.pair_column else [text, label]
+
+
+def _refuse_other_orders(table: Table, path: Path) -> None:
+    """Raises UserError where rows without titles are not text and label, or text, second text and label."""
+    rows, width = table.rows, len(table.rows[0])
+    remedy = "Name the columns in line 1, text and label among them, or as --text_column and --label_column say"
+    if width > 3:
+        raise UserError(f"task: {path}, line {table.line_numbers[0]} has {width} columns. {remedy}")
+    firsts, labels = [row[0].strip() for row in rows], [row[-1].strip() for row in rows]
+    if len(rows) < 10:  # too few to guess from
+        return
+    if len({*firsts}) < len(rows) / 4 and len({*labels}) > len(rows) / 2:
+        raise UserError(
+            f"task: the last column of {path}, which should hold labels, has {len({*labels}):,} different values in "
+            f"{len(rows):,} lines, and the first has {len({*firsts}):,}. Put the text first. Or: {remedy}"
+        )
+    if all(first.isdecimal() for first in firsts[1:]) and len({*firsts}) == len(firsts):
+        raise UserError(f"task: the first column of {path}, which should hold texts, numbers the lines. {remedy}")
+    others = labels[1:]
+    if labels[0] not in others and len({*others}) < len(others) / 4:
+        raise UserError(
+            f"task: line {table.line_numbers[0]} of {path} ends with {labels[0]!r}, the label of no other line. If it "
+            f"names the columns, say --text_column {firsts[0]} --label_column {labels[0]}; if it does not, put a line "
+            "above it that does"
+        )
+
+
+def _refuse_tags(examples: list[Example], path: Path) -> None:
+    """Raises UserError where the labels are tags of words."""
+    labels = [example.labels[0] for example in examples]
+    tags = sum(bool(TAG.fullmatch(label)) for label in labels)
+    if tags > 0.9 * len(labels) and any(label.startswith("B-") for label in labels):
+        raise UserError(
+            f"task: the labels of {path} look like tags of words ({labels[0]}). For entities give the file the ending "
+            ".conll, with a word and its tag a line, and a blank line between sentences"
+        )
+
+
+def _describe_columns(table: Table, columns: list[int]) -> str:
+    if not table.titles:
+        return ""
+    chosen = [table.titles[column] for column in columns]
+    others = [title for column, title in enumerate(table.titles) if column not in columns]
+    return f"read: {', '.join(chosen)}" + (f"; not read: {', '.join(others)}" if others else "")
+
+
+def _cell(value: Any, path: Path, number: int) -> str:
+    """A cell as text, empty where it is missing. Raises UserError where it is no single value, or no text."""
+    if isinstance(value, list | dict):
+        raise UserError(f"task: {path}, line {number} has a list where one text or label should be")
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    text = str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"task: {path}, line {number} holds a half of a character: {first_line(error)}") from error
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ entities
+
+
+def _has_tags(path: Path) -> bool:
+    """Whether the first lines look like CoNLL columns: a word first and a tag last."""
+    lines = (_word_and_tag(line) for line in islice(decode_lines([path], "task"), 100))
+    columns = [line for line in lines if line and line[0] != "-DOCSTART-"]
+    return bool(columns) and all(len(line) > 1 and TAG.fullmatch(line[-1]) for line in columns)
+
+
+def _word_and_tag(line: str) -> list[str]:
+    """The columns of a line, at tabs if it has any, else at spaces."""
+    return [column.strip() for column in line.split("\t")] if "\t" in line.strip() else line.split()
+
+
+def _sentences(lines: Iterable[str], path: Path) -> Iterator[Example]:
+    """Sentences of CoNLL columns (word first, tag last), which blank lines separate."""
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        columns = _word_and_tag(line)
+        if not columns or columns[0] == "-DOCSTART-":
+            if words:
+                yield Example(tuple(words), tuple(tags))
+            words, tags = [], []
+            continue
+        if len(columns) < 2 or not columns[0] or not TAG.fullmatch(columns[-1]):
+            raise UserError(
+                f"task: {path}, line {number} should hold a word and a tag: O, or B-, I-, E- or S- and the kind of "
+                f"entity; it says {line.strip()[:40]!r}"
+            )
+        words.append(columns[0])
+        tags.append(columns[-1])
+    if words:
+        yield Example(tuple(words), tuple(tags))

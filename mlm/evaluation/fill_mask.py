@@ -1,0 +1,79 @@
+"""What a model fills in for hidden tokens: its guesses for a hidden word, and predictions.csv."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BertForMaskedLM, PreTrainedTokenizerBase
+
+from mlm.data.chunks import Corpus
+from mlm.data.masking import BERT_RULE, content_keys, mask
+from mlm.evaluation.hidden_words import Guess, HiddenWord
+from mlm.storage import write_csv
+
+MOST_LINES = 100  # of predictions.csv
+# Every chosen token becomes [MASK]: a reader would not see that one which stays as it is was chosen.
+ALL_BECOME_MASK = BERT_RULE._replace(mask_share=1.0, random_share=0.0)
+
+
+@torch.no_grad()
+def fill_in(model: BertForMaskedLM, input_ids: np.ndarray, places: np.ndarray) -> Tensor:
+    """Returns each token's probability (places, vocabulary) at some places of a text, by input ids (positions,)."""
+    logits = model.eval()(torch.from_numpy(input_ids).to(model.device)[None]).logits  # (1, positions, vocabulary)
+    return logits[0, places].float().softmax(-1).cpu()
+
+
+def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTrainedTokenizerBase) -> list[list[Guess]]:
+    """Returns the model's three likeliest words for the [MASK] of each line."""
+    guesses = []
+    for line, _ in hidden:
+        input_ids = np.array(tokenizer(line)["input_ids"])
+        [probabilities] = fill_in(model, input_ids, np.flatnonzero(input_ids == tokenizer.mask_token_id))
+        likeliest = zip(*(column.tolist() for column in probabilities.topk(3)), strict=True)
+        guesses.append([Guess(str(tokenizer.decode([token])), probability) for probability, token in likeliest])
+    return guesses
+
+
+class Prediction(NamedTuple):
+    """A line as it is, with some tokens hidden, and with the model's likeliest tokens in their places."""
+
+    src: str
+    mask: str
+    pred: str
+
+
+def save_predictions(path: Path, model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> None:
+    """Writes a CSV of the first test lines that fit a chunk."""
+    rows = islice(predict(model, corpus, sen_max_length), MOST_LINES)
+    write_csv(path, Prediction._fields, (row._asdict() for row in rows))
+
+
+def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iterator[Prediction]:
+    """Yields a prediction for each test line that fits a chunk; the hidden tokens are those of evaluations."""
+    tokenizer, vocabulary = corpus.tokenizer, corpus.vocabulary
+    for line in corpus.text.test():
+        encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        tokens = np.array(encoded["input_ids"], dtype=np.int64)
+        if not 0 < len(tokens) <= sen_max_length - 2:  # without [CLS] and [SEP]
+            continue
+        lengths = np.array([len(tokens)])
+        ids, masked, _ = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, ALL_BECOME_MASK)
+        framed = np.concatenate([[vocabulary.cls_id], ids, [vocabulary.sep_id]])
+        likeliest = tokenizer.convert_ids_to_tokens(fill_in(model, framed, masked + 1).argmax(-1).tolist())
+        spans = [encoded["offset_mapping"][place] for place in masked]
+        yield Prediction(
+            src=line,
+            mask=_replace(line, spans, [tokenizer.mask_token] * len(spans)),
+            pred=_replace(line, spans, [token.removeprefix("##") for token in likeliest]),
+        )
+
+
+def _replace(line: str, spans: list[tuple[int, int]], parts: list[str]) -> str:
+    """Returns the line with a part in the place of each span."""
+    for (start, end), part in reversed(list(zip(spans, parts, strict=True))):
+        line = line[:start] + part + line[end:]
+    return line

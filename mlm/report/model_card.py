@@ -1,0 +1,66 @@
+"""final/README.md: the model card that the Hugging Face Hub shows, in figures that the run has measured."""
+
+import re
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+from mlm.report.summary import Summary
+from mlm.report.templates import template
+from mlm.report.wording import score_rows, verdict
+
+READ_LINES = 500  # to tell the language by
+HAN_SHARE = 0.3  # of the letters: Chinese
+STOP_WORD_SHARE = 0.2  # of the words: English
+
+
+def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
+    """The card of a finished run; lines: of the test text, to tell its language by. No text is quoted in it."""
+    start, last = run.settings["initial_pretrain_model"], run.evaluations[-1]
+    language, name = language_of(lines), run.folder.name
+    scores = {"perplexity": last["perplexity"], "accuracy": last["masked_accuracy"]}
+    data = ModelCardData(
+        language=language,
+        base_model=start if is_hub_name(start) else None,
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=["bert", "masked-language-modeling", "domain-adaptation"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="fill-mask",
+                dataset_type="text",
+                dataset_name="the run's own test text",
+                metric_type=metric,
+                metric_value=round(value, 4),
+            )
+            for metric, value in scores.items()
+        ],
+    )
+    body = template("card.md").render(
+        run=run,
+        name=name,
+        start=start if is_hub_name(start) or start.startswith("scratch:") else "a local checkpoint",
+        language={"zh": "Chinese", "en": "English"}.get(language or "", "not determined"),
+        scores=score_rows(run),
+        verdict=verdict(run),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name is one that the Hub could have, and no local folder."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(name).exists()
+
+
+def language_of(lines: Iterable[str]) -> str | None:
+    """zh or en, by the letters and the words of some lines; None for what is neither."""
+    text = "\n".join(islice(lines, READ_LINES)).lower()
+    letters = [character for character in text if character.isalpha()]
+    if sum("\u4e00" <= letter <= "\u9fff" for letter in letters) > HAN_SHARE * len(letters):
+        return "zh"
+    words = re.findall(r"[^\W\d_]+", text)
+    return "en" if sum(word in ENGLISH_STOP_WORDS for word in words) > STOP_WORD_SHARE * len(words) else None

@@ -1,0 +1,107 @@
+"""What came of a run, or has come of it so far: the figures and sentences that its log, report and model card share."""
+
+import csv
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlm.data.text_stats import SHOWN_BROKEN_WORDS, TextStats
+from mlm.errors import UserError
+from mlm.evaluation.fill_mask import guess
+from mlm.evaluation.hidden_words import Guess
+from mlm.evaluation.loss import Evaluation, save_evaluation
+from mlm.storage import atomic_write, write_json
+from mlm.training.run import Ending, Progress, Run
+
+SCORES = "test_scores.safetensors"  # the last evaluation of all test chunks, to compare runs by
+KEPT = ("state", "text", "skipped_steps", "guesses")  # in summary.json: what settings.json and metrics.csv do not hold
+
+
+class GuessedWord(NamedTuple):
+    """A line with a hidden word, that word, and what the model makes of its place before training and now."""
+
+    line: str
+    word: str
+    before: list[Guess]
+    after: list[Guess]
+
+
+@dataclass
+class Summary:
+    """A run as its folder tells it."""
+
+    folder: Path
+    settings: dict[str, Any]
+    derived: dict[str, Any]
+    versions: dict[str, str]
+    command: str  # that repeats it
+    rows: list[dict[str, float]]  # of metrics.csv; what a row did not measure is not in it
+    state: str  # running, or the name of its ending
+    text: TextStats
+    skipped_steps: int  # that trained nothing, as their loss or gradient was not finite
+    guesses: list[GuessedWord]
+
+    @property
+    def evaluations(self) -> list[dict[str, float]]:
+        """The rows with scores on the test text, that of the starting checkpoint first."""
+        return [row for row in self.rows if "eval_loss" in row]
+
+    @property
+    def nats_per_character(self) -> list[float]:
+        """Of the first and the last evaluation: the loss per masked token times the tokens per character."""
+        tokens_per_character = self.text.test.tokens / self.text.test.characters
+        return [row["eval_loss"] * tokens_per_character for row in (self.evaluations[0], self.evaluations[-1])]
+
+
+def publish(
+    run: Run, progress: Progress, evaluation: Evaluation | None = None, ending: Ending | None = None
+) -> Summary:
+    """Writes what came of a run so far to its folder; to be called on the main rank, once the start is evaluated.
+
+    evaluation: where a new one was made, all chunks of it.
+    """
+    if evaluation and len(evaluation.losses) == run.test_chunks:
+        with atomic_write(run.folder / SCORES) as temporary:
+            save_evaluation(temporary, evaluation)
+    guesses_after = (
+        [] if ending in (Ending.BROKEN, Ending.SKIPPING) else guess(run.bert, run.hidden_words, run.data.tokenizer)
+    )
+    guesses = zip(run.hidden_words, progress.guesses_before, guesses_after, strict=False)
+    summary = Summary(
+        folder=run.folder,
+        settings=asdict(run.config),
+        derived=run.derived,
+        versions=run.versions,
+        command=run.command,
+        rows=progress.rows,
+        state=ending.name.lower() if ending else "running",
+        text=replace(run.data.stats, broken_words=run.data.stats.broken_words[:SHOWN_BROKEN_WORDS]),
+        skipped_steps=progress.skipped,
+        guesses=[GuessedWord(*hidden, before, after) for hidden, before, after in guesses],
+    )
+    kept = {name: value for name, value in asdict(summary).items() if name in KEPT}
+    write_json(summary.folder / "summary.json", kept)
+    return summary
+
+
+def read_summary(folder: Path) -> Summary:
+    """What the files of a run's folder say. Raises UserError where it is none, or was written by an older version."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    try:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        kept["text"] = TextStats.of_dict(kept["text"])
+        kept["guesses"] = [
+            GuessedWord(line, word, *([Guess(*guess) for guess in guesses] for guesses in both))
+            for line, word, *both in kept["guesses"]
+        ]
+        return Summary(folder=folder, rows=rows, **settings, **kept)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder} is not the folder of a run that has been evaluated: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- sentences

@@ -1,0 +1,54 @@
+"""Experiment trackers, by the names that accelerate gives them: tensorboard, trackio, wandb, mlflow, swanlab."""
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from mlm.errors import UserError, first_line
+from mlm.training.run import Progress, Run
+
+PROJECT = "Pretrain_Bert_with_MaskLM"
+TO_KEEP_IT_LOCAL = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offline"}
+
+
+def check_tracker(name: str) -> None:
+    """Raises UserError where a tracker is not installed, or is none that accelerate knows."""
+    known = sorted({str(kind) for kind in LoggerType} - {"all"})
+    if name != "none" and name not in known:
+        raise UserError(f"tracker: accelerate knows no {name!r}; choose none or one of {', '.join(known)}")
+    if name != "none" and name not in map(str, get_available_trackers()):
+        raise UserError(f"tracker: {name} is not installed; pip install {name}, or --tracker none")
+
+
+def start_tracker(run: Run, progress: Progress) -> None:
+    """Opens the run in its tracker, under the name of its folder. Raises UserError where that fails.
+
+    What is written goes under `path_model_save`, but trackio's, which has one place for all of a user's runs.
+    """
+    name, folder, is_resumed = run.config.tracker, run.folder.absolute(), run.checkpoint is not None
+    arguments: dict[str, dict[str, Any]] = {
+        "tensorboard": {"purge_step": progress.step + 1 if is_resumed else 0},
+        "trackio": {
+            "name": folder.name,
+            "resume": "allow" if is_resumed else "never",
+            "auto_log_cpu": False,
+            "auto_log_gpu": False,
+        },
+        "wandb": {"name": folder.name, "dir": str(folder)},
+        "mlflow": {"run_name": folder.name, "logging_dir": str(folder.parent / "mlartifacts")},
+        "swanlab": {"name": folder.name, "log_dir": str(folder / "swanlog")},
+    }
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")  # one for all runs
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    settings = {setting: value for setting, value in asdict(run.config).items() if value is not None}
+    try:
+        run.accelerator.init_trackers(PROJECT, config=settings, init_kwargs={name: arguments.get(name, {})})
+    except Exception as error:  # each raises what it likes, from no account to no network
+        local = f"keep it on this machine by {TO_KEEP_IT_LOCAL[name]}, or " if name in TO_KEEP_IT_LOCAL else ""
+        reason = f"tracker: {name} could not start ({first_line(error)})"
+        raise UserError(f"{reason}; {local}leave it out by --tracker none") from error

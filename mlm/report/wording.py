@@ -1,0 +1,117 @@
+"""The sentences and tables that the log, the report and the model card say of a run."""
+
+import math
+
+from mlm.evaluation.hidden_words import Guess
+from mlm.evaluation.loss import SAMPLE_ERROR, perplexity
+from mlm.report.summary import Summary
+from mlm.terminal import figure, with_error
+
+GUESSES_IN_LOG = 5
+
+
+def verdict(summary: Summary) -> str:
+    """Whether the model guesses the test text better than the one that it started from, in a sentence."""
+    last = summary.evaluations[-1]
+    if summary.settings["evaluate_only"]:
+        return "Not trained: these are the scores of the model as it is."
+    if "change" not in last:
+        return "Not evaluated yet since training began: these are the scores of the starting model."
+    return of_change(last["change"], last["change_low"], last["change_high"], "fell", "rose")
+
+
+def of_change(loss: float, low: float, high: float, fell: str, rose: str) -> str:
+    """A change of the test loss with its 95% interval, in a sentence that says better, worse or that it cannot tell."""
+    if not math.isfinite(loss):
+        return "Worse: the test loss is not finite; training diverged."
+    if not math.isfinite(low):
+        return "Cannot tell: one chunk of test text gives no standard error; test on more text."
+    if low == high == 0:
+        return "Equal: the loss is the same on every chunk of the test text."
+    unit = "nats per masked token (95% interval"
+    if high < 0:
+        return f"Better: the test loss {fell} by {-loss:.3f} {unit} {-high:.3f} to {-low:.3f})."
+    if low > 0:
+        return f"Worse: the test loss {rose} by {loss:.3f} {unit} {low:.3f} to {high:.3f})."
+    return f"Cannot tell: the test loss changed by {loss:+.3f} {unit} {low:+.3f} to {high:+.3f})."
+
+
+def trend(summary: Summary) -> str:
+    """Whether the test loss still falls, in a sentence; empty where too few evaluations were made to say."""
+    trained = [row for row in summary.evaluations if "change" in row]
+    if trained and not math.isfinite(trained[-1]["change_low"]):
+        return ""
+    if len(trained) < 2:
+        return ""
+    before, last = trained[-2:]
+    lowest = min(trained, key=lambda row: row["change"])
+    since = f"since step {before['step']:,.0f}"
+    if last["change"] > lowest["change"] + SAMPLE_ERROR:
+        return (
+            f"It was lowest after step {lowest['step']:,.0f}, and has risen by "
+            f"{last['change'] - lowest['change']:.3f} since; best/ holds that model."
+        )
+    if last["change"] < before["change"] - SAMPLE_ERROR:
+        return f"It still fell, by {before['change'] - last['change']:.3f} {since}: more epochs may lower it further."
+    return f"It no longer fell {since}: more epochs on this text will hardly help."
+
+
+def notes(summary: Summary) -> list[str]:
+    """What else to know of the scores: whether the loss still falls, and whether words' frequencies do as well."""
+    unigram, last = summary.text.unigram_perplexity, summary.evaluations[-1]
+    found = [trend(summary)] if trend(summary) else []
+    upper = last["perplexity"] + 1.96 * last["perplexity_se"]  # of its 95% interval
+    if not summary.settings["evaluate_only"] and not upper < unigram:
+        found.append(
+            f"Word frequencies alone would reach a perplexity of {figure(unigram)}: it has hardly learned yet what "
+            "words tell of each other, and needs more steps or another learning rate."
+        )
+    return found
+
+
+def score_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """The table of scores: name, before, after, a note; of a run that did not train yet both are the start's."""
+    both = summary.evaluations[0], summary.evaluations[-1]
+    last, unigram = both[-1], summary.text.unigram_perplexity
+    divided = ""
+    if "change" in last:
+        factor, least, most = (perplexity(-last[name]) for name in ("change", "change_high", "change_low"))
+        if math.isfinite(last["change_low"]):
+            divided = f"divided by {figure(factor)} (95%: {figure(least)} to {figure(most)})"
+    rows: list[tuple[str, ...]] = [
+        ("perplexity", *(with_error(row["perplexity"], row["perplexity_se"]) for row in both), divided),
+        ("masked accuracy", *(f"{row['masked_accuracy']:.1%}" for row in both), ""),
+        ("nats per character", *(f"{nats:.3f}" for nats in summary.nats_per_character), ""),
+    ]
+    if not summary.settings["evaluate_only"]:
+        share = figure(last["perplexity"] / unigram)
+        rows.append(("unigram perplexity", "", figure(unigram), f"perplexity / unigram = {share}"))
+    return rows
+
+
+def closing_words(summary: Summary) -> str:
+    """The end of the log: the scores before and after, some hidden words with their guesses, where the model is."""
+    trained = "change" in summary.evaluations[-1]
+    rows = [("", "before", "after", ""), *score_rows(summary)]
+    if not trained:  # both are the same
+        rows = [(name, "", score, note) for name, _, score, note in score_rows(summary)]
+    lines = [f"{name:<20}{before:>20}{after:>20}    {note}".rstrip() for name, before, after, note in rows]
+    lines.append("(Perplexities compare between runs with the same tokenizer and sen_max_length; else compare nats.)")
+    lines += ["", verdict(summary), *notes(summary)]
+    for guessed in summary.guesses[:GUESSES_IN_LOG]:
+        lines += ["", f"  {guessed.line}   ({guessed.word})"]
+        lines += [f"    before  {_list(guessed.before)}"] if trained else []
+        lines.append(f"    {'after   ' if trained else ''}{_list(guessed.after)}")
+    if summary.skipped_steps:
+        warning = "warning: steps skipped, as their loss or gradient was not finite"
+        lines += ["", f"{warning}: {summary.skipped_steps:,}"]
+    lines += ["", f"The report: {summary.folder / 'report.html'}"]
+    if trained:
+        model = summary.folder / "final"
+        call = f"""print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))"""
+        lines += [f"The model: {model}", f"  python -c 'from transformers import pipeline; {call}'"]
+    return "\n".join(lines)
+
+
+def _list(guesses: list[Guess]) -> str:
+    return "   ".join(f"{guess.word} {guess.chance}" for guess in guesses)

@@ -1,0 +1,123 @@
+"""The devices of a run as accelerate gives them, and what their ranks agree on."""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+from warnings import filterwarnings
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
+
+from mlm.errors import UserError
+from mlm.runtime.hardware import DeviceSettings, check_devices, choose_precision
+
+Decision = TypeVar("Decision")
+PATIENCE_WHILE_PREPARING = timedelta(days=1)  # one machine may prepare its text for longer than another
+PATIENCE_WHILE_TRAINING = timedelta(minutes=15)  # a checkpoint may have to go to a slow disk, or a model be compiled
+
+
+def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str | None = None) -> Accelerator:
+    """The devices, number format and tracker of a run, which leaves its files under `output`.
+
+    Raises UserError where the devices or the format cannot be had, or several processes share one device.
+    """
+    check_devices(config)
+    precision = choose_precision(config)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "tf32" else precision,  # float32 whose products round their inputs
+        log_with=None if tracker == "none" else tracker,
+        project_dir=output,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE_WHILE_PREPARING),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,  # BERT's never change
+                gradient_as_bucket_view=True,  # spares a copy of all gradients
+            ),
+        ],
+    )
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise UserError(
+            "the launcher started several processes, and there is no GPU for them; to train on the CPU in several "
+            "processes set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries from saying what this program says itself, in its own words."""
+    transformers.logging.set_verbosity_error()  # what it would warn of is said by load_model
+    transformers.logging.disable_progress_bar()
+    filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # accelerate passes it on by its old name
+
+
+def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
+    """What `decide` returns on the main rank, on every rank.
+
+    Where it raises UserError there, the other ranks exit with status 2.
+    """
+    decided = error = None
+    if accelerator.is_main_process:
+        try:
+            decided = decide()
+        except UserError as raised:
+            error = raised
+    decided, failed = broadcast_object_list([decided, error is not None])
+    if error:
+        raise error
+    if failed:
+        sys.exit(2)
+    return decided
+
+
+def refuse_differences(recipe: dict[str, Any]) -> None:
+    """Raises UserError where the machines do not have the same text, words and tokenizer, wherever these lie.
+
+    recipe: what `make_recipe` returns.
+    """
+    digests = {name: value for name, value in recipe.items() if name != "settings"}
+    if any(other != digests for other in gather_object([digests])):
+        raise UserError(
+            "path_datasets: text, words or tokenizer differ between the machines; each needs the same files"
+        )
+
+
+def shorten_timeouts() -> None:
+    """From now on a rank that does not answer for minutes ends the run; until now it may have been preparing text."""
+    _host_group()  # made here, so that hosts which cannot reach each other end the run before it trains
+    torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE_WHILE_TRAINING)
+
+
+def on_any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any rank. The hosts agree on it among themselves, so that no GPU is waited for."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor([int(flag)])
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_host_group())
+    return bool(flags)
+
+
+def shut_down(accelerator: Accelerator) -> None:
+    """Ends the ranks together: a launcher that sees one end badly ends the others, even while the main one saves.
+
+    The caller has given up the model: the process group must not end inside DistributedDataParallel's reducer, which
+    would wait for a thread of the group that waits for this one, and a rank would hang now and then.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+@cache
+def _host_group():
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE_WHILE_TRAINING)

@@ -1,0 +1,85 @@
+"""What run.sh runs: train.py in one process, or a check of it and then one a GPU, with plain words if one fails."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+from Config import parse_flags
+from mlm.errors import UserError, plain_errors
+from mlm.runtime.hardware import choose_devices, count_gpus, native_precision, stay_on_cpu
+
+SECONDS_TO_SAVE = "45"  # between a signal and the launcher's kill; torch before 2.13 always waits 30
+
+
+def main() -> None:
+    """Starts train.py with this command's flags, the way `accelerate config` was answered, if it was.
+
+    The exit status is train.py's own: 2 for a mistake of the user's, 130 and 143 after Ctrl-C and SIGTERM.
+    Raises UserError for an `accelerate config` that does not fit.
+    """
+    flags = sys.argv[1:]
+    config = parse_flags(flags)
+    choose_devices(config)
+
+    from accelerate.commands import launch  # here, as it takes seconds and wrong flags should not
+    from accelerate.commands.config.config_args import default_config_file
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    chosen = []
+    if not os.path.isfile(default_config_file):
+        if count_gpus() < 2:
+            _become([sys.executable, "train.py", *flags], os.environ)
+        chosen = ["--num_machines=1", f"--mixed_precision={native_precision()}", "--dynamo_backend=no"]
+    if config.cuda_visible_devices or not os.path.isfile(default_config_file):
+        chosen += ["--gpu_ids=all", f"--num_processes={count_gpus()}"]  # of one machine
+    arguments = launch.launch_command_parser().parse_args([*chosen, "train.py", *flags])
+    arguments, *_ = launch._validate_launch_command(arguments)
+    if config.cuda_visible_devices:
+        arguments.num_processes *= arguments.num_machines
+    if arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm or arguments.tpu:
+        raise UserError(
+            "accelerate config: DeepSpeed, FullyShardedDataParallel, Megatron-LM and TPUs are not supported; a BERT "
+            "fits on one GPU. Run `accelerate config` again and answer NO to them"
+        )
+    if arguments.use_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    each = arguments.num_processes // arguments.num_machines
+    if each > max(1, count_gpus()) and not stay_on_cpu():  # one may be an Apple GPU or a CPU
+        raise UserError(
+            f"accelerate config: asks for {each} GPU(s), of which {count_gpus()} can be used here. Run `accelerate "
+            "config` again, or set ACCELERATE_USE_CPU=true to train on the CPU"
+        )
+    command, environment = launch.prepare_simple_launcher_cmd_env(arguments)
+    environment["ACCELERATE_USE_CPU"] = str(stay_on_cpu())
+    if arguments.num_processes == 1:
+        _become(command, environment)
+
+    # In one process first: a wrong setting or text is one plain message here, and not one from each rank.
+    check = subprocess.run([*command, "--check_only"], env=environment, stdout=subprocess.DEVNULL)
+    if check.returncode:
+        sys.exit(check.returncode)
+    logging.disable()  # the launcher's own account of what is said below
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
+    try:
+        launch.multi_gpu_launcher(arguments)
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode in (2, 130, 143):  # the rank has said why
+            sys.exit(failure.exitcode)
+        print(f"error: rank {rank} ended with status {failure.exitcode}; the others were stopped", file=sys.stderr)
+        sys.exit(1)
+
+
+def _become(command, environment):
+    os.execvpe(command[0], command, environment)  # signals and exit status need no forwarding
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no traceback; the launcher and train.py have handlers
+    with plain_errors():
+        main()

@@ -1,0 +1,64 @@
+"""How a run ends before its time: Ctrl-C and SIGTERM, and what is said where memory, compiler or network fail."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed import DistBackendError
+
+from Config import Config
+from mlm.errors import UserError
+from mlm.runtime.hardware import ran_out_of_memory
+
+
+def catch_signals(received: list[int], speak: bool) -> None:
+    """Turns Ctrl-C and SIGTERM from now on into entries of the list `received`, so that a step can be finished.
+
+    After a Ctrl-C, another one or a SIGTERM exits at once. After a SIGTERM only a Ctrl-C does, as launchers and
+    schedulers each send a SIGTERM to every rank.
+    """
+
+    def note(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if speak and not received:  # by os.write, as a print cannot interrupt a print
+            os.write(2, b"\nfinishing the step and saving; a second Ctrl-C exits at once\n")
+        received.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+
+
+@contextmanager
+def explain_endings(config: Config) -> Iterator[None]:
+    """Ends the process in plain words where a signal comes before training, or memory, compiler or network fail.
+
+    Raises UserError for what the user can put right, and SystemExit for the rest.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped before training began; nothing is lost", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise UserError(
+                f"micro_batch_tokens, sen_max_length: out of memory; lower ones need less. {error}"
+            ) from error
+        if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason = " ".join(str(error).splitlines()[:2])
+            raise UserError(f"compile: the model cannot be compiled here; leave it out. {reason}") from error
+        if not (isinstance(error, DistBackendError) or "gloo" in str(error)):
+            raise
+        print(
+            f"error: rank {os.environ.get('RANK', 0)} lost touch with another rank, which may have said why above. "
+            f"The same command with --resume continues from the newest checkpoint in {config.path_model_save}",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -1,0 +1,59 @@
+"""Bars for what takes long: drawn on a terminal, a plain line now and then in a file."""
+
+import math
+import sys
+from typing import Any
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+SECONDS_BEFORE_A_BAR = 1.0
+SECONDS_BETWEEN_LINES = 30.0  # in a file
+
+
+class _Lines:
+    """A stream for tqdm that writes each state of a bar as a line of its own."""
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line:
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:
+    """A bar that comes when the work takes more than a second, and goes when it is done.
+
+    Where stderr is no terminal, such as a log file or a notebook's output, it is a line every half minute.
+    """
+    options: dict[str, Any] = {"delay": SECONDS_BEFORE_A_BAR, "leave": False}
+    if not sys.stderr.isatty():
+        options = {"delay": SECONDS_BETWEEN_LINES, "mininterval": SECONDS_BETWEEN_LINES, "miniters": 1}
+        options |= {"leave": False, "file": _Lines(), "ncols": 0}
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, disable=not shown, **options)
+
+
+def steps_bar(total: int, done: int, shown: bool) -> tqdm:
+    """The bar of a run: steps, time, and behind them what `set_postfix_str` is given; on a terminal only."""
+    layout = "{percentage:3.0f}% |{bar}| step {n_fmt} of {total_fmt}, {elapsed} so far{postfix}"
+    return tqdm(total=total, initial=done, bar_format=layout, disable=not (shown and sys.stderr.isatty()))
+
+
+def say(line: str) -> None:
+    """Prints a line on the main rank, above the progress bar, which a print would tear."""
+    if PartialState().is_main_process:
+        tqdm.write(line)
+
+
+def figure(value: float) -> str:
+    """A perplexity, readable whatever its size."""
+    if value >= 1e8:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,.2f}"
+
+
+def with_error(value: float, standard_error: float) -> str:
+    """A perplexity with its standard error, where it has one."""
+    return f"{figure(value)} ± {figure(standard_error)}" if math.isfinite(standard_error) else figure(value)

@@ -1,0 +1,1 @@
+"""A run: its plan, its steps, its checkpoints, its folder."""

@@ -1,0 +1,221 @@
+"""Model folders that any loader of BERT takes, and checkpoints: such a folder and all that a run needs to resume.
+
+A folder named as a checkpoint is whole; what a kill -9 leaves of an unfinished one has another name (mlm/storage.py).
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import BertForMaskedLM, PreTrainedTokenizerBase
+
+from Config import Config
+from mlm.data.micro_batches import StepQueue
+from mlm.data.words import read_words
+from mlm.errors import UserError
+from mlm.evaluation.hidden_words import Guess
+from mlm.evaluation.loss import load_evaluation, save_evaluation
+from mlm.storage import atomic_write, digest
+from mlm.training.micro_batch_size import is_found_by_trial
+from mlm.training.run import Ending, Progress, Run, Unreported, checkpoint_path
+
+FORMAT = 3  # raise when what a checkpoint holds changes
+
+# Settings that may differ when a run is resumed, as they do not change the training but where and how fast it runs and
+# what it shows. Text and files of words are compared by what they hold, not by where they lie.
+MAY_CHANGE_ON_RESUME = {
+    "path_datasets", "user_words", "add_words", "path_model_save", "run_name", "cuda_visible_devices", "compile",
+    "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep_checkpoints", "tracker", "check_only",
+    "dry_run", "evaluate_only", "push_to_hub", "resume",
+}  # fmt: skip
+
+
+def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes a plain Hugging Face folder: config, safetensors, tokenizer, and vocab.txt for older tools."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+    by_id = (tokens.get(index, f"[unused-id-{index}]") for index in range(max(tokens) + 1))  # a line's number is its id
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in by_id), encoding="utf-8", newline="\n")
+
+
+def is_save_due(run: Run, progress: Progress) -> bool:
+    """Whether this is the end of an epoch, or of `save_every` steps, and not that of the run."""
+    step, save_every = progress.step, run.config.save_every or run.steps_per_epoch
+    return 0 < step < run.config.max_steps and (step % run.steps_per_epoch == 0 or step % save_every == 0)
+
+
+def save_if_due(run: Run, progress: Progress, queue: StepQueue, ending: Ending | None) -> None:
+    """Saves a checkpoint every so many steps, and one where the run is stopped or given up."""
+    if ending is None:
+        wanted = is_save_due(run, progress) and (run.config.save_every or run.pace.is_affordable())
+    else:
+        wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
+    if not wanted or not run.is_main or run.pace.saved_step == progress.step:
+        return
+    if is_found_by_trial(run):
+        progress.micro_batch_tokens = queue.micro_batch_positions
+    with run.pace.timing("saving a checkpoint"):
+        save_checkpoint(run, progress)
+    run.pace.saved(progress.step)
+
+
+def save_checkpoint(run: Run, progress: Progress) -> None:
+    """Writes the checkpoint of the step that `progress` has reached, and removes older ones beyond `keep_checkpoints`.
+
+    A plain Hugging Face folder with the optimizer's state beside the weights, the evaluation of the start,
+    state.json (progress, recipe, gradient scaler) and a manifest of every file's size and checksum.
+    """
+    optimizer = run.optimizer
+    moments = {
+        f"{name}/{kind}": tensor
+        for name, parameter in run.bert.named_parameters()
+        for kind, tensor in optimizer.state.get(parameter, {}).items()
+    }
+    scaler = optimizer.scaler.state_dict() if optimizer.scaler is not None else None
+    state = {
+        "format": FORMAT,
+        "progress": asdict(replace(progress, start=None)),
+        "recipe": run.recipe,
+        "scaler": scaler,
+    }
+    path = checkpoint_path(run.folder, progress.step)
+    with atomic_write(path) as temporary:
+        save_model(temporary, run.bert, run.data.tokenizer)
+        save_file(moments, temporary / "optimizer.safetensors")
+        if progress.start:
+            save_evaluation(temporary / "start.safetensors", progress.start)
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        manifest = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    not_newer = [other for other in checkpoints_of(run.folder) if _step(other) <= progress.step]
+    for old in not_newer[: -run.config.keep_checkpoints]:
+        old.rename(old.with_name(f".{old.name}.old"))  # a removal that is interrupted leaves no half of a checkpoint
+    for leftover in path.parent.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first, damaged ones included."""
+    return sorted((path for path in run.glob("checkpoints/step-*") if path.name[5:].isdecimal()), key=_step)
+
+
+def _step(path):
+    return int(path.name[5:])
+
+
+def _measure(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, None if it has none at all, and a warning for each damaged newer one.
+
+    Raises UserError where all are damaged.
+    """
+    warnings: list[str] = []
+    for path in reversed(checkpoints_of(run)):
+        damage = _damage(path)
+        if not damage:
+            return path, warnings
+        warnings.append(f"warning: {path} is skipped, as {damage}")
+    if warnings:
+        raise UserError(
+            "\n".join([f"resume: no checkpoint of {run} is whole; remove them to begin the run anew", *warnings])
+        )
+    return None, []
+
+
+def _damage(path):
+    """What is wrong with a checkpoint, None if it is whole."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json", *manifest):
+            if _measure(path / name) != manifest[name]:
+                return f"{name} is not as manifest.json describes it"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    except (ValueError, TypeError, KeyError):
+        return "manifest.json is damaged"
+
+
+def make_recipe(config: Config, text_digest: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides a training: the resolved "settings", and a digest each of "text", "tokenizer", "user_words"."""
+    return {
+        "settings": asdict(config),
+        "text": text_digest,
+        "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),
+        "user_words": digest(read_words(config.user_words, "user_words")),
+    }
+
+
+def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
+    """Raises UserError where something that decides the training differs from when the run began; names all of it.
+
+    recipe: what `make_recipe` returns.
+    """
+    state = _read_state(checkpoint)
+    if state.get("format") != FORMAT:
+        raise UserError(f"resume: {checkpoint} was written by another version of this program, which can resume it")
+    changed = _changes(state["recipe"], recipe)
+    if not changed:
+        return
+    named = set(changed) - {"max_steps", "num_warmup_steps"}  # which mostly change because another setting did
+    lines = [f"  {name}: {changed[name]}" for name in sorted(named or changed)]
+    remedy = f"Resume it as it began, or begin a new run, perhaps with {checkpoint} as initial_pretrain_model"
+    raise UserError("\n".join([f"resume: {checkpoint} cannot be resumed", *lines, remedy]))
+
+
+def _changes(began_with: dict[str, Any], recipe: dict[str, Any]) -> dict[str, str]:
+    """What differs from when the run began: by the name of the setting, how."""
+    changed = {}
+    old_settings, settings = began_with["settings"], recipe["settings"]
+    for name in (old_settings.keys() | settings.keys()) - MAY_CHANGE_ON_RESUME:
+        old, new = old_settings.get(name, "no such setting"), settings.get(name, "no such setting")
+        if old != new:
+            changed[name] = f"{old} when the run began, {new} now"
+    if began_with["text"] != recipe["text"]:
+        changed["path_datasets"] = "the text is not the one that the run began with"
+    elif began_with["tokenizer"] != recipe["tokenizer"]:
+        changed["initial_pretrain_tokenizer"] = (
+            "the tokenizer is not the one that the run began with, or add_words names others"
+        )
+    if began_with["user_words"] != recipe["user_words"]:
+        changed["user_words"] = "its words are not those that the run began with"
+    return changed
+
+
+def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOptimizer) -> Progress:
+    """Restores the optimizer and its gradient scaler; the weights of `bert` have been loaded from the same folder.
+
+    Raises UserError where the optimizer's state cannot be read, though its checksum was right a moment before.
+    """
+    try:
+        moments = load_file(path / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"resume: {path / 'optimizer.safetensors'} cannot be read: {error}") from error
+    parameters = dict(bert.named_parameters())
+    for key, tensor in moments.items():
+        name, _, kind = key.rpartition("/")
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = tensor.to(parameter.device, copy=True)  # not a view of the file
+    state = _read_state(path)
+    if optimizer.scaler is not None:
+        optimizer.scaler.load_state_dict(state["scaler"])
+    saved = state["progress"]
+    saved["unreported"] = Unreported(**saved["unreported"])
+    saved["guesses_before"] = [[Guess(*guess) for guess in guesses] for guesses in saved["guesses_before"]]
+    if (path / "start.safetensors").exists():
+        saved["start"] = load_evaluation(path / "start.safetensors")
+    return Progress(**saved)
+
+
+def _read_state(checkpoint):
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

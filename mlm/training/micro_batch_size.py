@@ -1,0 +1,88 @@
+"""How large a micro-batch may be, for the memory of the device."""
+
+import math
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from mlm.data.micro_batches import Divide
+from mlm.data.packing import frame
+from mlm.data.tokenizer import Vocabulary
+from mlm.terminal import say
+from mlm.training.plan import ResolvedConfig
+from mlm.training.run import Progress, Run
+from mlm.training.step import accumulate_gradients
+
+# On a CPU: larger micro-batches slow a large model down, as what it keeps for the backward pass leaves the caches;
+# smaller ones slow a small model down, as each call costs more than its work.
+CPU_MICRO_BATCH_POSITIONS = 3072
+LARGEST_MICRO_BATCH_POSITIONS = 1 << 16  # on a GPU, which more would not fill better
+SPARE_SHARE = 0.07  # of a GPU's memory
+UNDIVIDED = 1 << 30  # positions, which no batch has
+
+
+def micro_batch_positions(run: Run, progress: Progress) -> int:
+    """The size of micro-batches: the user's, else the usual one, but on a GPU what a trial finds to fit the memory.
+
+    What was found is kept in `progress`, as a resumed run must use the same micro-batches to draw the same dropout.
+    """
+    if not is_found_by_trial(run):
+        return run.config.micro_batch_tokens or CPU_MICRO_BATCH_POSITIONS
+    if progress.micro_batch_tokens is None:
+        progress.micro_batch_tokens = fit_memory(
+            run.accelerator, run.model, run.divide, run.data.vocabulary, run.config
+        )
+        say(f"micro_batch_tokens: {progress.micro_batch_tokens:,} fit the memory")
+    return progress.micro_batch_tokens
+
+
+def is_found_by_trial(run: Run) -> bool:
+    """Whether nobody but the GPU's memory decides how large a micro-batch may be."""
+    return not run.config.micro_batch_tokens and run.accelerator.device.type == "cuda"
+
+
+def fit_memory(
+    accelerator: Accelerator, model: nn.Module, divide: Divide, vocabulary: Vocabulary, config: ResolvedConfig
+) -> int:
+    """The positions of the largest micro-batch, at most a step's, that every rank has the memory to train on.
+
+    Found by trial, beside what training will hold as well: full gradients, AdamW's moments and some spare memory.
+    """
+    model = accelerator.unwrap_model(model).train()  # a rank that runs out of memory must not leave others waiting
+
+    def fits(chunks: int) -> bool:
+        micro_batches = divide(_trial_chunks(chunks, vocabulary, config), UNDIVIDED)
+        loss = accumulate_gradients(accelerator, model, micro_batches, masked_tokens=1, seed_of=lambda number: 0)
+        torch.cuda.empty_cache()
+        return loss is not None
+
+    fits(1)  # loads kernels and handles, and leaves gradients as a second micro-batch finds them
+    moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    spare = torch.empty(_spare_bytes(accelerator.device), dtype=torch.uint8, device=accelerator.device)
+    chunks_on_a_rank = math.ceil(config.batch_size / accelerator.num_processes)
+    chunks = max(1, min(chunks_on_a_rank, LARGEST_MICRO_BATCH_POSITIONS // config.sen_max_length))
+    while chunks > 1 and not fits(chunks):
+        chunks //= 2
+    del moments, spare
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    if config.compile and accelerator.num_processes > 1:
+        torch.compiler.reset()  # what was compiled for the model by itself would hide its ranks' gradients from overlap
+    positions = torch.tensor([chunks * config.sen_max_length], device=accelerator.device)
+    return int(accelerator.gather(positions).min())
+
+
+def _trial_chunks(chunks, vocabulary, config):
+    """So many chunks of the greatest length, with more masked tokens than chance will bring."""
+    lengths = np.full(chunks, config.sen_max_length - 2)  # without [CLS] and [SEP]
+    ids = np.full(lengths.sum(), vocabulary.mask_id)
+    share = min(1.0, max(0.25, 1.5 * config.mlm_probability))
+    masked = np.arange(0, len(ids), 1 / share).astype(np.int64)
+    return frame(ids, masked, ids[masked], lengths, vocabulary)
+
+
+def _spare_bytes(device):
+    """What is left free for fragmentation and whatever else comes to use the GPU."""
+    return int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0

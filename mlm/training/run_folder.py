@@ -1,0 +1,109 @@
+"""The folder of a run: named, found again to be resumed, and claimed by one process at a time."""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from accelerate import Accelerator
+from filelock import Timeout
+
+from Config import Config
+from mlm.errors import UserError
+from mlm.runtime.distributed import decide_on_main
+from mlm.storage import atomic_write, lock, make_folder
+
+
+@contextmanager
+def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
+    """The run's own folder, made or, to resume a run, found; one made is removed if training never began.
+
+    A dry run has one that is removed at its end.
+
+    Raises UserError where `run_name` is taken, another process is at work there or the folder cannot be made.
+    """
+    if config.dry_run:
+        cache = Path(config.path_model_save) / ".cache"
+        make_folder(cache)
+        with TemporaryDirectory(prefix="dry-run-", dir=cache) as temporary:
+            yield Path(temporary)
+        return
+    with ExitStack() as held:  # the lock, for as long as the run lasts
+        made = []
+
+        def claim(*others: Path) -> Path:
+            folder = find_run(config) if config.resume else name_run(config, *others)
+            if config.check_only:
+                return folder
+            try:
+                held.enter_context(lock(folder.parent / ".cache" / f"{folder.name}.lock", timeout_s=0))
+            except Timeout as error:
+                if config.resume or config.run_name:
+                    raise UserError(f"run_name: another process is at work in {folder}") from error
+                return claim(*others, folder)  # which another process begins in this very second
+            except OSError as error:
+                raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from error
+            if not folder.exists():
+                _make_run(folder, config)
+                made.append(folder)
+            return folder
+
+        folder = decide_on_main(accelerator, claim)
+        try:
+            yield folder
+        finally:
+            if made and not (folder / "metrics.csv").exists():
+                shutil.rmtree(folder)
+
+
+def _make_run(folder: Path, config: Config) -> None:
+    """A folder with settings.json, by which it is known as a run's, or none at all."""
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "settings.json").write_text(json.dumps({"settings": asdict(config)}, indent=2), encoding="utf-8")
+
+
+def name_run(config: Config, *others: Path) -> Path:
+    """The folder of a new run: `run_name`, or date, time and model, numbered where several begin in one second.
+
+    others: what other processes are about to make. Raises UserError where `run_name` is taken.
+    """
+    model = "demo" if config.demo else re.sub(r"[^\w.-]+", "-", Path(config.initial_pretrain_model).name)
+    name = config.run_name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}")
+    folder, runs_of_that_name = Path(config.path_model_save) / name, 1
+    if config.run_name and folder.exists():
+        raise UserError(f"run_name: {folder} exists already; choose another name, or resume it by --resume")
+    while folder.exists() or folder in others:
+        runs_of_that_name += 1
+        folder = folder.with_name(f"{name}-{runs_of_that_name}")
+    return folder
+
+
+def find_run(config: Config) -> Path:
+    """The folder of the run to resume: the one that `run_name` names, or the unfinished one that changed last.
+
+    If `run_name` names no folder yet, a new run begins there, so that one command serves to begin and to resume. Raises
+    UserError where there is none to resume, or it is finished.
+    """
+    output = Path(config.path_model_save)
+    if config.run_name:
+        folder = output / config.run_name
+        if (folder / "final").exists():
+            raise UserError(f"resume: {folder} is finished; its model is {folder / 'final'}")
+        if folder.exists() and not (folder / "settings.json").exists():
+            raise UserError(f"resume: {folder} is not the folder of a run; choose another run_name")
+        return folder
+    runs = [path.parent for path in output.glob("*/settings.json") if _is_unfinished(path.parent)]
+    if not runs:
+        raise UserError(f"resume: {output} holds no unfinished run; leave --resume out to begin one")
+    return max(runs, key=lambda folder: folder.stat().st_mtime)
+
+
+def _is_unfinished(folder: Path) -> bool:
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
+    return not (folder / "final").exists() and not settings.get("evaluate_only")

@@ -1,0 +1,42 @@
+"""Laws 5 and 8: the vocabulary learned from the text is the same in every run; where there is none, it is said."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import CHINESE, ENGLISH, make_lines
+from runs import ROOT
+from transformers import BertConfig
+
+from mlm.data.tokenizer import learn_tokenizer, load_tokenizer
+from mlm.errors import UserError
+
+
+@pytest.mark.slow
+def test_the_same_text_gives_the_same_vocabulary_in_every_process():
+    program = "import pydoc_data.topics as t; from mlm.vocabulary import learn_tokenizer as learn; import hashlib;"
+    program += "lines = lambda: (line for topic in t.topics.values() for line in topic.splitlines());"
+    program += "print(hashlib.md5(learn(lines, 3000).backend_tokenizer.to_str().encode()).hexdigest())"
+    processes = []
+    for seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "PATH": ""}
+        processes.append(subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE))
+    digests = [process.communicate()[0] for process in processes]
+    assert digests[0] == digests[1] and len(digests[0]) == 33
+    assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_a_learned_vocabulary_covers_its_text_and_lowers_case():
+    tokenizer = learn_tokenizer(lambda: iter(make_lines(400)), 300)
+    assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert set(tokenizer.get_vocab().values()) == set(range(len(tokenizer)))
+    for text in (" ".join(ENGLISH).upper(), CHINESE, "😀"):
+        assert tokenizer.unk_token not in tokenizer.tokenize(text)
+    assert tokenizer.tokenize("PATIENT was") == ["patient", "was"]
+
+
+def test_a_folder_without_a_vocabulary_is_said_plainly(tmp_path, settings):
+    BertConfig().save_pretrained(tmp_path)
+    config = settings(initial_pretrain_model=str(tmp_path), initial_pretrain_tokenizer=str(tmp_path))
+    with pytest.raises(UserError, match="has no vocabulary"):
+        load_tokenizer(config, None, "")

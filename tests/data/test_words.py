@@ -1,0 +1,308 @@
+"""Laws 1 and 2 for words: found in the raw text, they leave the tokens as they are. New ones get a meaning."""
+
+import math
+import random
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHINESE, ENGLISH, make_lines
+from runs import metrics, run
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer, pipeline
+
+from data_process import prepare
+from mlm.data.chunks import take
+from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
+from mlm.data.words import HAN_CHARACTER, WordCounts, add_words, make_encoders, make_segmenter, read_words, tokenize
+from mlm.errors import UserError
+from mlm.training.checkpoint import save_model
+from model import load_model
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PIECES = "##0 met ##form ##in lower ##s blood sugar doesn t it bid ok cafe naive 500 ##mg 3 14 1 000 5 https a cn b x c"
+KANA = "ひ ##ら ##か ##な ##て ##す を す"
+KOREAN = "안 ##녕 세 ##계"
+HAN = "我来到北京清华大学二甲双胍恤和卡拉日本語話糖尿病了增长左右见喝吧工程师服用"
+PUNCTUATION = "- , ' ? ， 。 . % : / = + 😀 !"
+
+
+def hand_made(lower: bool = True) -> BertTokenizer:
+    tokens = [*SPECIAL, *PIECES.split(), *KANA.split(), *KOREAN.split(), *HAN, *PUNCTUATION.split()]
+    return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=lower)
+
+
+def tokenized(lines: list[str], tokenizer: BertTokenizer, user_words: tuple = ()):
+    """What `tokenize` makes of the lines: their words as lists of tokens, a list a line; and the ids (tokens,)."""
+    continues = read_vocabulary(tokenizer).continues_word
+    ids, lengths, starts, _ = tokenize(lines, make_encoders(tokenizer), continues, make_segmenter(user_words))
+    tokens, found, place = tokenizer.convert_ids_to_tokens(ids.tolist()), [], 0
+    for length in lengths:
+        found.append([])
+        for token, start in zip(tokens[place : place + length], starts[place : place + length], strict=True):
+            if start:
+                found[-1].append([])
+            found[-1][-1].append(token)  # fails where the first token starts no word
+        place += length
+    return found, ids
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("Metformin lowers blood-sugar, doesn't it?", "met ##form ##in|lower ##s|blood|-|sugar|,|doesn|'|t|it|?"),
+        ("我来到北京清华大学", "我|来 到|北 京|清 华 大 学"),
+        ("我来到 北 京", "我|来 到|北|京"),  # spaces part words, as the writer wished
+        ("服用二甲双胍500mg bid，", "服 用|二 甲|双|胍|500 ##mg|bid|，"),  # the dictionary lacks it
+        ("T恤和卡拉OK", "t 恤|和|卡 拉|ok"),  # one word across alphabets, where the dictionary has it
+        ("日本語を話す", "日 本|語|を|話|す"),
+        ("ひらがなです", "ひ ##ら ##か ##な ##て ##す"),  # kana: what the pre-tokenizer leaves together
+        ("糖尿病😀了 ok !", "糖 尿 病|😀|了|ok|!"),
+        ("3.14 1,000", "3|.|14|1|,|000"),
+        ("增长3.5%左右", "增 长|3|.|5|%|左 右"),
+        ("见https://a.cn/b?x=1。", "见|https|:|/|/|a|.|cn|/|b|?|x|=|1|。"),
+        ("Café naïve", "cafe|naive"),
+        ("喝café吧 喝cafe\u0301吧", "喝|cafe|吧|喝|cafe|吧"),  # one accent composed, one not
+        ("糖尿\u200b病", "糖 尿|病"),  # a zero-width space, which the tokenizer drops
+        ("豈 糖尿病", "[UNK]|糖 尿 病"),  # a compatibility character, unknown here
+        ("", ""),
+    ],
+)
+def test_words_by_hand(line, words):
+    expected = [word.split() for word in words.split("|") if word]
+    assert tokenized([line], hand_made())[0] == [expected]
+
+
+def test_korean_words_are_those_between_spaces():
+    assert tokenized(["안녕 세계"], hand_made(lower=False))[0] == [[["안", "##녕"], ["세", "##계"]]]
+
+
+def test_user_words_are_kept_whole_but_never_with_punctuation():
+    lines = ["服用二甲双胍500mg", "C++工程师和T恤"]
+    [first, second], _ = tokenized(lines, hand_made(), ("二甲双胍 20 nz", "C++工程师"))
+    assert first == [["服", "用"], ["二", "甲", "双", "胍"], ["500", "##mg"]]
+    assert second == [["c"], ["+"], ["+"], ["工", "程", "师"], ["和"], ["t", "恤"]]
+
+
+def random_lines(number: int) -> list[str]:
+    """Snippets of several scripts, joined with and without spaces."""
+    draw = random.Random(5)
+    snippets = [
+        *ENGLISH,
+        *CHINESE,
+        "二甲双胍",
+        "高血压",
+        "T恤",
+        "B超",
+        "3.5%",
+        "500mg",
+        "日本語を",
+        "안녕",
+        "é",
+        "e\u0301",
+    ]
+    snippets += ["😀", "\u200b", "\x00", "·", "https://a.cn", "C++", "Ａ", "\u3000", "𠮷", "豈", "[MASK]"]
+    return ["".join(draw.choice(snippets) + draw.choice(["", "", " "]) for _ in range(30)) for _ in range(number)]
+
+
+def test_words_are_as_in_a_reference_of_one_line_at_a_time_and_tokens_as_without_words(tokenizer):
+    lines = [*make_lines(300, seed=6), *random_lines(300), ""]
+    backend, segmenter = make_encoders(tokenizer).any_line, make_segmenter([])
+    words, ids = tokenized(lines, tokenizer)
+    plain = [backend.encode(line, add_special_tokens=False) for line in lines]
+    assert ids.tolist() == [index for encoding in plain for index in encoding.ids]
+
+    def joins(character):
+        return bool(HAN_CHARACTER.match(character)) or (character.isascii() and character.isalnum())
+
+    for line, encoding, found in zip(lines, plain, words, strict=True):
+        cuts = {start for _, start, _ in segmenter.tokenize(line)}
+        expected = []
+        for i, (start, _) in enumerate(encoding.offsets):
+            end = encoding.offsets[i - 1][1]
+            if i and HAN_CHARACTER.search(line[end - 1] + line[start]):
+                starts = end != start or start in cuts or not (joins(line[end - 1]) and joins(line[start]))
+            else:
+                starts = not i or encoding.word_ids[i] != encoding.word_ids[i - 1]
+            if starts:
+                expected.append([])
+            expected[-1].append(encoding.tokens[i])
+        assert found == expected
+
+
+def test_long_chinese_lines_are_cut_at_words_and_masked_by_them(tmp_path, settings, text_of, tokenizer, vocabulary):
+    line = "患者服用药物治疗糖尿病和高血压医生随访三个月后血糖下降明显" * 20
+    config = settings(path_datasets=str(tmp_path), sen_max_length=13)
+    train, _, _ = prepare(config, text_of(tmp_path, line.encode()), tokenizer, vocabulary)
+    tokens, lengths, starts_word = take(train, np.arange(len(train)))
+    assert tokens.tolist() == tokenizer(line, add_special_tokens=False)["input_ids"]
+    assert starts_word[np.cumsum(lengths) - lengths].all()
+    words = make_segmenter([]).cut(line)
+    assert np.flatnonzero(starts_word).tolist() == [0, *np.cumsum([len(word) for word in words])[:-1]]
+
+
+def test_other_user_words_are_other_words_of_the_same_text(tmp_path, settings, text_of, tokenizer, vocabulary):
+    text, file = text_of(tmp_path, "服用二甲双胍片\n".encode()), tmp_path / "user.txt"
+    found = []
+    for words in ("二甲双胍", "二甲双胍片", "二甲双胍"):  # found in the cache or not
+        file.write_text(words, encoding="utf-8")
+        chunks, _, _ = prepare(settings(user_words=str(file)), text, tokenizer, vocabulary)
+        found.append(np.flatnonzero(take(chunks, np.arange(1))[2]).tolist())
+    assert found == [[0, 2, 6], [0, 2], [0, 2, 6]]
+
+
+@pytest.mark.parametrize("size", [2**15, 2**15 + 1, 2**16 + 1])
+def test_tokens_and_word_starts_are_kept_whatever_the_size_of_the_vocabulary(tmp_path, settings, text_of, size):
+    tokens = [*SPECIAL, *(f"w{i}" for i in range(size - 7)), "metform", "##in"]
+    tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
+    text = text_of(tmp_path, f"metformin w0 w{size - 8} metform".encode())
+    chunks, _, _ = prepare(settings(), text, tokenizer, read_vocabulary(tokenizer))
+    ids, _, starts_word = take(chunks, np.arange(1))
+    assert ids.tolist() == [size - 2, size - 1, 5, size - 3, size - 2]
+    assert starts_word.tolist() == [True, False, True, True, True]
+    assert chunks.tokens.dtype == (np.uint16 if size <= 2**15 else np.uint32)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_ascii_lines_have_the_tokens_that_the_tokenizer_itself_gives_them(lower):
+    tokenizer, draw = hand_made(lower), random.Random(0)
+    add_words(tokenizer, ["Metformin", "café", "pro-drug"])
+    known = [*tokenizer.get_vocab(), "MetFormin", "cafe", "[MASK]", "é"]
+    pieces = [*map(chr, range(10)), *map(chr, range(11, 128)), " ", *(piece.removeprefix("##") for piece in known)]
+    lines = ["".join(draw.choices(pieces, k=20)) for _ in range(300)]
+    lines += [line.encode("ascii", "ignore").decode() for line in lines]
+    assert 300 <= sum(map(str.isascii, lines)) < 600
+    ids = [tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"] for line in lines]
+    assert tokenized(lines, tokenizer)[1].tolist() == list(chain.from_iterable(ids))
+
+
+# ------------------------------------------------------------------------------------------------------ the report
+
+
+def test_broken_words_are_counted_by_hand():
+    tokenizer, counts = hand_made(), WordCounts()
+    vocabulary, segmenter = read_vocabulary(tokenizer), make_segmenter(["二甲双胍", "北京"])
+    for lines in (
+        ["Metformin lowers 500mg 50000", "metformin 服用二甲双胍"],
+        ["我来到北京 metforms", "二甲双胍，ひらがな", "饕餮"],
+    ):
+        ids, _, _, words = tokenize(lines, make_encoders(tokenizer), vocabulary.continues_word, segmenter)
+        counts.update(ids, vocabulary.continues_word, words)
+    broken = counts.broken(tokenizer.backend_tokenizer, 10)
+    kana = ["ひ", "##ら", "##か", "##な"]
+    assert sorted(broken, key=lambda word: word[0]) == [
+        ("metformin", 2, ["met", "##form", "##in"]),
+        ("metforms", 1, ["met", "##form", "##s"]),
+        ("ひらかな", 1, kana),
+        ("二甲双胍", 2, ["二", "甲", "双", "胍"]),  # a rare character
+        ("饕餮", 1, ["[UNK]", "[UNK]"]),
+    ]
+    assert [count for _, count, _ in broken] == [2, 2, 1, 1, 1]
+    assert counts.broken(tokenizer.backend_tokenizer, 1) == broken[:1]
+
+
+def test_word_counts_stay_small_and_keep_the_frequent(monkeypatch):
+    monkeypatch.setattr("mlm.data.words.COUNTED_WORDS", 100)
+    counts = WordCounts()
+    for block in range(50):
+        counts.update(
+            np.empty(0, dtype=np.int64), np.zeros(1, dtype=bool), ["常"] + [f"{block}-{i}" for i in range(90)]
+        )
+        assert len(counts.chinese) <= 191
+    assert counts.chinese["常"] == 50
+
+
+# ------------------------------------------------------------------------------------------------ added words
+
+
+def test_added_words_are_one_token_wherever_they_stand_alone(tmp_path, tokenizer):
+    tokenizer = learn_tokenizer(lambda: iter(make_lines(400)), 300)
+    before = len(tokenizer)
+    lines = ["Glimepiride", "glimepiride", "二甲双胍", "B超", "㗎", "patient", "heart attack", "", "[MASK]"]
+    (tmp_path / "words.txt").write_text("\n".join(lines), encoding="utf-8")
+    words = read_words(str(tmp_path / "words.txt"), "add_words")
+    expected = {
+        word: tokenizer(word, add_special_tokens=False)["input_ids"] for word in lines[:1] + lines[2:5] + lines[6:7]
+    }
+    assert list(add_words(tokenizer, words).items()) == list(expected.items())
+    assert len(tokenizer) == before + 5 and add_words(tokenizer, words) == {}
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    new = range(before, before + 5)
+    for line, found in [
+        ("the GLIMEPIRIDE, glimepiride", [0, 0]),
+        ("glimepirides", []),
+        ("服用二甲双胍glimepiride治疗", [1, 0]),
+        ("做B超 b超", [2, 2]),
+        ("㗎heart attack。", [3, 4]),
+    ]:
+        ids, again = (each(line, add_special_tokens=False)["input_ids"] for each in (tokenizer, loaded))
+        assert [index - before for index in ids if index in new] == found, line
+        assert ids == again
+    assert tokenizer.decode(new[1]) == tokenizer.convert_ids_to_tokens(new[1]) == "二甲双胍"
+    vocabulary = read_vocabulary(loaded)
+    assert vocabulary.size == before + 5 and set(new) <= set(vocabulary.ordinary_ids.tolist())
+
+
+@pytest.mark.parametrize("spare", [0, 2, 64])
+def test_added_words_mean_what_their_pieces_mean(tmp_path, settings, spare):
+    tokenizer = learn_tokenizer(lambda: iter(make_lines(400)), 300)
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    start = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer) + spare, **shape))
+    torch.nn.init.normal_(start.cls.predictions.bias)
+    save_model(tmp_path, start, tokenizer)
+    known = len(tokenizer)
+    added = list(add_words(tokenizer, ["glimepiride", "二甲双胍", "sulfonylurea"]).values())
+    config = settings(initial_pretrain_model=str(tmp_path), initial_pretrain_tokenizer=str(tmp_path))
+    model, _ = load_model(config, known + 3, 0, added=added)
+    rows, bias = model.bert.embeddings.word_embeddings.weight, model.cls.predictions.bias
+    old_rows, old_bias = start.bert.embeddings.word_embeddings.weight, start.cls.predictions.bias
+    assert len(rows) == len(bias) == model.config.vocab_size == max(known + spare, known + 3)
+    assert model.cls.predictions.decoder.weight is rows and model.cls.predictions.decoder.bias is bias
+    assert torch.equal(rows[:known], old_rows[:known]) and torch.equal(bias[:known], old_bias[:known])
+    for row, pieces in enumerate(added, start=known):
+        torch.testing.assert_close(rows[row], torch.stack([old_rows[i] for i in pieces]).mean(0))
+        torch.testing.assert_close(bias[row], old_bias[pieces].mean())
+    ids = torch.randint(5, known, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, old_logits = model.eval()(ids).logits, start.eval()(ids).logits  # (3, 12, vocabulary)
+    torch.testing.assert_close(logits[..., :known], old_logits[..., :known])  # what is known is guessed as before
+    for row, pieces in enumerate(added, start=known):  # and the new as likely as its pieces
+        torch.testing.assert_close(logits[..., row], old_logits[..., pieces].mean(-1))
+    save_model(tmp_path / "saved", model, tokenizer)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.cls.predictions.decoder.weight, rows)
+    assert (tmp_path / "saved" / "vocab.txt").read_text(encoding="utf-8").splitlines()[known] == "glimepiride"
+    again, _ = load_model(config, known + 3, 0, tmp_path / "saved", added)  # a checkpoint has them already
+    assert torch.equal(again.bert.embeddings.word_embeddings.weight, rows)
+
+
+@pytest.mark.parametrize("setting", ["add_words", "user_words"])
+def test_files_of_words_are_said_plainly(tmp_path, setting):
+    with pytest.raises(UserError, match=f"{setting}: there is no file"):
+        read_words(str(tmp_path / "none.txt"), setting)
+    (tmp_path / "gbk.txt").write_bytes("二甲双胍\n高血压\n".encode("gbk"))
+    with pytest.raises(UserError, match=f"{setting}: .*gbk.txt, line 1 is not UTF-8; it looks like GBK"):
+        read_words(str(tmp_path / "gbk.txt"), setting)
+
+
+def test_a_run_adds_the_words_that_it_breaks_most_and_its_final_folder_knows_them(tmp_path, settings, capsys):
+    tokenizer = learn_tokenizer(lambda: iter(make_lines(400)), 300)
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    save_model(tmp_path / "start", BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **shape)), tokenizer)
+    for split in ("train", "test"):
+        lines = [f"{line} 服用二甲双胍 gdtfh gtm" if i % 2 else f"gtm {line}" for i, line in enumerate(make_lines(120))]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "user.txt").write_text("二甲双胍 20 nz\n", encoding="utf-8")
+    start = str(tmp_path / "start")
+    names = {"initial_pretrain_model": start, "initial_pretrain_tokenizer": start, "path_datasets": str(tmp_path)}
+    folder = run(settings(**names, add_words="auto:3", user_words=str(tmp_path / "user.txt"), num_epochs=1))
+    assert "added to the vocabulary\n   gtm, gdtfh, 二甲双胍\n" in capsys.readouterr().out  # by count, then by name
+    saved = AutoTokenizer.from_pretrained(folder / "final")
+    ids = saved("GTM 服用二甲双胍 gdtfh", add_special_tokens=False)["input_ids"]
+    known = len(tokenizer)
+    assert [index - known for index in ids if index >= known] == [0, 2, 1]
+    [first, *_] = metrics(folder)
+    assert math.isfinite(float(first["eval_loss"])) and first["step"] == "0"
+    [guess] = pipeline("fill-mask", str(folder / "final"), top_k=1)("服用[MASK]。")
+    assert 0 <= guess["token"] < known + 3

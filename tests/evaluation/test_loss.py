@@ -1,0 +1,202 @@
+"""Law 6: what an evaluation says of each chunk, how sure it is of the sum, and which chunks it takes."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from reference import pad, score
+from runs import assert_same_bits, metrics, run, stop_at
+
+import data_process
+import train
+from data_process import evaluation_batches, prepare
+from mlm.data.chunks import take
+from mlm.data.masking import BERT_RULE, content_keys, mask
+from mlm.data.micro_batches import StepQueue, chunks_of_masked, make_micro_batches
+from mlm.data.packing import frame
+from mlm.data.randomness import evaluation_order
+from mlm.data.text_files import find_text
+from mlm.data.tokenizer import load_tokenizer, read_vocabulary
+from mlm.evaluation import loss as evaluation
+from mlm.evaluation.loss import Evaluation, compare, evaluate, sample_size, standard_error
+from model import PackedMaskedLM, load_model
+
+
+def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings, monkeypatch):
+    """Of each chunk by itself, and of all together."""
+    monkeypatch.setattr(data_process, "EVALUATION_CHUNKS", 7)  # so that it takes several batches
+    config = settings(mlm_probability=0.5, random_replace_prob=0.2)  # which evaluations do not follow
+    text = find_text(config)
+    tokenizer = load_tokenizer(config, text.train, text.digest)
+    vocabulary = read_vocabulary(tokenizer)
+    _, test, _ = prepare(config, text, tokenizer, vocabulary)
+    model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
+    divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"))
+    queue = StepQueue(iter([]), divide, micro_batch_positions=100, longest_chunk=32)
+    batches = evaluation_batches(test, vocabulary, len(test))
+    found = evaluate(Accelerator(), PackedMaskedLM(model).train(), batches, len(test), queue, signals=[])
+
+    def by_stock_model(chunks):
+        tokens, lengths, _ = take(test, chunks)
+        hidden = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
+        with torch.no_grad():
+            return score(model.eval(), pad(*hidden, lengths, vocabulary))
+
+    for place, chunk in enumerate(evaluation_order(len(test))):
+        alone = by_stock_model(np.array([chunk]))
+        assert found.masked[place] == alone.masked_tokens
+        assert found.losses[place] == pytest.approx(alone.loss.item() * alone.masked_tokens, abs=1e-4)
+        assert found.correct[place] == alone.right
+    expected = by_stock_model(np.arange(len(test)))
+    assert found.loss == pytest.approx(expected.loss.item(), abs=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(expected.loss.item()), rel=1e-4)
+    assert found.accuracy == pytest.approx(expected.right / expected.masked_tokens)
+
+
+def test_evaluation_is_the_same_whatever_the_run(settings, tmp_path):
+    """Seed, batch size, micro-batch and training masks do not change what the same weights score."""
+    first = run(settings(run_name="a", max_steps=2))
+    changes = {"seed": 7, "batch_size": 5, "micro_batch_tokens": 64, "mlm_probability": 0.3, "whole_words_mask": True}
+    start = str(first / "final")
+    same = {"initial_pretrain_model": start, "initial_pretrain_tokenizer": start, "max_steps": 1}
+    scores = []
+    for name, more in (("b", {}), ("c", changes)):
+        scores.append(float(metrics(run(settings(run_name=name, **same, **more)))[0]["eval_loss"]))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[0] == pytest.approx(float(metrics(first)[-1]["eval_loss"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_masked_tokens_know_their_chunk_in_either_layout(vocabulary, varlen):
+    lengths = np.random.default_rng(0).integers(1, 30, size=50)
+    tokens = np.repeat(np.arange(10, 60), lengths)  # each chunk repeats one token of its own
+    masked = np.sort(np.random.default_rng(1).choice(len(tokens), len(tokens) // 3, replace=False))
+    chunks = frame(tokens, masked, tokens[masked], lengths, vocabulary)
+    micro_batches = make_micro_batches(chunks, 100, vocabulary, torch.device("cpu"), varlen)
+    assert len(micro_batches) > 3
+    for micro_batch, chunk_of in zip(micro_batches, chunks_of_masked(micro_batches), strict=True):
+        assert torch.equal(chunk_of, micro_batch.targets - 10)
+
+
+# ----------------------------------------------------------------------------------------------------------- its error
+
+
+def draw_evaluations(
+    draw: np.random.Generator, chunks: int, gain: float, spread: float
+) -> tuple[Evaluation, Evaluation]:
+    """Two models on chunks of 1 to 19 masked tokens: hard and easy chunks, skewed losses; the second is better by
+    `gain` in the mean, and by more or less than that from chunk to chunk."""
+    masked = draw.integers(1, 20, size=chunks).astype(float)
+    difficulty = draw.gamma(2.0, 1.5, size=chunks) + 0.05 * masked  # long chunks are harder: sums and counts depend
+    first = masked * difficulty + np.sqrt(masked) * draw.normal(0, 2, size=chunks)
+    second = first - masked * (gain + draw.normal(0, spread, size=chunks))
+    return Evaluation(first, masked, masked), Evaluation(second, masked, masked)
+
+
+TRUE_LOSS = 3.0 + 0.05 * np.mean(np.arange(1, 20) ** 2) / np.mean(np.arange(1, 20))  # of the first
+
+
+@pytest.mark.parametrize(("chunks", "student_t"), [(30, 2.045), (400, 1.966)])
+def test_95_percent_intervals_by_the_standard_error_hold_the_truth(chunks, student_t):
+    """Of a loss, and of the paired difference of two, over 2,000 drawn test texts."""
+    draw = np.random.default_rng(chunks)
+    of_loss, of_change = [], []
+    for _ in range(2000):
+        first, second = draw_evaluations(draw, chunks, gain=0.1, spread=0.5)
+        of_loss.append(abs(first.loss - TRUE_LOSS) < student_t * first.loss_se)
+        change = compare(first, second)
+        of_change.append(change.low < -0.1 < change.high)
+    assert 0.92 <= np.mean(of_loss) <= 0.97
+    assert 0.93 <= np.mean(of_change) <= 0.97
+
+
+def test_the_interval_of_two_equal_models_holds_zero():
+    """An exact copy, and 1,000 pairs that differ by chance alone."""
+    draw = np.random.default_rng(0)
+    same, _ = draw_evaluations(draw, 100, gain=0.0, spread=0.0)
+    assert compare(same, same) == (0, 0, 0, 0)
+    changes = [compare(*draw_evaluations(draw, 100, gain=0.0, spread=0.5)) for _ in range(1000)]
+    assert 0.93 <= np.mean([change.low < 0 < change.high for change in changes]) <= 0.97
+
+
+def test_pairs_are_sharper_than_the_single_errors():
+    first, second = draw_evaluations(np.random.default_rng(0), 400, gain=0.1, spread=0.3)
+    change = compare(first, second)
+    assert change.high < 0 and change.se < first.loss_se / 3
+    assert compare(first, second.first(50)) == compare(first.first(50), second.first(50))
+    with pytest.raises(ValueError, match="same text"):
+        compare(first, second._replace(masked=second.masked + 1))
+
+
+def test_one_chunk_has_no_error_and_a_constant_has_none():
+    assert standard_error(np.array([3.0]), np.array([2.0])) == math.inf
+    assert standard_error(np.array([6.0, 9.0]), np.array([2.0, 3.0])) == 0
+    alone = Evaluation(np.array([3.0]), np.array([0.0]), np.array([2.0]))
+    assert compare(alone, alone)[2:] == (-math.inf, math.inf)
+
+
+# ---------------------------------------------------------------------------------------------------------- its sample
+
+
+def test_a_smaller_sample_is_a_part_of_a_larger_one_and_of_the_whole():
+    order = evaluation_order(1000)
+    assert np.array_equal(np.sort(order), np.arange(1000))
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1  # it does not follow the text
+    first, _ = draw_evaluations(np.random.default_rng(0), 400, gain=0.1, spread=0.3)
+    assert np.array_equal(first.first(50).losses, first.losses[:50])
+
+
+def test_the_sample_suffices_for_one_percent_and_costs_a_twentieth():
+    start, _ = draw_evaluations(np.random.default_rng(0), 100_000, gain=0.0, spread=0.0)
+    plenty = sample_size(start, 100_000, training_positions=10**12, positions_per_chunk=20, evaluations=9)
+    assert plenty < 100_000
+    assert start.first(plenty).loss_se == pytest.approx(0.01, rel=0.05)  # nats: one per cent of the perplexity
+    # 5% of the work of a million positions, at three passes each, is 150,000 positions: 750 chunks of 20 ten times.
+    assert sample_size(start, 100_000, training_positions=10**6, positions_per_chunk=20, evaluations=10) == 750
+    assert sample_size(start, 100_000, training_positions=10**5, positions_per_chunk=20, evaluations=10) == 256
+    assert sample_size(start.first(100), 100, training_positions=10**5, positions_per_chunk=20, evaluations=10) == 100
+    assert sample_size(start.first(1), 1, training_positions=10**9, positions_per_chunk=20, evaluations=0) == 1
+
+
+def test_evaluations_in_the_middle_take_a_sample_and_a_resumed_run_the_same_bits(long_settings, monkeypatch):
+    """Stopped in the middle, with another number of evaluations after: best/ and every figure are those of a run that
+    was not."""
+    monkeypatch.setattr(evaluation, "SMALLEST_SAMPLE", 6)
+    monkeypatch.setattr(evaluation, "SAMPLE_ERROR", 10.0)
+    whole = run(long_settings(run_name="whole"))
+    rows = [row for row in metrics(whole) if row["eval_loss"]]
+    taken = [int(row["test_chunks"]) for row in rows]
+    assert taken == [taken[0], *[6] * (len(rows) - 2), taken[0]] and taken[0] > 20
+    folder = stop_at(long_settings(run_name="stopped"), 11)
+    run(long_settings(run_name="stopped", resume=True))
+    assert_same_bits(folder, whole)
+
+
+def test_the_best_is_found_by_the_chunks_that_all_evaluations_score(long_settings, monkeypatch):
+    """The last is best on the sample, and worst on the rest that it alone scores: best/ is its model."""
+    monkeypatch.setattr(evaluation, "SMALLEST_SAMPLE", 2)
+    monkeypatch.setattr(evaluation, "SAMPLE_ERROR", 100.0)
+    sampled = iter([9.0, 5.0, 6.0, 4.0])
+
+    def scored(accelerator, model, batches, chunks, queue, signals):
+        losses = np.full(chunks, 9.0)
+        losses[:2] = next(sampled)
+        return Evaluation(losses, np.zeros(chunks), np.ones(chunks))
+
+    monkeypatch.setattr(train, "evaluate", scored)
+    folder = run(long_settings(max_steps=12, max_test_chunks=20))
+    best, last = (folder / name / "model.safetensors" for name in ("best", "final"))
+    assert best.read_bytes() == last.read_bytes()
+
+
+def test_no_more_chunks_than_allowed_are_scored(long_settings):
+    rows = [row for row in metrics(run(long_settings(max_test_chunks=9))) if row["eval_loss"]]
+    assert {row["test_chunks"] for row in rows} == {"9"}
+    changes = [float(row["change"]) for row in rows[1:]]
+    for row, change in zip(rows[1:], changes, strict=True):
+        assert change == pytest.approx(float(row["eval_loss"]) - float(rows[0]["eval_loss"]))
+        assert float(row["change_low"]) < change < float(row["change_high"])
+        assert float(row["perplexity_se"]) == pytest.approx(float(row["perplexity"]) * float(row["eval_loss_se"]))

@@ -1,0 +1,308 @@
+"""What users of GPUs rely on, as far as a CPU can show it: the memory trial, memory that runs out, kernels, formats."""
+
+import gc
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from runs import LAUNCHERS, ROOT, assert_close, finish, run, start
+from torch.profiler import ProfilerActivity, profile
+
+import train
+from Config import Config
+from mlm.data.micro_batches import make_micro_batches
+from mlm.data.packing import frame
+from mlm.errors import UserError
+from mlm.runtime import hardware as machine
+from mlm.training import micro_batch_size as memory
+from mlm.training.micro_batch_size import fit_memory, micro_batch_positions
+from mlm.training.plan import resolve
+from mlm.training.run import Progress
+from model import PackedMaskedLM, load_model
+
+
+@pytest.fixture
+def trial(settings, vocabulary, monkeypatch):
+    """Runs the memory trial and records each of its forward passes: positions, masked tokens, whether gradients are
+    held already."""
+
+    def make(largest_that_fits: int = 10**9, **changes) -> tuple[int, list[tuple[int, int, bool]], torch.nn.Module]:
+        config = resolve(settings(**changes), steps_per_epoch=10, precision="no")
+        model = PackedMaskedLM(load_model(config, vocabulary.size, vocabulary.pad_id)[0])
+        forward, passes = PackedMaskedLM.forward, []
+
+        def watched(self, input_ids, *arguments, masked, **more):
+            held = all(p.grad is not None for p in model.parameters() if p.requires_grad)
+            passes.append((input_ids.numel(), len(masked), held))
+            if input_ids.numel() > largest_that_fits:
+                raise torch.OutOfMemoryError("no memory")
+            return forward(self, input_ids, *arguments, masked=masked, **more)
+
+        monkeypatch.setattr(PackedMaskedLM, "forward", watched)
+        divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"))
+        return fit_memory(Accelerator(), model, divide, vocabulary, config), passes, model
+
+    return make
+
+
+@pytest.mark.parametrize(("probability", "share"), [(0.15, 0.25), (0.3, 0.45), (0.9, 1.0)])
+def test_the_memory_trial_masks_more_than_chance_will(trial, probability, share):
+    _, passes, _ = trial(mlm_probability=probability)
+    positions, masked, _ = passes[-1]
+    assert 16 * 32 <= positions < 1.2 * 16 * 32  # in one micro-batch, padding included
+    assert masked == pytest.approx(share * 16 * 30, abs=1)
+
+
+def test_the_memory_trial_loads_kernels_with_one_chunk_and_then_holds_full_gradients(trial):
+    positions, passes, model = trial(largest_that_fits=200)
+    assert positions == 128
+    assert [(size, held) for size, _, held in passes] == [(32, False), (576, True), (256, True), (128, True)]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_memory_trial_leaves_some_memory_to_others(monkeypatch):
+    gpu = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert 4 * 10**9 <= memory._spare_bytes(torch.device("cuda", 0)) <= 8 * 10**9
+    assert memory._spare_bytes(torch.device("cpu")) == 0
+
+
+def test_the_memory_trial_holds_what_training_will_hold_and_the_spare(trial, monkeypatch):
+    monkeypatch.setattr(memory, "_spare_bytes", lambda device: 12_345)
+    forward, held = PackedMaskedLM.forward, []
+
+    def counting(self, *arguments, **more):
+        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        rows = self.bert.bert.embeddings.word_embeddings.weight.shape
+        held.append((sum(t.numel() == 12_345 for t in tensors), sum(t.shape == rows for t in tensors)))
+        return forward(self, *arguments, **more)
+
+    monkeypatch.setattr(PackedMaskedLM, "forward", counting)
+    trial()
+    (_, without), (spare, with_moments) = held
+    assert spare == 1 and with_moments >= without + 2  # beside the gradient, AdamW's two moments
+
+
+def test_what_the_trial_compiled_is_dropped(trial, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: dropped.append(True))
+    trial(compile=True)
+    assert not dropped
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    trial()
+    assert not dropped
+    trial(compile=True)
+    assert dropped
+
+
+def test_a_resumed_run_takes_the_size_that_was_found_and_tries_nothing(monkeypatch):
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    run_on_gpu = SimpleNamespace(
+        config=Config(), accelerator=on_gpu, model=None, divide=None, data=SimpleNamespace(vocabulary=None)
+    )
+    monkeypatch.setattr(memory, "fit_memory", lambda *arguments: 4096)
+    progress = Progress()
+    assert micro_batch_positions(run_on_gpu, progress) == progress.micro_batch_tokens == 4096
+    monkeypatch.setattr(memory, "fit_memory", lambda *arguments: pytest.fail("another trial"))
+    assert micro_batch_positions(run_on_gpu, Progress(micro_batch_tokens=2048)) == 2048
+    run_on_gpu.config.micro_batch_tokens = 512  # what the user says comes first
+    assert micro_batch_positions(run_on_gpu, Progress(micro_batch_tokens=2048)) == 512
+
+
+def test_a_checkpoint_holds_the_size_that_was_found_or_halved_since(settings, monkeypatch):
+    def found(run, progress):
+        progress.micro_batch_tokens = 128
+        return 128
+
+    def halving(run, progress, queue):
+        if progress.step == 2:
+            queue.halve()
+        return train_step(run, progress, queue)
+
+    train_step = train.train_step
+    monkeypatch.setattr(train, "micro_batch_positions", found)
+    monkeypatch.setattr("mlm.training.checkpoint.is_found_by_trial", lambda run: True)
+    monkeypatch.setattr(train, "train_step", halving)
+    folder = run(settings(max_steps=5, save_every=2))
+    sizes = [
+        json.loads((folder / "checkpoints" / f"step-0000000{step}" / "state.json").read_text())["progress"]
+        for step in (2, 4)
+    ]
+    assert [size["micro_batch_tokens"] for size in sizes] == [128, 64]
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
+def test_memory_that_runs_out_is_known_in_all_its_shapes(settings, monkeypatch, capsys, error):
+    """In a training step and in an evaluation: both are repeated in smaller micro-batches."""
+    forward, failures = PackedMaskedLM.forward, []
+
+    def limited(self, input_ids, *arguments, **more):
+        if input_ids.numel() > 96:
+            failures.append(self.training)
+            raise error
+        return forward(self, input_ids, *arguments, **more)
+
+    monkeypatch.setattr(PackedMaskedLM, "forward", limited)
+    run(settings(max_steps=2, micro_batch_tokens=256))
+    assert failures == [False, False]  # found out by the evaluation of the start, and kept
+    failures.clear()
+    monkeypatch.setattr("train.is_evaluation_due", lambda run, progress: progress.step == 2)
+    monkeypatch.setattr("train.finish", lambda *arguments: None)
+    run(settings(max_steps=2, micro_batch_tokens=256))
+    assert failures == [True, True]
+    assert "step 1: out of memory; this and all later steps use micro-batches of 64" in capsys.readouterr().out
+
+
+def test_other_errors_are_not_taken_for_it():
+    for text in (
+        "CUDA error: device-side assert triggered",
+        "expected scalar type Float",
+        "CUBLAS_STATUS_EXECUTION_FAILED",
+    ):
+        assert not machine.ran_out_of_memory(RuntimeError(text))
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_to_use_smaller_micro_batches_and_wait_minutes_for_each_other(settings, tmp_path):
+    """One of them alone runs out of memory, in an evaluation and in a step."""
+    usual = {"max_steps": 10, "hidden_dropout": 0.0, "log_every": 1, "micro_batch_tokens": 256}
+    undisturbed = run(settings(run_name="undisturbed", **usual))
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import os, runpy, sys; sys.path.insert(0, '.')\n"
+        "import torch, torch.distributed as dist\n"
+        "from model import PackedMaskedLM\n"
+        "forward = PackedMaskedLM.forward\n"
+        "def limited(self, input_ids, *arguments, **more):\n"
+        "    if os.environ['RANK'] == '1' and input_ids.numel() > (96 if self.training else 150):\n"
+        "        raise torch.OutOfMemoryError('no memory')\n"
+        "    if self.training and dist.get_rank() == 0:\n"
+        "        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device('cpu'))\n"
+        "        print('patience', backend.options._timeout)\n"
+        "        print('positions', input_ids.numel())\n"
+        "    return forward(self, input_ids, *arguments, **more)\n"
+        "PackedMaskedLM.forward = limited\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    out, _ = finish(start(settings(run_name="limited", **usual), [*LAUNCHERS[2], str(script)]))
+    assert re.findall(r"step (\d): out of memory; .* micro-batches of (\d+)", out) == [("2", "64")]
+    sizes = [int(line.split()[1]) for line in out.splitlines() if line.startswith("positions")]
+    assert 96 < max(sizes) <= 128 and max(sizes[-10:]) <= 64  # the rank that has memory divides as finely
+    assert "patience 0:15:00" in out
+    assert_close(undisturbed.with_name("limited"), undisturbed)
+
+
+def pretend_gpu(monkeypatch, capability: tuple[int, int], bf16: bool = True, flash: bool = True) -> None:
+    monkeypatch.setattr(machine, "count_gpus", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
+
+
+@pytest.mark.parametrize(
+    ("capability", "bf16", "expected"),
+    [((9, 0), True, "bf16"), ((7, 5), False, "fp16"), ((7, 0), False, "fp16"), ((6, 1), False, "no")],
+)
+def test_a_gpu_computes_in_the_fastest_format_it_has(monkeypatch, capability, bf16, expected):
+    pretend_gpu(monkeypatch, capability, bf16)
+    assert machine.native_precision() == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "flash", "expected"), [((8, 0), True, True), ((8, 0), False, False), ((7, 5), True, False)]
+)
+def test_variable_length_kernels_need_the_card_and_a_torch_that_has_them(monkeypatch, capability, flash, expected):
+    pretend_gpu(monkeypatch, capability, flash=flash)
+    assert machine.has_variable_length_kernels(0.0, "bf16", head_size=64) is expected
+    assert not machine.has_variable_length_kernels(0.0, "no", head_size=64)
+    assert not machine.has_variable_length_kernels(0.1, "bf16", head_size=64)
+
+
+def test_the_backward_pass_fills_no_zeros_for_attention_and_adds_one_row_of_token_types(
+    settings, vocabulary, monkeypatch
+):
+    """Counted in the operations of a step for variable-length attention, whose kernels are stood in for."""
+
+    def mean_of_all(query, key, value, *bounds):
+        return query + key + value
+
+    monkeypatch.setattr("model.varlen_attn", mean_of_all)
+    model = PackedMaskedLM(load_model(settings(), vocabulary.size, vocabulary.pad_id)[0]).train()
+    ids = np.full(90, vocabulary.unk_id)
+    chunks = frame(ids, np.arange(0, 90, 9), ids[::9], np.full(3, 30), vocabulary)
+    [micro_batch] = make_micro_batches(chunks, 1000, vocabulary, torch.device("cpu"), varlen=True)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        model(**micro_batch.inputs).sum().backward()
+    operations = [(event.key, event.input_shapes) for event in profiled.events()]
+    assert not [shapes for name, shapes in operations if name == "aten::select_backward"]
+    indices = [shapes[1] for name, shapes in operations if name == "aten::embedding_dense_backward"]
+    assert sorted(indices) == [[1, 1], [1, 96], [1, 96]]  # token types once; words and positions at each place
+
+
+def test_query_key_and_value_share_one_copy_of_their_input_in_16_bits(settings, vocabulary):
+    model = PackedMaskedLM(load_model(settings(), vocabulary.size, vocabulary.pad_id)[0])
+    attention, inputs = model.bert.bert.encoder.layer[0].attention.self, []
+    for projection in (attention.query, attention.key, attention.value):
+        projection.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    ids = torch.full((1, 8), vocabulary.unk_id)
+    packed = {"position_ids": torch.arange(8)[None], "masked": torch.tensor([3]), "sequence_ids": torch.ones_like(ids)}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, **packed)
+    assert {tensor.dtype for tensor in inputs} == {torch.bfloat16} and len({id(tensor) for tensor in inputs}) == 1
+    inputs.clear()
+    model(ids, **packed)
+    assert {tensor.dtype for tensor in inputs} == {torch.float32}
+
+
+def test_gradients_are_views_of_what_the_ranks_exchange(settings, monkeypatch):
+    handlers = {}
+
+    class Watched(Accelerator):
+        def __init__(self, kwargs_handlers, **options):
+            handlers.update({type(handler).__name__: handler for handler in kwargs_handlers})
+            super().__init__(kwargs_handlers=kwargs_handlers, **options)
+
+    monkeypatch.setattr("mlm.runtime.distributed.Accelerator", Watched)
+    run(settings(max_steps=1))
+    assert handlers["DistributedDataParallelKwargs"].gradient_as_bucket_view
+
+
+def test_tf32_rounds_the_inputs_of_products_and_is_another_format_to_resume_in(settings, monkeypatch):
+    with pytest.raises(UserError, match="mixed_precision: tf32 needs a GPU"):
+        run(settings(mixed_precision="tf32"))
+    monkeypatch.setattr(machine, "choose_precision", lambda config: config.mixed_precision)
+    monkeypatch.setattr("mlm.runtime.distributed.choose_precision", machine.choose_precision)
+    monkeypatch.setattr("train.choose_precision", machine.choose_precision)
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    folder = run(settings(mixed_precision="tf32", max_steps=1))
+    assert json.loads((folder / "settings.json").read_text())["settings"]["mixed_precision"] == "tf32"
+    run(settings(mixed_precision="no", max_steps=1))
+    assert chosen == ["high", "highest"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_to_its_end_on_a_cpu_and_says_what_it_leaves_out():
+    command = [sys.executable, "benchmarks/gpu.py", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = dict(line.strip("| ").split(" | ", 1) for line in done.stdout.splitlines() if line.startswith("| "))
+    assert "loss off by" in rows["packed rows against the stock model, bf16"]
+    assert rows["memory trial, and memory that runs out"] == "left out: no GPU"
+    assert rows["stopped and resumed"] == "the same bits"
+    assert done.stdout.count("| 25 | ") == 2  # Trainer's speed and ours

@@ -1,0 +1,149 @@
+"""Laws 5 and 8 as a user meets them, from `python train.py` and ./run.sh: signals, dead ranks and mistakes."""
+
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from runs import LAUNCHERS, finish, folder_of, metrics, read_until, run, start
+
+from mlm.training.checkpoint import find_checkpoint
+
+TWO_RANKS = """\
+compute_environment: LOCAL_MACHINE
+debug: false
+distributed_type: MULTI_GPU
+gpu_ids: all
+machine_rank: 0
+main_training_function: main
+mixed_precision: {precision}
+num_machines: 1
+num_processes: 2
+rdzv_backend: static
+same_network: true
+use_cpu: true
+"""
+ONE_RANK = TWO_RANKS.replace("MULTI_GPU", "'NO'").replace("num_processes: 2", "num_processes: 1")
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def endless(settings):
+    """Makes the settings of a run that no test waits for."""
+    return partial(settings, num_epochs=1000, log_every=1, save_every=5)
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """The environment after `accelerate config` was answered."""
+
+    def make(answers: str, precision: str = "'no'") -> dict[str, str]:
+        home = Path(mkdtemp(dir=tmp_path))
+        (home / "accelerate").mkdir()
+        (home / "accelerate" / "default_config.yaml").write_text(answers.format(precision=precision))
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {"HF_HOME": str(home), "PATH": path}
+
+    return make
+
+
+@pytest.mark.parametrize("command", ["python train.py", "./run.sh"])
+def test_a_signal_leaves_a_whole_checkpoint_and_says_how_to_go_on(endless, answered, command):
+    """SIGTERM to one run and Ctrl-C to another, at the same time; by run.sh to two ranks and to one."""
+    terminated, interrupted = endless(run_name="terminated"), endless(run_name="interrupted")
+    if command == "./run.sh":
+        first = start(terminated, [command], **answered(TWO_RANKS))
+        second = start(interrupted, [command], **answered(ONE_RANK))
+    else:
+        first, second = start(terminated), start(interrupted)
+    for config, process, kind in ((terminated, first, signal.SIGTERM), (interrupted, second, signal.SIGINT)):
+        read_until(process, "step 7/")
+        process.send_signal(kind)
+        out, err = finish(process, 128 + kind)
+        newest, damaged = find_checkpoint(folder_of(config))
+        assert newest and not damaged
+        assert f"stopped after step {int(newest.name[5:])}, saved in {newest}. " in out and "with --resume" in out
+        assert "Traceback" not in err
+    if command == "./run.sh":
+        assert '"devices": "2 x cpu"' in (folder_of(terminated) / "settings.json").read_text()
+        assert '"devices": "1 x cpu"' in (folder_of(interrupted) / "settings.json").read_text()
+
+
+def test_a_second_ctrl_c_exits_at_once(settings, tmp_path):
+    """In a step that does not end."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import runpy, sys, time; sys.path.insert(0, '.')\n"
+        "from accelerate import Accelerator\n"
+        "Accelerator.clip_grad_norm_ = lambda *arguments: time.sleep(600)\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    process = start(settings(), [sys.executable, str(script)])
+    read_until(process, "before training")
+    process.send_signal(signal.SIGINT)
+    while "finishing the step" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == -signal.SIGINT
+
+
+def test_a_dead_rank_stops_the_other_with_plain_words(endless, answered):
+    config = endless(run_name="mine")
+    process = start(config, ["./run.sh"], **answered(TWO_RANKS))
+    read_until(process, "step 7/")
+    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(ranks) == 2
+    os.kill(ranks[0], signal.SIGKILL)
+    _, err = finish(process, 1)
+    assert "Traceback" not in err
+    assert "error: rank 1 lost touch with another rank" in err and "--resume continues" in err
+    assert "error: rank 0 ended with status -9; the others were stopped" in err
+    newest, damaged = find_checkpoint(folder_of(config))
+    assert newest and not damaged
+
+
+def test_run_sh_trains_on_two_ranks_in_the_precision_that_was_chosen(settings, answered):
+    """The ranks of a multi-CPU machine here; the check is made in that precision too."""
+    environment = answered(TWO_RANKS.replace("MULTI_GPU", "MULTI_CPU"), "bf16")
+    usual = {"max_steps": 20, "hidden_dropout": 0.0, "log_every": 1}
+    config = settings(run_name="two", mixed_precision="auto", **usual)
+    process = start(config, ["./run.sh"], **environment)
+    one = run(settings(run_name="one", mixed_precision="bf16", **usual))
+    finish(process)
+    two = folder_of(config)
+    written = (two / "settings.json").read_text()
+    assert '"devices": "2 x cpu"' in written and '"mixed_precision": "bf16"' in written
+    losses = [[float(row["train_loss"]) for row in metrics(folder)[1:]] for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01) and len(losses[0]) == 20
+
+
+def test_run_sh_says_a_mistake_once(settings, answered):
+    """One that only shows in the number format that the ranks would have."""
+    process = start(settings(mixed_precision="auto"), ["./run.sh"], **answered(TWO_RANKS, "fp16"))
+    _, err = finish(process, 2)
+    assert err.count("\n") == 1 and err.startswith("error: mixed_precision: fp16, which the launcher chose")
+
+
+def test_run_sh_refuses_what_bert_does_not_need(settings, answered):
+    answers = TWO_RANKS.replace("MULTI_GPU", "FSDP")
+    process = start(settings(), ["./run.sh"], **answered(answers))
+    _, err = finish(process, 2)
+    assert err.startswith("error: accelerate config: DeepSpeed, FullyShardedDataParallel")
+
+
+def test_processes_without_a_device_of_their_own_are_refused(settings, answered):
+    on_gpus = {"ACCELERATE_USE_CPU": "false"}
+    environment = answered(TWO_RANKS.replace("true", "false")) | on_gpus
+    by_run_sh, by_torchrun = (
+        start(settings(run_name="a"), ["./run.sh"], **environment),
+        start(settings(run_name="b"), [*LAUNCHERS[2], "train.py"], **on_gpus),
+    )
+    _, err = finish(by_run_sh, 2)
+    assert err.startswith("error: accelerate config: asks for 2 GPU(s), of which 0 can be used here")
+    _, err = finish(by_torchrun, 1)
+    assert "error: the launcher started several processes, and there is no GPU for them" in err

@@ -5,11 +5,12 @@ import signal
 from Config import Config, DownstreamConfig, parse_downstream_flags
 from mlm.errors import UserError, plain_errors
 from mlm.runtime.hardware import (
+    OutOfMemory,
     choose_devices,
     choose_precision,
+    detect_out_of_memory,
     has_variable_length_kernels,
     keep_freed_memory,
-    ran_out_of_memory,
 )
 from mlm.runtime.hub import locate
 
@@ -29,11 +30,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from data_process import chunks_of, evaluation_batches
-from mlm.data.micro_batches import Divide, StepQueue, make_micro_batches
+from mlm.data.micro_batches import MicroBatcher
 from mlm.data.text_files import read_sample
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
 from mlm.downstream.comparison import Candidate, Comparison, fingerprint
@@ -60,6 +60,7 @@ from mlm.downstream.trials import Result, Trial, Trials
 from mlm.evaluation.loss import evaluate
 from mlm.report.page import redraw
 from mlm.runtime.distributed import make_accelerator, quiet_libraries
+from mlm.runtime.signals import StopRequest
 from mlm.storage import digest, lock, make_folder, write_json
 from mlm.terminal import say
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
@@ -200,22 +201,21 @@ def by_model(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def fine_tune_once(comparison: Comparison, trial: Trial) -> Result:
-    """Fine-tunes one model with one seed, in smaller micro-batches where memory runs out."""
-    positions = GPU_MICRO_BATCH_POSITIONS if comparison.accelerator.device.type == "cuda" else CPU_MICRO_BATCH_POSITIONS
+    """Fine-tunes one model with one seed; begins again with smaller micro-batches where memory runs out."""
+    is_cuda = comparison.accelerator.device.type == "cuda"
+    positions = GPU_MICRO_BATCH_POSITIONS if is_cuda else CPU_MICRO_BATCH_POSITIONS
+    micro_batcher = make_micro_batcher(comparison, comparison.candidates[trial.model], positions)
     while True:
         try:
-            return _fine_tune(comparison, trial, positions)
-        except RuntimeError as error:
-            if not ran_out_of_memory(error):
-                raise
-            if positions <= comparison.config.sen_max_length:
-                raise UserError("sen_max_length: out of memory, though texts go through the model singly") from error
-            positions //= 2
-            torch.cuda.empty_cache()
-            say(f"out of memory; begun again with {positions} positions at once")
+            with detect_out_of_memory():
+                return _fine_tune(comparison, trial, micro_batcher)
+        except OutOfMemory:
+            pass
+        micro_batcher.halve()
+        say(f"out of memory; begun again with {micro_batcher.max_positions} positions at once")
 
 
-def _fine_tune(comparison: Comparison, trial: Trial, positions: int) -> Result:
+def _fine_tune(comparison: Comparison, trial: Trial, micro_batcher: MicroBatcher) -> Result:
     began = time.perf_counter()
     config, accelerator, task = comparison.config, comparison.accelerator, comparison.task
     candidate = comparison.candidates[trial.model]
@@ -227,20 +227,19 @@ def _fine_tune(comparison: Comparison, trial: Trial, positions: int) -> Result:
     )
     bert = load_classifier(trial.model, len(task.classes), trial.seed, of_words=task.kind == "entities")
     classifier = PackedClassifier(bert, comparison.sep_id(candidate)).to(accelerator.device)
-    divide = partial(divider(comparison, candidate), positions=positions)
     try:
         with trial_bar(trial, budget.steps) as bar:
             best = fine_tune(
                 classifier,
                 train,
-                lambda: comparison.score_on_dev(answer(classifier, candidate.dev, accelerator, divide)),
+                lambda: comparison.score_on_dev(answer(classifier, candidate.dev, accelerator, micro_batcher)),
                 budget,
                 trial.seed,
                 accelerator,
-                divide,
+                micro_batcher,
                 bar.update,
             )
-        answers = answer(classifier, candidate.test, accelerator, divide)
+        answers = answer(classifier, candidate.test, accelerator, micro_batcher)
     finally:
         accelerator.free_memory()  # which holds the optimizer
     seconds = time.perf_counter() - began
@@ -267,18 +266,20 @@ def features_of(comparison: Comparison, model: str, split: str) -> np.ndarray:
     examples = getattr(comparison.task, split)
     encoded = encode(examples, comparison.task, candidate.tokenizer, comparison.config.sen_max_length)
     encoder = PackedBert(load_encoder(model), comparison.sep_id(candidate)).to(accelerator.device)
-    divide = partial(divider(comparison, candidate), positions=CPU_MICRO_BATCH_POSITIONS)
-    return features(encoder, encoded, accelerator, divide)
+    return features(encoder, encoded, accelerator, make_micro_batcher(comparison, candidate))
 
 
-def divider(comparison: Comparison, candidate: Candidate) -> Divide:
-    """Lays chunks out for a candidate; the positions that go through it at once are to be given."""
+def make_micro_batcher(
+    comparison: Comparison, candidate: Candidate, positions: int = CPU_MICRO_BATCH_POSITIONS
+) -> MicroBatcher:
+    """Returns what splits a candidate's texts into micro-batches of at most `positions`."""
     accelerator = comparison.accelerator
-    return partial(
-        make_micro_batches,
+    return MicroBatcher(
         vocabulary=read_vocabulary(candidate.tokenizer),
         device=accelerator.device,
         varlen=has_variable_length_kernels(0.0, accelerator.mixed_precision, candidate.head_size),
+        longest_chunk=comparison.config.sen_max_length,
+        max_positions=positions,
     )
 
 
@@ -312,12 +313,10 @@ def ask_for_hidden_words(comparison: Comparison, candidate: Candidate, lines: li
     with chunks_of(lines, candidate.tokenizer, length) as (chunks, stats):
         rank, ranks = accelerator.process_index, accelerator.num_processes
         batches = evaluation_batches(chunks, vocabulary, len(chunks), rank, ranks)
-        divide = divider(comparison, candidate)
-        queue = StepQueue(iter(()), divide, CPU_MICRO_BATCH_POSITIONS, length)
         with accelerator.autocast():
             model = PackedMaskedLM(bert).to(accelerator.device)
-            evaluation = evaluate(accelerator, model, batches, len(chunks), queue, signals=[])
-    assert evaluation, "no signal stops it"
+            micro_batcher = make_micro_batcher(comparison, candidate)
+            evaluation = evaluate(accelerator, model, batches, len(chunks), micro_batcher, StopRequest())
     return Known(evaluation.perplexity, evaluation.loss * stats.tokens / stats.characters)
 
 

@@ -12,21 +12,22 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from mlm.data.micro_batches import MicroBatcher
 from mlm.downstream.encoding import Encoded
-from mlm.downstream.finetuning import DivideBatch, blocks
+from mlm.downstream.finetuning import blocks
 from mlm.downstream.task import Task
 
 INVERSE_PENALTIES = (0.001, 0.01, 0.1)  # LogisticRegression's C, on features of unit variance
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, encoded: Encoded, accelerator: Accelerator, divide: DivideBatch) -> np.ndarray:
+def features(encoder: nn.Module, encoded: Encoded, accelerator: Accelerator, micro_batcher: MicroBatcher) -> np.ndarray:
     """The mean of the last hidden states over each text's tokens, or each word's: (answers, hidden) float32."""
     encoder.eval()
     inside = np.flatnonzero(encoded.words >= 0)
     pooled = encoded.chunks._replace(masked=inside, targets=encoded.words[inside])
     sums, counts = torch.zeros(0), torch.zeros(0)
-    for inputs, words in blocks(pooled, divide):
+    for inputs, words in blocks(pooled, micro_batcher):
         with accelerator.autocast():
             hidden = encoder(**inputs).float()  # (tokens, hidden)
         if not len(sums):

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import LAUNCHERS, ROOT, reset_process_state
+from runs import LAUNCHERS, ROOT, micro_batcher_of, reset_process_state
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -29,7 +28,6 @@ from transformers import (
 
 import downstream
 from Config import DownstreamConfig, parse_downstream_flags
-from mlm.data.micro_batches import make_micro_batches
 from mlm.data.tokenizer import SPECIAL_TOKENS, read_vocabulary
 from mlm.downstream.contamination import count_read_before
 from mlm.downstream.encoding import Encoded, encode, select, training_order
@@ -222,7 +220,7 @@ def test_packed_classifiers_have_the_gradients_of_the_stock_models_on_padded_tex
     sep_id = vocabulary.sep_id if kind == "pair" else None
     classifier = PackedClassifier(load_classifier(name, 2, 5, of_words), sep_id).eval()
     chunks = select(encoded, np.arange(3))
-    [(inputs, targets)] = make_micro_batches(chunks, 4096, vocabulary, torch.device("cpu"))
+    [(inputs, targets)] = micro_batcher_of(vocabulary)(chunks)
     torch.nn.functional.cross_entropy(classifier(**inputs), targets).backward()
 
     stock = (AutoModelForTokenClassification if of_words else AutoModelForSequenceClassification).from_pretrained(name)
@@ -284,8 +282,8 @@ def small_training(tmp_path) -> tuple[PackedClassifier, Encoded, Callable]:
     tokenizer = BertTokenizer.from_pretrained(name)
     examples = [Example((text,), (label,)) for text, label in make_rows(40, 8)]
     encoded = encode(examples, Task("t", "text", ["no", "yes"], examples, [], [], []), tokenizer, 64)
-    vocabulary, device = read_vocabulary(tokenizer), torch.device("cpu")
-    divide = partial(make_micro_batches, positions=4096, vocabulary=vocabulary, device=device)
+    vocabulary = read_vocabulary(tokenizer)
+    divide = micro_batcher_of(vocabulary)
     return PackedClassifier(load_classifier(name, 2, 5, of_words=False)), encoded, divide
 
 

@@ -57,3 +57,8 @@ def figure(value: float) -> str:
 def with_error(value: float, standard_error: float) -> str:
     """A perplexity with its standard error, where it has one."""
     return f"{figure(value)} ± {figure(standard_error)}" if math.isfinite(standard_error) else figure(value)
+
+
+def size(size_bytes: int) -> str:
+    """Bytes, readable whatever their number."""
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"

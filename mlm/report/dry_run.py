@@ -1,4 +1,4 @@
-"""A dry run: some seconds of a run's own work, thrown away, say what time, memory and disk the whole will take."""
+"""A dry run: predicts time, memory and disk of a run by some seconds of its own work, which are thrown away."""
 
 import shutil
 import sys
@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from tqdm import tqdm
 
 from mlm.data.micro_batches import Prefetcher
 from mlm.data.text_stats import histogram, text_warnings
 from mlm.evaluation.fill_mask import guess, save_predictions
 from mlm.evaluation.loss import Evaluation
 from mlm.report.summary import pair_guesses, publish
+from mlm.report.templates import template
 from mlm.runtime.distributed import decide_on_main
 from mlm.runtime.hardware import count_gpus, native_precision
 from mlm.terminal import with_error
@@ -142,83 +142,35 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# ------------------------------------------------------------------------------------------------------- for people
-
-
 def describe_estimate(run: Run, estimate: Estimate) -> str:
-    """One screen: text, model, steps, speed, time, memory, disk, and what would make it faster."""
-    config, plan, stats = run.setup.config, run.setup.plan, run.corpus.stats
-    train = stats.train
-    text = [
-        f"{train.lines:,} training lines of {train.tokens:,} tokens, {stats.test.lines:,} test lines",
-        f"{train.unknown / train.tokens:.2%} [UNK]; {train.duplicate:,} lines repeat an earlier one; "
-        f"{stats.test_lines_in_train:,} test lines are also training lines",
-        "",
-        *_draw_lengths(histogram(train, config.sen_max_length)),
-        "",
-    ]
-    chunks = len(estimate.baseline.losses)
-    perplexity = with_error(estimate.baseline.perplexity, estimate.baseline.perplexity_se)
-    model = [
-        f"{config.initial_pretrain_model}, {run.setup.derived['parameters']:,} parameters",
-        f"perplexity before training: {perplexity}, on {chunks:,} of {len(run.corpus.test):,} test chunks",
-    ]
-    steps = (
-        f"{plan.steps:,} of {min(config.batch_size, len(run.corpus.train)):,} chunks, "
-        f"{plan.epochs(plan.steps):.3g} epochs, on {run.setup.derived['devices']}, {config.mixed_precision}"
-    )
-    left, as_time = estimate.left, tqdm.format_interval
-    time_for = {
-        "start": estimate.start_seconds,
-        "steps": left.step_seconds,
-        f"{left.evaluations:,} evaluation(s)": left.evaluation_seconds,
-        f"{left.checkpoints:,} checkpoint(s)": left.checkpoint_seconds,
-    }
-    parts = ", ".join(f"{what} {as_time(seconds)}" for what, seconds in time_for.items())
-    memory = _size(estimate.memory_bytes) + (" for each process" if run.learner.accelerator.num_processes > 1 else "")
-    if estimate.gpu_bytes:
-        memory += f", and {_size(estimate.gpu_bytes)} of its GPU's"
-    else:  # keep_freed_memory, mlm/runtime/hardware.py
-        memory += " so far; up to twice as much in a long run, which keeps what is freed for the next step"
-    disk = (
-        f"{_size(estimate.disk_bytes)} in the run's folder, {_size(estimate.saving_bytes)} more while it saves; "
-        f"{_size(estimate.free_bytes)} are free"
-    )
-    screen = {
-        "text": text,
-        "model": model,
-        "steps": [steps],
-        "speed": [f"{estimate.tokens_per_s:,.0f} tokens/s"],
-        "time": [f"{as_time(estimate.seconds)}: {parts}"],
-        "memory": [memory],
-        "disk": [disk],
-        "faster": hints_for_speed(run, estimate),
-    }
-    lines = [f"dry run: {estimate.trained_steps} steps, one evaluation and one checkpoint, all thrown away", ""]
-    for name, parts_of in screen.items():
-        lines += [f"{name if number == 0 else '':<10}{line}".rstrip() for number, line in enumerate(parts_of)]
-    if estimate.disk_bytes + estimate.saving_bytes > estimate.free_bytes:
-        lines.append("warning: the disk is too small for that; a lower --keep_checkpoints needs less")
-    return "\n".join([*lines, *text_warnings(stats, config.initial_pretrain_tokenizer, only_test=False)])
-
-
-def _draw_lengths(counts: list[tuple[str, int]]) -> list[str]:
-    """How many lines have so many tokens, as bars."""
+    """Returns one screen: text, model, steps, speed, time, memory, disk, and what would make it faster."""
+    setup, stats = run.setup, run.corpus.stats
+    counts = histogram(stats.train, setup.config.sen_max_length)
     most = max(number for _, number in counts)
-    lines = ["tokens of a line      lines"]
-    for label, number in counts:
-        bar = "█" * round(BAR_WIDTH * number / most) or ("▏" if number else "")
-        lines.append(f"{label:>16} {number:>10,}  {bar}".rstrip())
-    return lines
-
-
-def _size(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    bars = ["█" * round(BAR_WIDTH * number / most) or ("▏" if number else "") for _, number in counts]
+    warnings = text_warnings(stats, setup.config.initial_pretrain_tokenizer, only_test=False)
+    if estimate.disk_bytes + estimate.saving_bytes > estimate.free_bytes:
+        warnings.insert(0, "warning: the disk is too small for that; a lower --keep_checkpoints needs less")
+    screen = template("dry_run.txt").render(
+        estimate=estimate,
+        left=estimate.left,
+        perplexity=with_error(estimate.baseline.perplexity, estimate.baseline.perplexity_se),
+        config=setup.config,
+        plan=setup.plan,
+        derived=setup.derived,
+        processes=run.learner.accelerator.num_processes,
+        stats=stats,
+        train=stats.train,
+        test=stats.test,
+        lengths=[(*count, bar) for count, bar in zip(counts, bars, strict=True)],
+        hints=hints_for_speed(run, estimate),
+        warnings=warnings,
+    )
+    return screen.rstrip()
 
 
 def hints_for_speed(run: Run, estimate: Estimate) -> list[str]:
-    """What would make the run faster, as far as it can be seen here."""
+    """Returns what would make the run faster, as far as it can be seen here."""
     config, train = run.setup.config, run.corpus.stats.train
     hints = []
     if config.mixed_precision == "no" and native_precision() != "no":
@@ -227,14 +179,10 @@ def hints_for_speed(run: Run, estimate: Estimate) -> list[str]:
         hints.append("a GPU: none is used")
     if count_gpus() and config.attention_dropout:
         hints.append("--attention_dropout 0: allows the fast attention kernels")
-    if (
-        estimate.left.evaluation_seconds > WORTH_A_HINT * estimate.seconds
-        and run.setup.plan.test_chunks > SCORED_CHUNKS
-    ):
-        share = estimate.left.evaluation_seconds / estimate.seconds
+    share = estimate.left.evaluation_seconds / estimate.seconds
+    if share > WORTH_A_HINT and run.setup.plan.test_chunks > SCORED_CHUNKS:
         hints.append(f"--max_test_chunks {SCORED_CHUNKS}: evaluations take {share:.0%} of the time")
     if train.duplicate > WORTH_A_HINT * train.lines:
-        hints.append(
-            f"fewer duplicates: {train.duplicate / train.lines:.0%} of the training lines repeat an earlier one"
-        )
+        share = train.duplicate / train.lines
+        hints.append(f"fewer duplicates: {share:.0%} of the training lines repeat an earlier one")
     return hints

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.profiler import profile
 from transformers import BertConfig, BertForMaskedLM
 
 from Config import SCRATCH_SIZES, Config
@@ -132,6 +133,22 @@ def losses_and_gradients(precision: str, varlen: bool | None) -> tuple[float, to
     loss.backward()
     gradients = [p.grad.flatten() for p in bert.parameters() if p.grad is not None]
     return loss.item(), torch.cat(gradients).double()
+
+
+def backward_fills_no_zeros(precision: str) -> str:
+    """Counts, in the operations of a step with variable-length attention, what a plainer way of writing it would add:
+    tensors of zeros for one row of the attention's input, and a row of token types for every token."""
+    model = PackedMaskedLM(random_bert("mini")).to(DEVICE)
+    batch = next(training_batches(random_chunks(25, 64), VOCABULARY, BERT_RULE, 0, 64))
+    [micro_batch] = MicroBatcher(VOCABULARY, DEVICE, True, 512, 1 << 20)(batch.chunks)
+    with profile(record_shapes=True) as profiled, torch.autocast(DEVICE.type, DTYPES[precision]):
+        model(**micro_batch.inputs).sum().backward()
+    operations = [(event.key, event.input_shapes) for event in profiled.events()]
+    assert "aten::select_backward" not in {name for name, _ in operations}
+    rows = [shapes[1] for name, shapes in operations if name == "aten::embedding_dense_backward"]
+    positions = len(batch.chunks.input_ids)
+    assert sorted(rows) == [[1, 1], [1, positions], [1, positions]], rows  # token types, words, positions
+    return "none, and one row of token types"
 
 
 def padded_loss(bert: BertForMaskedLM, chunks) -> torch.Tensor:
@@ -393,6 +410,10 @@ def checks(quick: bool) -> Iterator[tuple[str, Callable[[], str] | str]]:
         name, head_size = f"variable-length attention against the stock model, {precision}", 64
         fits = has_variable_length_kernels(0.0, precision, head_size)
         yield name, partial(packed_is_stock, precision, True) if fits else "no such kernels here"
+        yield (
+            f"zeros filled in its backward pass, {precision}",
+            (partial(backward_fills_no_zeros, precision) if fits else "no such kernels here"),
+        )
     gpu = DEVICE.type == "cuda"
     yield "memory trial, and memory that runs out", memory_trial_and_out_of_memory if gpu else "no GPU"
     steps = 5 if quick else 50

@@ -7,17 +7,14 @@ import sys
 import weakref
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import LAUNCHERS, ROOT, assert_close, finish, learner_of, micro_batcher_of, run, start
-from torch.profiler import ProfilerActivity, profile
+from runs import LAUNCHERS, ROOT, assert_close, finish, learner_of, run, start
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from Config import Config
-from mlm.data.packing import frame
 from mlm.errors import UserError
 from mlm.runtime import hardware as machine
 from mlm.training import checkpoint
@@ -243,27 +240,6 @@ def test_variable_length_kernels_need_the_card_and_a_torch_that_has_them(monkeyp
     assert machine.has_variable_length_kernels(0.0, "bf16", head_size=64) is expected
     assert not machine.has_variable_length_kernels(0.0, "no", head_size=64)
     assert not machine.has_variable_length_kernels(0.1, "bf16", head_size=64)
-
-
-def test_the_backward_pass_fills_no_zeros_for_attention_and_adds_one_row_of_token_types(
-    settings, vocabulary, monkeypatch
-):
-    """Counted in the operations of a step for variable-length attention, whose kernels are stood in for."""
-
-    def mean_of_all(query, key, value, *bounds):
-        return query + key + value
-
-    monkeypatch.setattr("model.varlen_attn", mean_of_all)
-    model = PackedMaskedLM(load_model(settings(), vocabulary.size, vocabulary.pad_id)[0]).train()
-    ids = np.full(90, vocabulary.unk_id)
-    chunks = frame(ids, np.arange(0, 90, 9), ids[::9], np.full(3, 30), vocabulary)
-    [micro_batch] = micro_batcher_of(vocabulary, varlen=True)(chunks)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        model(**micro_batch.inputs).sum().backward()
-    operations = [(event.key, event.input_shapes) for event in profiled.events()]
-    assert not [shapes for name, shapes in operations if name == "aten::select_backward"]
-    indices = [shapes[1] for name, shapes in operations if name == "aten::embedding_dense_backward"]
-    assert sorted(indices) == [[1, 1], [1, 96], [1, 96]]  # token types once; words and positions at each place
 
 
 def test_query_key_and_value_share_one_copy_of_their_input_in_16_bits(settings, vocabulary):

@@ -1,7 +1,7 @@
 """The data's whole story: lines of text -> chunks of tokens (cached, memory-mapped) -> masked batches.
 
 A *chunk* is a line, or a part of a line too long for `sen_max_length` (mlm/data/chunks.py). Each epoch visits the
-chunks in an order of its own (randomness.py), hides some of their tokens (masking.py) and puts [CLS] and [SEP] around
+chunks in an order of its own (randomness.py), masks some of their tokens (masking.py) and puts [CLS] and [SEP] around
 each (packing.py, which also packs them for the model).
 """
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from Config import MOST_AUTOMATIC_WORDS, Config
 from mlm.data.chunks import Chunks, Corpus, WrittenSplit, steps_per_epoch, take, write_chunks
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
-from mlm.data.packing import Batch, MaskedChunks, chunk_bounds, frame, part_of
+from mlm.data.packing import Batch, MaskedChunks, chunk_bounds, frame, slice_chunks
 from mlm.data.randomness import epoch_order, evaluation_order, mask_keys
 from mlm.data.text_files import Text, find_text
 from mlm.data.text_stats import SplitStats, TextStats
@@ -37,7 +37,7 @@ EVALUATION_CHUNKS = 256  # chunks masked and packed together in an evaluation
 
 
 def load_corpus(config: Config) -> Corpus:
-    """Finds the text and the tokenizer, and makes chunks of tokens of it. Raises UserError where that cannot be."""
+    """Finds the text and the tokenizer, and makes chunks of tokens. Raises UserError where that cannot be."""
     text = find_text(config)
     tokenizer = load_tokenizer(config, text.train, text.digest)
     added_words = add_words(tokenizer, words_to_add(config, text, tokenizer))
@@ -74,10 +74,10 @@ def prepare(
 
 
 @contextmanager
-def chunks_of(
+def temporary_chunks(
     lines: list[str], tokenizer: PreTrainedTokenizerBase, sen_max_length: int
 ) -> Iterator[tuple[Chunks, SplitStats]]:
-    """Lines as chunks of tokens that are not kept, and what was found in them."""
+    """Yields lines as chunks of tokens that are not kept, and their statistics."""
     with TemporaryDirectory() as folder:
         path, vocabulary = Path(folder, "chunks.arrow"), read_vocabulary(tokenizer)
         rest = (sen_max_length - 2, make_encoders(tokenizer), make_segmenter([]), vocabulary)
@@ -109,7 +109,7 @@ def words_to_add(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase)
 
 
 def training_rule(config: Config) -> MaskRule:
-    """How tokens are hidden in training."""
+    """Returns how tokens are masked in training."""
     return MaskRule(
         probability=config.mlm_probability,
         mask_share=config.mask_replace_prob,
@@ -129,7 +129,7 @@ def training_batches(
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Batch]:
-    """The batches of training from step `first_step` on, counted from 0 over all epochs, without end.
+    """Yields the batches of training from step `first_step` on, counted from 0 over all epochs, without end.
 
     Each epoch has its own order and its own masks; of a batch's `batch_size` chunks every rank has its share. Many
     batches are masked at once, as numpy's calls cost more than their work on one batch of short lines.
@@ -143,36 +143,36 @@ def training_batches(
         for start in range(step_of_epoch, epoch_steps, steps_at_once):
             indices = order[start * batch_size : (start + steps_at_once) * batch_size]  # (n,) of many steps
             tokens, lengths, starts_word = take(chunks, indices)
-            hidden = mask(tokens, lengths, mask_keys(seed, epoch, indices), vocabulary, rule, starts_word)
-            yield from _cut_into_batches(frame(*hidden, lengths, vocabulary), batch_size, rank, ranks)
+            masked = mask(tokens, lengths, mask_keys(seed, epoch, indices), vocabulary, rule, starts_word)
+            yield from _split_into_batches(frame(*masked, lengths, vocabulary), batch_size, rank, ranks)
         epoch, step_of_epoch = epoch + 1, 0
 
 
-def _cut_into_batches(chunks: MaskedChunks, batch_size: int, rank: int, ranks: int) -> Iterator[Batch]:
-    """The chunks of many batches, one batch at a time; of each the rank's share, as even as whole chunks allow."""
+def _split_into_batches(chunks: MaskedChunks, batch_size: int, rank: int, ranks: int) -> Iterator[Batch]:
+    """Yields the chunks of many batches, a batch at a time: the rank's share, as even as whole chunks allow."""
     bounds = chunk_bounds(chunks.lengths)
     for begin in range(0, len(chunks.lengths), batch_size):
         chunks_in_batch = min(batch_size, len(chunks.lengths) - begin)
-        batch = part_of(chunks, bounds, begin, begin + chunks_in_batch)
+        batch = slice_chunks(chunks, bounds, begin, begin + chunks_in_batch)
         share = batch
         if ranks > 1:
             first = begin + chunks_in_batch * rank // ranks
             after = begin + chunks_in_batch * (rank + 1) // ranks
-            share = part_of(chunks, bounds, first, after)
+            share = slice_chunks(chunks, bounds, first, after)
         yield Batch(share, masked_tokens=len(batch.targets), tokens=len(batch.input_ids) - 2 * chunks_in_batch)
 
 
 def evaluation_batches(
     chunks: Chunks, vocabulary: Vocabulary, number: int, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[np.ndarray, MaskedChunks]]:
-    """A sample of so many chunks, each once, dealt out to the ranks in turn, with their places in the sample.
+    """Yields a rank's part of a sample of `number` chunks, masked, with their places in the sample.
 
-    Masked by BERT's rule as each chunk's own tokens decide.
+    The ranks take chunks in turn. Masked by BERT's rule as each chunk's own tokens decide.
     """
     sample = evaluation_order(len(chunks))[:number]
-    of_rank = np.arange(rank, number, ranks)
-    for start in range(0, len(of_rank), EVALUATION_CHUNKS):
-        places = of_rank[start : start + EVALUATION_CHUNKS]  # (n,)
+    own_places = np.arange(rank, number, ranks)
+    for start in range(0, len(own_places), EVALUATION_CHUNKS):
+        places = own_places[start : start + EVALUATION_CHUNKS]  # (n,)
         tokens, lengths, _ = take(chunks, sample[places])
-        hidden = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
-        yield places, frame(*hidden, lengths, vocabulary)
+        masked = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
+        yield places, frame(*masked, lengths, vocabulary)

@@ -32,7 +32,7 @@ from typing import Any, cast
 import numpy as np
 from accelerate import Accelerator
 
-from data_process import chunks_of, evaluation_batches
+from data_process import evaluation_batches, temporary_chunks
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.text_files import read_sample
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
@@ -310,7 +310,7 @@ def ask_for_hidden_words(comparison: Comparison, candidate: Candidate, lines: li
         return None
     if warnings:  # that the head is missing
         return None
-    with chunks_of(lines, candidate.tokenizer, length) as (chunks, stats):
+    with temporary_chunks(lines, candidate.tokenizer, length) as (chunks, stats):
         rank, ranks = accelerator.process_index, accelerator.num_processes
         batches = evaluation_batches(chunks, vocabulary, len(chunks), rank, ranks)
         with accelerator.autocast():

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from mlm.data.masking import BERT_RULE, mask
-from mlm.data.packing import divide_rows, frame, pack
+from mlm.data.packing import frame, pack, split_rows
 from mlm.data.randomness import random_bits
 from mlm.errors import UserError
 from mlm.training.checkpoint import save_model
@@ -154,7 +154,7 @@ def test_rows_are_cut_evenly(vocabulary):
     rows = pack(frame(tokens, np.arange(980), tokens, lengths, vocabulary), 200, vocabulary)
     assert rows.input_ids.shape == (5, 200)
     for positions, parts in ((1000, [5]), (999, [3, 2]), (800, [3, 2]), (400, [2, 2, 1]), (399, [1] * 5), (1, [1] * 5)):
-        cut = list(divide_rows(rows, positions))
+        cut = list(split_rows(rows, positions))
         assert [len(part.input_ids) for part in cut] == parts
         assert [len(part.targets) for part in cut] == [196 * part for part in parts]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlm.data.packing import Batch, MaskedChunks, Rows, chunk_bounds, divide_chunks, divide_rows, pack
+from mlm.data.packing import Batch, MaskedChunks, Rows, chunk_bounds, pack, split_chunks, split_rows
 from mlm.data.tokenizer import Vocabulary
 from mlm.errors import UserError
 
@@ -43,9 +43,9 @@ class MicroBatcher:
     def __call__(self, chunks: MaskedChunks) -> list[MicroBatch]:
         """Returns the chunks as micro-batches on the device; no chunk is one position of padding."""
         if self.varlen and len(chunks.lengths):
-            return [self._one_row(part) for part in divide_chunks(chunks, self.max_positions)]
+            return [self._one_row(part) for part in split_chunks(chunks, self.max_positions)]
         rows = pack(chunks, min(ROW_POSITIONS, self.max_positions), self.vocabulary)
-        return [self._packed_rows(part) for part in divide_rows(rows, self.max_positions)]
+        return [self._packed_rows(part) for part in split_rows(rows, self.max_positions)]
 
     def halve(self) -> None:
         """Halves micro-batches after one that ran out of memory.

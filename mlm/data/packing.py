@@ -24,7 +24,7 @@ class MaskedChunks(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Chunks packed into rows of one width."""
+    """Chunks packed into rows of one width; a block-diagonal attention mask keeps them apart."""
 
     input_ids: np.ndarray  # (rows, width) int64
     position_ids: np.ndarray  # (rows, width) int64
@@ -34,17 +34,17 @@ class Rows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one device needs to know of the batch of an optimizer step."""
+    """A rank's share of the batch of an optimizer step, and what it is a share of."""
 
-    chunks: MaskedChunks  # its share of the batch
-    masked_tokens: int  # over all devices
-    tokens: int  # over all devices
+    chunks: MaskedChunks  # the rank's share
+    masked_tokens: int  # of the whole batch
+    tokens: int  # of the whole batch
 
 
 def frame(
     input_ids: np.ndarray, masked: np.ndarray, targets: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary
 ) -> MaskedChunks:
-    """Puts [CLS] and [SEP], which are not to be predicted, around each chunk (n,) of what `mask` returned."""
+    """Returns what `mask` returned with [CLS] and [SEP], which are not to be predicted, around each of n chunks."""
     framed = lengths + 2
     ends = np.cumsum(framed)
     starts = ends - framed
@@ -63,14 +63,14 @@ def frame(
 
 
 def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
-    """The position at which each chunk begins, and the end of the last: (n + 1,) int64 for lengths (n,)."""
+    """Returns where each chunk begins, and where the last ends: (n + 1,) int64 for lengths (n,)."""
     bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=bounds[1:])
     return bounds
 
 
-def part_of(chunks: MaskedChunks, bounds: np.ndarray, first: int, after: int) -> MaskedChunks:
-    """The chunks from `first` to the one before `after`, as views; bounds: `chunk_bounds` of their lengths."""
+def slice_chunks(chunks: MaskedChunks, bounds: np.ndarray, first: int, after: int) -> MaskedChunks:
+    """Returns the chunks from `first` to the one before `after`, as views; bounds: `chunk_bounds` of their lengths."""
     begin, end = bounds[first], bounds[after]
     predicted = slice(*chunks.masked.searchsorted((begin, end)))
     return MaskedChunks(
@@ -83,8 +83,8 @@ def part_of(chunks: MaskedChunks, bounds: np.ndarray, first: int, after: int) ->
 
 
 def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Rows:
-    """Lays chunks end to end into as few rows as hold them, evenly: the longest first, each into the row that holds the
-    least (Graham 1969, doi 10.1137/0117039), so that little is padded.
+    """Packs chunks into as few rows as hold them, evenly: the longest first, each into the row that holds the least
+    (Graham 1969, doi 10.1137/0117039), so that little is padded.
 
     Rows hold about `row_positions`, at most a chunk more. With no chunk there is one position of padding.
     """
@@ -118,8 +118,8 @@ def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Ro
     return rows
 
 
-def divide_chunks(chunks: MaskedChunks, positions: int) -> Iterator[MaskedChunks]:
-    """Divides chunks, in their order, into parts of at most so many positions, or of one chunk that has more."""
+def split_chunks(chunks: MaskedChunks, positions: int) -> Iterator[MaskedChunks]:
+    """Yields the chunks, in their order, in parts of at most `positions`, or of one chunk that has more."""
     if len(chunks.input_ids) <= positions:  # which most batches do
         yield chunks
         return
@@ -127,12 +127,12 @@ def divide_chunks(chunks: MaskedChunks, positions: int) -> Iterator[MaskedChunks
     while first < len(chunks.lengths):
         after = int(np.searchsorted(bounds, bounds[first] + positions, side="right")) - 1
         after = max(after, first + 1)
-        yield part_of(chunks, bounds, first, after)
+        yield slice_chunks(chunks, bounds, first, after)
         first = after
 
 
-def divide_rows(rows: Rows, positions: int) -> Iterator[Rows]:
-    """Divides rows evenly into parts of at most so many positions, or of one row that has more."""
+def split_rows(rows: Rows, positions: int) -> Iterator[Rows]:
+    """Yields rows in even parts of at most `positions`, or of one row that has more."""
     height, width = rows.input_ids.shape
     parts = math.ceil(height / max(1, positions // width))
     rows_each = math.ceil(height / parts)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mlm.data.packing import MaskedChunks, chunk_bounds, part_of
+from mlm.data.packing import MaskedChunks, chunk_bounds, slice_chunks
 from mlm.data.randomness import epoch_order
 from mlm.data.tokenizer import Vocabulary, read_vocabulary
 from mlm.data.words import make_encoders
@@ -106,7 +106,7 @@ def select(encoded: Encoded, indices: np.ndarray) -> MaskedChunks:
     """The chunks of the examples at some indices (n,), in that order."""
     positions = chunk_bounds(encoded.chunks.lengths)
     parts = [
-        part_of(encoded.chunks, positions, first, after)
+        slice_chunks(encoded.chunks, positions, first, after)
         for first, after in zip(encoded.bounds[indices].tolist(), encoded.bounds[indices + 1].tolist(), strict=True)
     ]
     offsets = chunk_bounds(np.array([len(part.input_ids) for part in parts]))[:-1]

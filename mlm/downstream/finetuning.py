@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mlm.data.chunks import steps_per_epoch
 from mlm.data.micro_batches import MicroBatch, MicroBatcher
-from mlm.data.packing import MaskedChunks, chunk_bounds, part_of
+from mlm.data.packing import MaskedChunks, chunk_bounds, slice_chunks
 from mlm.data.randomness import dropout_seed
 from mlm.downstream.encoding import Encoded, training_order
 from mlm.training.plan import learning_rate_at
@@ -117,4 +117,4 @@ def blocks(chunks: MaskedChunks, micro_batcher: MicroBatcher) -> Iterator[MicroB
     """All chunks, as micro-batches."""
     bounds = chunk_bounds(chunks.lengths)
     for start in range(0, len(chunks.lengths), CHUNKS_AT_ONCE):
-        yield from micro_batcher(part_of(chunks, bounds, start, min(start + CHUNKS_AT_ONCE, len(chunks.lengths))))
+        yield from micro_batcher(slice_chunks(chunks, bounds, start, min(start + CHUNKS_AT_ONCE, len(chunks.lengths))))

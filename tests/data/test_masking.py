@@ -19,7 +19,7 @@ def assert_share(hits: int, trials: int, share: float) -> None:
     assert abs(hits / trials - share) <= SIGMAS * sqrt(share * (1 - share) / trials), (hits / trials, share)
 
 
-def chunks_of(length: int, number: int, vocabulary, seed: int = 0):
+def temporary_chunks(length: int, number: int, vocabulary, seed: int = 0):
     """Random ordinary tokens: `number` chunks of `length`."""
     tokens = np.random.default_rng(seed).choice(vocabulary.ordinary_ids, length * number)
     return tokens, np.full(number, length)
@@ -28,7 +28,7 @@ def chunks_of(length: int, number: int, vocabulary, seed: int = 0):
 @pytest.mark.parametrize("length", [1, 2, 5, 30, 126])
 def test_chosen_share_of_a_chunk_of_n_tokens(vocabulary, length):
     p, number = 0.15, 200_000 // length
-    tokens, lengths = chunks_of(length, number, vocabulary)
+    tokens, lengths = temporary_chunks(length, number, vocabulary)
     _, labels = labelled(*mask(tokens, lengths, random_bits(1, np.arange(number)), vocabulary, BERT_RULE))
     chosen = (labels != IGNORED).reshape(number, length)
     assert chosen.any(axis=1).all()  # every chunk teaches
@@ -39,7 +39,7 @@ def test_chosen_share_of_a_chunk_of_n_tokens(vocabulary, length):
 
 
 def test_tokens_are_chosen_independently(vocabulary):
-    tokens, lengths = chunks_of(100, 5000, vocabulary)
+    tokens, lengths = temporary_chunks(100, 5000, vocabulary)
     _, labels = labelled(*mask(tokens, lengths, random_bits(2, np.arange(5000)), vocabulary, BERT_RULE))
     chosen = (labels != IGNORED).reshape(5000, 100)
     for distance in (1, 2, 7, 50):
@@ -48,7 +48,7 @@ def test_tokens_are_chosen_independently(vocabulary):
 
 
 def test_eighty_ten_ten_and_what_random_tokens_are(vocabulary):
-    tokens, lengths = chunks_of(100, 20_000, vocabulary)
+    tokens, lengths = temporary_chunks(100, 20_000, vocabulary)
     input_ids, labels = labelled(*mask(tokens, lengths, random_bits(3, np.arange(20_000)), vocabulary, BERT_RULE))
     chosen = labels != IGNORED
     assert np.array_equal(input_ids[~chosen], tokens[~chosen])
@@ -73,7 +73,7 @@ def test_special_and_unused_tokens_are_never_drawn_and_unknown_may_be_chosen(tok
 
 
 def test_shares_follow_the_rule(vocabulary):
-    tokens, lengths = chunks_of(100, 2000, vocabulary)
+    tokens, lengths = temporary_chunks(100, 2000, vocabulary)
     rule = MaskRule(probability=0.4, mask_share=0.5, random_share=0.5)
     input_ids, labels = labelled(*mask(tokens, lengths, random_bits(5, np.arange(2000)), vocabulary, rule))
     chosen = labels != IGNORED
@@ -156,7 +156,7 @@ def test_spans_leave_each_word_its_probability_and_have_geometric_lengths(vocabu
 @pytest.mark.parametrize("kind", ["tokens", "whole_words", "spans"])
 def test_masks_are_the_same_in_any_batch(vocabulary, kind):
     rule = BERT_RULE if kind == "tokens" else BERT_RULE._replace(**{kind: True})
-    tokens, lengths = chunks_of(50, 400, vocabulary)
+    tokens, lengths = temporary_chunks(50, 400, vocabulary)
     starts_word = np.random.default_rng(0).random(len(tokens)) < 0.7
     keys = random_bits(42, 2, 0, np.arange(400))
     together = labelled(*mask(tokens, lengths, keys, vocabulary, rule, starts_word))
@@ -167,7 +167,7 @@ def test_masks_are_the_same_in_any_batch(vocabulary, kind):
 
 
 def test_masks_are_new_in_every_epoch(vocabulary):
-    tokens, lengths = chunks_of(50, 40, vocabulary)
+    tokens, lengths = temporary_chunks(50, 40, vocabulary)
     one, other = (
         np.isin(
             np.arange(2000), mask(tokens, lengths, random_bits(42, 2, epoch, np.arange(40)), vocabulary, BERT_RULE)[1]
@@ -178,7 +178,7 @@ def test_masks_are_new_in_every_epoch(vocabulary):
 
 
 def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
-    tokens, lengths = chunks_of(50, 40, vocabulary)
+    tokens, lengths = temporary_chunks(50, 40, vocabulary)
     chunks = Chunks(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
 
     def masked(step_chunks):
@@ -231,7 +231,7 @@ def test_steps_are_the_same_wherever_they_begin_and_however_many_are_masked_at_o
 
 
 def test_evaluation_masks_depend_on_the_chunk_alone(vocabulary):
-    tokens, lengths = chunks_of(20, 30, vocabulary)
+    tokens, lengths = temporary_chunks(20, 30, vocabulary)
     keys = content_keys(tokens, lengths)
     assert len(np.unique(keys)) == 30
     backwards = np.concatenate(tokens.reshape(30, 20)[::-1])

@@ -1,4 +1,4 @@
-"""Fine-tuning: a classifier trained on a task, kept as it was when it was best on dev; and its answers.
+"""Fine-tuning: a classifier trained on a task, kept as it was when it was best on dev; and its predictions.
 
 After Zhang et al., Revisiting Few-sample BERT Fine-tuning (arXiv 2006.05987): AdamW with bias correction, and hundreds
 of updates even where data are few.
@@ -22,15 +22,15 @@ from mlm.data.randomness import dropout_seed
 from mlm.downstream.encoding import Encoded, training_order
 from mlm.training.step import has_finite_weights, make_optimizer
 
-WARMUP_SHARE, WEIGHT_DECAY, LARGEST_NORM = 0.1, 0.01, 1.0
-MOST_EVALUATIONS = 10  # on dev, in one fine-tuning
+WARMUP_SHARE, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.01, 1.0
+MAX_EVALUATIONS = 10  # on dev, in one fine-tuning
 CHUNKS_AT_ONCE = 256  # packed together where nothing is trained
 
 DivideBatch = Callable[[MaskedChunks], list[MicroBatch]]
 
 
 class Budget(NamedTuple):
-    """What every model is given."""
+    """The training that every model is given."""
 
     steps: int  # optimizer steps
     evaluate_every: int  # steps
@@ -38,18 +38,18 @@ class Budget(NamedTuple):
     learning_rate: float  # peak
 
     @classmethod
-    def of(
-        cls, examples: int, dev_examples: int, num_epochs: int, least_steps: int, batch_size: int, learning_rate: float
+    def for_examples(
+        cls, examples: int, dev_examples: int, num_epochs: int, min_steps: int, batch_size: int, learning_rate: float
     ) -> "Budget":
-        """For so many examples: an evaluation an epoch, or fewer where epochs are many, or dev is long."""
+        """Returns a budget with an evaluation per epoch, or fewer where epochs are many, or dev is long."""
         steps_per_epoch = math.ceil(examples / batch_size)
-        steps = max(num_epochs * steps_per_epoch, least_steps)
-        evaluate_every = max(steps_per_epoch, math.ceil(steps / MOST_EVALUATIONS), dev_examples // batch_size)
+        steps = max(num_epochs * steps_per_epoch, min_steps)
+        evaluate_every = max(steps_per_epoch, math.ceil(steps / MAX_EVALUATIONS), dev_examples // batch_size)
         return cls(steps, min(evaluate_every, steps), batch_size, learning_rate)
 
 
 class Best(NamedTuple):
-    """When a classifier was best on dev."""
+    """The step after which a classifier was best on dev, and its score."""
 
     step: int
     score: float
@@ -74,16 +74,16 @@ def fine_tune(
         accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
     optimizer = accelerator.prepare(make_optimizer(classifier, budget.learning_rate, WEIGHT_DECAY))
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * budget.steps), budget.steps)
-    best, best_weights = Best(0, 0.0), copy_of_weights(classifier)
+    best, best_weights = Best(0, 0.0), copy_weights(classifier)
     batches = training_order(train, budget.batch_size, seed)
     for step, batch in enumerate(islice(batches, budget.steps), start=1):
         classifier.train()
         for number, (inputs, targets) in enumerate(divide(batch)):
             torch.manual_seed(dropout_seed(seed, step, number, 0))
             with accelerator.autocast():
-                logits = classifier(**inputs).float()  # (places, classes)
+                logits = classifier(**inputs).float()  # (targets, classes)
             accelerator.backward(F.cross_entropy(logits, targets, reduction="sum") / len(batch.targets))
-        accelerator.clip_grad_norm_(classifier.parameters(), LARGEST_NORM)
+        accelerator.clip_grad_norm_(classifier.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -91,27 +91,26 @@ def fine_tune(
         if step % budget.evaluate_every == 0 or step == budget.steps:
             score = score_on_dev()
             if (score > best.score or best.step == 0) and has_finite_weights(classifier):
-                best, best_weights = Best(step, score), copy_of_weights(classifier)
+                best, best_weights = Best(step, score), copy_weights(classifier)
     classifier.load_state_dict(best_weights)
     return best
 
 
-def copy_of_weights(module: nn.Module) -> dict[str, Tensor]:
-    """By name."""
+def copy_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in module.state_dict().items()}
 
 
 @torch.no_grad()
 def answer(classifier: nn.Module, encoded: Encoded, accelerator: Accelerator, divide: DivideBatch) -> list[int]:
-    """The likeliest class of each text, or word, in their order."""
-    answers = np.empty(encoded.answers, dtype=np.int64)
+    """Returns the likeliest class id of each text, or word, in their order."""
+    predictions = np.empty(len(encoded.chunks.targets), dtype=np.int64)
     classifier.eval()
-    numbered = encoded.chunks._replace(targets=np.arange(encoded.answers))  # as packing changes their order
+    numbered = encoded.chunks._replace(targets=np.arange(len(predictions)))  # as packing changes their order
     for inputs, numbers in blocks(numbered, divide):
         with accelerator.autocast():
-            logits = classifier(**inputs)  # (places, classes)
-        answers[numbers.cpu().numpy()] = logits.argmax(-1).cpu().numpy()
-    return answers.tolist()
+            logits = classifier(**inputs)  # (targets, classes)
+        predictions[numbers.cpu().numpy()] = logits.argmax(-1).cpu().numpy()
+    return predictions.tolist()
 
 
 def blocks(chunks: MaskedChunks, divide: DivideBatch) -> Iterator[MicroBatch]:

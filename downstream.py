@@ -185,7 +185,7 @@ def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
 
 
 def by_model(results: list[Result]) -> dict[str, list[Result]]:
-    return group_by(results, lambda result: result.model)
+    return group_by(results, lambda result: result.trial.model)
 
 
 def choose_rate(model: str, rates: tuple[float, ...], results: list[Result]) -> float:
@@ -246,10 +246,7 @@ def _fine_tune(comparison: Comparison, trial: Trial, positions: int) -> Result:
         answers = answer(classifier, candidate.test, accelerator, divide)
     finally:
         accelerator.free_memory()  # which holds the optimizer
-    seconds = time.perf_counter() - began
-    return Result(
-        *trial, regularization_c=None, best_step=best.step, dev_score=best.score, seconds=seconds, predictions=answers
-    )
+    return Result(trial, best.score, answers, time.perf_counter() - began, best_step=best.step)
 
 
 def probe_once(comparison: Comparison, trial: Trial) -> Result:
@@ -263,8 +260,7 @@ def probe_once(comparison: Comparison, trial: Trial) -> Result:
     rows, targets = select_rows(task, drawn)
     classifier, c, score = fit(train[rows], targets, dev, comparison.score_on_dev)
     predictions = classifier.predict(test).tolist()
-    seconds = time.perf_counter() - began
-    return Result(*trial, regularization_c=c, best_step=None, dev_score=score, seconds=seconds, predictions=predictions)
+    return Result(trial, score, predictions, time.perf_counter() - began, regularization_c=c)
 
 
 def compute_features(comparison: Comparison, candidate: Candidate, split: str) -> np.ndarray:

@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A chunk between [CLS] and [SEP]."""
+    """A chunk with its [CLS] and [SEP]."""
 
     input_ids: list[int]
     word_ids: list[int]  # as in Encoded
@@ -48,10 +48,10 @@ def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBa
     for example in examples:
         ids = [next(encodings).ids for _ in example.parts]
         if task.kind == "entities":
-            framed = list(_frame_words(ids, words, vocabulary, sen_max_length))
+            framed = list(_split_words(ids, words, vocabulary, sen_max_length))
             shortened += len(framed) > 1
         else:
-            framed = [_frame_text(ids, words, vocabulary, sen_max_length)]
+            framed = [_truncate_text(ids, words, vocabulary, sen_max_length)]
             shortened += len(framed[0].input_ids) < sum(map(len, ids)) + len(ids) + 1
         chunks += framed
         bounds.append(len(chunks))
@@ -75,41 +75,43 @@ def _concatenate(lists: Iterable[list[int]]) -> np.ndarray:
     return np.array(list(chain.from_iterable(lists)), dtype=np.int64)
 
 
-def _frame_text(parts: list[list[int]], word_id: int, vocabulary: Vocabulary, max_length: int) -> Chunk:
-    """Returns [CLS] text [SEP], or [CLS] text [SEP] text [SEP]; where that is too long, the longer text loses its end.
-
-    parts: ids of the one or two texts, which share the word id.
-    """
-    room = max_length - 1 - len(parts)
-    keep = [len(part) for part in parts]
-    while sum(keep) > room:
-        keep[keep.index(max(keep))] -= 1
-    input_ids, word_ids = [vocabulary.cls_id], [-1]
-    for part, kept in zip(parts, keep, strict=True):
-        input_ids += [*part[:kept], vocabulary.sep_id]
-        word_ids += [word_id] * kept + [-1]
-    return Chunk(input_ids, word_ids, [0])
-
-
-def _frame_words(words: list[list[int]], first_id: int, vocabulary: Vocabulary, max_length: int) -> Iterator[Chunk]:
+def _split_words(words: list[list[int]], first_id: int, vocabulary: Vocabulary, max_length: int) -> Iterator[Chunk]:
     """Yields words in as many chunks as they need.
 
     words: ids of each word's subwords. A word without one is [UNK]; one longer than a chunk loses its end.
     """
-    chunk = Chunk([vocabulary.cls_id], [-1], [])
+    room = max_length - 2
+    fitting: dict[int, list[int]] = {}
     for word_id, subwords in enumerate(words, start=first_id):
-        subwords = subwords[: max_length - 2] or [vocabulary.unk_id]
-        if len(chunk.input_ids) + len(subwords) + 1 > max_length:
-            yield _close(chunk, vocabulary)
-            chunk = Chunk([vocabulary.cls_id], [-1], [])
-        chunk.label_positions.append(len(chunk.input_ids))
-        chunk.input_ids.extend(subwords)
-        chunk.word_ids.extend([word_id] * len(subwords))
-    yield _close(chunk, vocabulary)
+        subwords = subwords[:room] or [vocabulary.unk_id]
+        if sum(map(len, fitting.values())) + len(subwords) > room:
+            yield _frame([fitting], vocabulary)
+            fitting = {}
+        fitting[word_id] = subwords
+    yield _frame([fitting], vocabulary)
 
 
-def _close(chunk: Chunk, vocabulary: Vocabulary) -> Chunk:
-    return Chunk([*chunk.input_ids, vocabulary.sep_id], [*chunk.word_ids, -1], chunk.label_positions)
+def _truncate_text(parts: list[list[int]], word_id: int, vocabulary: Vocabulary, max_length: int) -> Chunk:
+    """Returns one or two texts (ids of each) in one chunk; where they are too long, the longer one loses its end."""
+    room = max_length - 1 - len(parts)
+    keep = [len(part) for part in parts]
+    while sum(keep) > room:
+        keep[keep.index(max(keep))] -= 1
+    segments = [{word_id: part[:kept]} for part, kept in zip(parts, keep, strict=True)]
+    return _frame(segments, vocabulary)._replace(label_positions=[0])
+
+
+def _frame(segments: list[dict[int, list[int]]], vocabulary: Vocabulary) -> Chunk:
+    """Returns [CLS], then each segment (from word ids to the ids of subwords) and [SEP], with a label at each word."""
+    chunk = Chunk([vocabulary.cls_id], [-1], [])
+    for segment in segments:
+        for word_id, subwords in segment.items():
+            chunk.label_positions.append(len(chunk.input_ids))
+            chunk.input_ids.extend(subwords)
+            chunk.word_ids.extend([word_id] * len(subwords))
+        chunk.input_ids.append(vocabulary.sep_id)
+        chunk.word_ids.append(-1)
+    return chunk
 
 
 def select(encoded: Encoded, indices: np.ndarray) -> MaskedChunks:

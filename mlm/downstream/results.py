@@ -82,15 +82,16 @@ def describe_candidates(task: Task, candidates: list[Candidate]) -> str:
 
 def say_result(result: Result, left: int) -> None:
     """Prints a line about a trial that is done, above the bars."""
-    if result.learning_rate is None:
+    trial = result.trial
+    if trial.learning_rate is None:
         setting = f"C = {result.regularization_c:g}"
     elif result.best_step:
-        setting = f"rate {result.learning_rate:g}, best after step {result.best_step}"
+        setting = f"rate {trial.learning_rate:g}, best after step {result.best_step}"
     else:
-        setting = f"rate {result.learning_rate:g} diverged"
+        setting = f"rate {trial.learning_rate:g} diverged"
     to_come = f"; {left} more, about {tqdm.format_interval(left * result.seconds)}" if left else ""
     tqdm.write(
-        f"{result.model}, {describe_size(result.size)}, seed {result.seed}: {setting}, "
+        f"{trial.model}, {describe_size(trial.size)}, seed {trial.seed}: {setting}, "
         f"dev {100 * result.dev_score:.1f}, {result.seconds:.0f} s{to_come}"
     )
 
@@ -203,8 +204,8 @@ def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
                 scores = {metric: f"{scores[model, seed]:.6f}" for metric, scores in outcome.scores.items()}
                 results.append(
                     {
-                        "examples_per_class": outcome.size, "model": result.model, "seed": result.seed,
-                        "learning_rate": result.learning_rate, "regularization_c": result.regularization_c,
+                        "examples_per_class": outcome.size, "model": result.trial.model, "seed": result.trial.seed,
+                        "learning_rate": result.trial.learning_rate, "regularization_c": result.regularization_c,
                         "best_step": result.best_step, "dev_score": f"{result.dev_score:.6f}", **scores,
                         "seconds": f"{result.seconds:.1f}",
                     }

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from filelock import Timeout
 
@@ -16,7 +15,8 @@ from mlm.storage import digest, lock, write_json
 FORMAT = 2  # raise when trials are done, or written, in another way
 
 
-class Trial(NamedTuple):
+@dataclass(frozen=True)
+class Trial:
     """A fine-tuning, or a linear probe, to be done."""
 
     model: str
@@ -29,35 +29,30 @@ class Trial(NamedTuple):
 class Result:
     """A trial that was done."""
 
-    model: str
-    size: str
-    seed: int
-    learning_rate: float | None  # None for a linear probe
-    regularization_c: float | None  # of a linear probe's logistic regression
-    best_step: int | None  # after which dev was best; 0: it diverged before, and the head is as it was drawn
+    trial: Trial
     dev_score: float
-    seconds: float
     predictions: list[int]  # the class id of each test text, or of each word
+    seconds: float
+    best_step: int | None = None  # after which dev was best; 0: it diverged before, and the head is as it was drawn
+    regularization_c: float | None = None  # of a linear probe's logistic regression
 
 
+@dataclass
 class Trials:
     """The files of trials in a folder."""
 
-    def __init__(self, folder: Path, cache_keys: dict[str, str], num_predictions: dict[str, int], num_classes: int):
-        """Takes, for each model, a digest of all that decides its results beside what Trial says, and the number of
-        predictions on the test; and the number of classes."""
-        self._folder = folder
-        self._cache_keys = cache_keys
-        self._num_predictions = num_predictions
-        self._num_classes = num_classes
+    folder: Path
+    cache_keys: dict[str, str]  # of each model: a digest of all that decides its results beside what Trial says
+    num_predictions: dict[str, int]  # of each model, on the test
+    num_classes: int
 
     def read(self, trial: Trial) -> Result | None:
         """Returns the result, under the model's present name; None where there is none, or it is damaged."""
         try:
             content = json.loads(self._path(trial).read_text(encoding="utf-8"))
-            result = Result(**content | {"model": trial.model})
-            valid = all(type(number) is int and 0 <= number < self._num_classes for number in result.predictions)
-            return result if valid and len(result.predictions) == self._num_predictions[trial.model] else None
+            result = Result(**content | {"trial": trial})
+            valid = all(type(number) is int and 0 <= number < self.num_classes for number in result.predictions)
+            return result if valid and len(result.predictions) == self.num_predictions[trial.model] else None
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
@@ -91,4 +86,5 @@ class Trials:
         return [results[trial] for trial in trials]
 
     def _path(self, trial: Trial) -> Path:
-        return self._folder / f"{digest(FORMAT, trial[1:], self._cache_keys[trial.model])}.json"
+        decides = (FORMAT, trial.size, trial.seed, trial.learning_rate, self.cache_keys[trial.model])
+        return self.folder / f"{digest(*decides)}.json"

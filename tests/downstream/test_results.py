@@ -22,7 +22,7 @@ def test_models_that_learned_nothing_are_named(tmp_path, compare, monkeypatch, c
 
     def always_yes(comparison, trial):
         predictions = [comparison.task.classes.index("yes")] * len(comparison.task.test)
-        return Result(*trial, regularization_c=None, best_step=1, dev_score=0.5, seconds=1.0, predictions=predictions)
+        return Result(trial, dev_score=0.5, predictions=predictions, seconds=1.0, best_step=1)
 
     monkeypatch.setattr(downstream, "fine_tune_once", always_yes)
     folder = compare(task, model, num_seeds=3, learning_rates=(1e-5, 2e-5, 4e-5))

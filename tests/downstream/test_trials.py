@@ -26,8 +26,7 @@ def test_dev_chooses_the_rate_and_test_labels_change_nothing_but_the_scores(tmp_
         folder = compare(tmp_path / name, model, learning_rates=(1e-5, 3e-3), min_steps=60, num_seeds=2)
         trials = [json.loads(path.read_text()) for path in (folder / "trials").glob("*.json")]
         found[name] = sorted(
-            (trial["learning_rate"], trial["seed"], trial["best_step"], trial["dev_score"], trial["predictions"])
-            for trial in trials
+            (*trial["trial"].values(), trial["best_step"], trial["dev_score"], trial["predictions"]) for trial in trials
         )
         chosen = {float(row["learning_rate"]) for row in read_csv(folder / "results.csv")}
         assert chosen == {3e-3}  # on dev the better; on the wrong test the worse

@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from Config import MOST_AUTOMATIC_WORDS, Config
-from mlm.data.chunks import Chunks, Corpus, WrittenSplit, take, write_chunks
+from mlm.data.chunks import Chunks, Corpus, WrittenSplit, steps_per_epoch, take, write_chunks
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
 from mlm.data.packing import Batch, MaskedChunks, chunk_bounds, frame, part_of
 from mlm.data.randomness import epoch_order, evaluation_order, mask_keys
@@ -134,13 +134,13 @@ def training_batches(
     Each epoch has its own order and its own masks; of a batch's `batch_size` chunks every rank has its share. Many
     batches are masked at once, as numpy's calls cost more than their work on one batch of short lines.
     """
-    steps_per_epoch = math.ceil(len(chunks) / batch_size)
+    epoch_steps = steps_per_epoch(len(chunks), batch_size)
     chunks_at_once = MASKED_AT_ONCE * len(chunks) // len(chunks.tokens)
     steps_at_once = max(1, chunks_at_once // batch_size)
-    epoch, step_of_epoch = divmod(first_step, steps_per_epoch)
+    epoch, step_of_epoch = divmod(first_step, epoch_steps)
     while True:
         order = epoch_order(seed, epoch, len(chunks))  # (chunks,)
-        for start in range(step_of_epoch, steps_per_epoch, steps_at_once):
+        for start in range(step_of_epoch, epoch_steps, steps_at_once):
             indices = order[start * batch_size : (start + steps_at_once) * batch_size]  # (n,) of many steps
             tokens, lengths, starts_word = take(chunks, indices)
             hidden = mask(tokens, lengths, mask_keys(seed, epoch, indices), vocabulary, rule, starts_word)

@@ -5,11 +5,12 @@ import signal
 from Config import Config, DownstreamConfig, parse_downstream_flags
 from mlm.errors import UserError, plain_errors
 from mlm.runtime.hardware import (
+    OutOfMemory,
     choose_devices,
     choose_precision,
+    detect_out_of_memory,
     has_variable_length_kernels,
     keep_freed_memory,
-    ran_out_of_memory,
 )
 from mlm.runtime.hub import locate
 
@@ -29,17 +30,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from data_process import chunks_of, evaluation_batches
-from mlm.data.micro_batches import Divide, StepQueue, make_micro_batches
+from mlm.data.micro_batches import MicroBatcher
 from mlm.data.text_files import read_sample
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
 from mlm.downstream.comparison import Candidate, Comparison, fingerprint
 from mlm.downstream.contamination import count_contaminated
 from mlm.downstream.encoding import encode
-from mlm.downstream.finetuning import Budget, answer, fine_tune
+from mlm.downstream.finetuning import Budget, fine_tune, predict
 from mlm.downstream.linear_probe import features, fit, resample, select_rows
 from mlm.downstream.metrics import choose_metric
 from mlm.downstream.plot import save_picture
@@ -54,11 +54,12 @@ from mlm.downstream.results import (
     say_result,
     summarize,
 )
-from mlm.downstream.task import SPLIT_NAMES, Task, group_by, load_task, sample_per_class
+from mlm.downstream.task import Task, group_by, load_task, sample_per_class
 from mlm.downstream.trials import Result, Trial, Trials
 from mlm.evaluation.loss import evaluate
 from mlm.report.page import redraw
 from mlm.runtime.distributed import make_accelerator, quiet_libraries
+from mlm.runtime.signals import StopRequest
 from mlm.storage import digest, lock, make_folder, write_json
 from mlm.terminal import progress_bar, say
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
@@ -203,22 +204,23 @@ def choose_rate(model: str, rates: tuple[float, ...], results: list[Result]) -> 
 
 
 def fine_tune_once(comparison: Comparison, trial: Trial) -> Result:
-    """Fine-tunes one model with one seed, in smaller micro-batches where memory runs out."""
-    positions = GPU_MICRO_BATCH_POSITIONS if comparison.accelerator.device.type == "cuda" else CPU_MICRO_BATCH_POSITIONS
+    """Fine-tunes one model with one seed; begins again with smaller micro-batches where memory runs out."""
+    is_cuda = comparison.accelerator.device.type == "cuda"
+    positions = GPU_MICRO_BATCH_POSITIONS if is_cuda else CPU_MICRO_BATCH_POSITIONS
+    micro_batcher = make_micro_batcher(comparison, comparison.candidates[trial.model], positions)
     while True:
         try:
-            return _fine_tune(comparison, trial, positions)
-        except RuntimeError as error:
-            if not ran_out_of_memory(error):
-                raise
-            if positions <= comparison.config.sen_max_length:
-                raise UserError("sen_max_length: out of memory, though texts go through the model singly") from error
-            positions //= 2
-            torch.cuda.empty_cache()
-            say(f"out of memory; begun again with {positions} positions at once")
+            with detect_out_of_memory():
+                return _fine_tune(comparison, trial, micro_batcher)
+        except OutOfMemory:
+            pass
+        if micro_batcher.max_positions <= comparison.config.sen_max_length:
+            raise UserError("sen_max_length: out of memory, though texts go through the model singly")
+        micro_batcher.halve()
+        say(f"out of memory; begun again with {micro_batcher.max_positions} positions at once")
 
 
-def _fine_tune(comparison: Comparison, trial: Trial, positions: int) -> Result:
+def _fine_tune(comparison: Comparison, trial: Trial, micro_batcher: MicroBatcher) -> Result:
     began = time.perf_counter()
     config, accelerator, task = comparison.config, comparison.accelerator, comparison.task
     candidate = comparison.candidates[trial.model]
@@ -230,32 +232,30 @@ def _fine_tune(comparison: Comparison, trial: Trial, positions: int) -> Result:
     )
     bert = load_classifier(trial.model, len(task.classes), trial.seed, of_words=task.kind == "entities")
     classifier = PackedClassifier(bert, comparison.sep_id(candidate)).to(accelerator.device)
-    divide = partial(divider(comparison, candidate), positions=positions)
     try:
         with progress_bar(f"seed {trial.seed}", budget.steps, " steps") as bar:
             best = fine_tune(
                 classifier,
                 train,
-                lambda: comparison.score_on_dev(answer(classifier, candidate.dev, accelerator, divide)),
+                lambda: comparison.score_on_dev(predict(classifier, candidate.dev, accelerator, micro_batcher)),
                 budget,
                 trial.seed,
                 accelerator,
-                divide,
+                micro_batcher,
                 bar.update,
             )
-        answers = answer(classifier, candidate.test, accelerator, divide)
+        predictions = predict(classifier, candidate.test, accelerator, micro_batcher)
     finally:
         accelerator.free_memory()  # which holds the optimizer
-    return Result(trial, best.score, answers, time.perf_counter() - began, best_step=best.step)
+    return Result(trial, best.score, predictions, time.perf_counter() - began, best_step=best.step)
 
 
 def probe_once(comparison: Comparison, trial: Trial) -> Result:
     """Fits a linear probe of one model to training texts that are drawn by one seed."""
     task, candidate = comparison.task, comparison.candidates[trial.model]
-    if not candidate.features:
-        candidate.features = {split: compute_features(comparison, candidate, split) for split in SPLIT_NAMES}
+    candidate.features = candidate.features or compute_features(comparison, candidate)
     began = time.perf_counter()
-    train, dev, test = (candidate.features[split] for split in SPLIT_NAMES)
+    train, dev, test = (candidate.features[split] for split in ("train", "dev", "test"))
     drawn = resample(task, sample_per_class(task, trial.size, trial.seed), trial.seed)
     rows, targets = select_rows(task, drawn)
     classifier, c, score = fit(train[rows], targets, dev, comparison.score_on_dev)
@@ -263,24 +263,27 @@ def probe_once(comparison: Comparison, trial: Trial) -> Result:
     return Result(trial, score, predictions, time.perf_counter() - began, regularization_c=c)
 
 
-def compute_features(comparison: Comparison, candidate: Candidate, split: str) -> np.ndarray:
-    """Returns the features (texts or words, hidden) of a split."""
-    accelerator = comparison.accelerator
-    examples = getattr(comparison.task, split)
-    encoded = encode(examples, comparison.task, candidate.tokenizer, comparison.config.sen_max_length)
+def compute_features(comparison: Comparison, candidate: Candidate) -> dict[str, np.ndarray]:
+    """Returns the features (texts or words, hidden) of train, dev and test."""
+    task, accelerator = comparison.task, comparison.accelerator
+    train = encode(task.train, task, candidate.tokenizer, comparison.config.sen_max_length)
     encoder = PackedBert(load_encoder(candidate.name), comparison.sep_id(candidate)).to(accelerator.device)
-    divide = partial(divider(comparison, candidate), positions=CPU_MICRO_BATCH_POSITIONS)
-    return features(encoder, encoded, accelerator, divide)
+    micro_batcher = make_micro_batcher(comparison, candidate)
+    splits = {"train": train, "dev": candidate.dev, "test": candidate.test}
+    return {split: features(encoder, encoded, accelerator, micro_batcher) for split, encoded in splits.items()}
 
 
-def divider(comparison: Comparison, candidate: Candidate) -> Divide:
-    """Lays chunks out for a candidate; the positions that go through it at once are to be given."""
+def make_micro_batcher(
+    comparison: Comparison, candidate: Candidate, positions: int = CPU_MICRO_BATCH_POSITIONS
+) -> MicroBatcher:
+    """Returns what splits a candidate's texts into micro-batches of at most `positions`."""
     accelerator = comparison.accelerator
-    return partial(
-        make_micro_batches,
+    return MicroBatcher(
         vocabulary=read_vocabulary(candidate.tokenizer),
         device=accelerator.device,
         varlen=has_variable_length_kernels(0.0, accelerator.mixed_precision, candidate.head_size),
+        longest_chunk=comparison.config.sen_max_length,
+        max_positions=positions,
     )
 
 
@@ -314,12 +317,10 @@ def compute_perplexity(comparison: Comparison, candidate: Candidate, lines: list
     with chunks_of(lines, candidate.tokenizer, length) as (chunks, stats):
         rank, ranks = accelerator.process_index, accelerator.num_processes
         batches = evaluation_batches(chunks, vocabulary, len(chunks), rank, ranks)
-        divide = divider(comparison, candidate)
-        queue = StepQueue(iter(()), divide, CPU_MICRO_BATCH_POSITIONS, length)
         with accelerator.autocast():
             model = PackedMaskedLM(bert).to(accelerator.device)
-            evaluation = evaluate(accelerator, model, batches, len(chunks), queue, signals=[])
-    assert evaluation, "no signal stops it"
+            micro_batcher = make_micro_batcher(comparison, candidate)
+            evaluation = evaluate(accelerator, model, batches, len(chunks), micro_batcher, StopRequest())
     return GeneralPerplexity(evaluation.perplexity, evaluation.loss * stats.tokens / stats.characters)
 
 

@@ -49,21 +49,21 @@ class PackedBert(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor,
         masked: Tensor,
-        sequence_ids: Tensor | None = None,
-        starts: Tensor | None = None,
-        longest: int | None = None,
+        segment_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """What the head makes of the positions `masked`, (masked,) indices into the flattened (rows, width).
 
-        The ids are (rows, width). A position attends to those of its own row with its own sequence id, so padding
-        (id 0) attends to padding and no softmax is empty; or, for one row, variable-length attention takes `starts` and
-        `longest` instead (see `attend`).
+        The ids are (rows, width). By a block-diagonal mask a position attends to those of its own row with its own
+        segment id, so padding (id 0) attends to padding and no softmax is empty; or, for one row, variable-length
+        attention takes `cu_seqlens` and `max_seqlen` instead (see `attend`).
         """
-        assert (sequence_ids is None) == (starts is not None), "chunks are kept apart in one of two ways"
-        if sequence_ids is not None:  # a mask of (rows, 1, width, width)
-            apart: dict[str, Any] = {"attention_mask": sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]}
+        assert (segment_ids is None) == (cu_seqlens is not None), "chunks are kept apart in one of two ways"
+        if segment_ids is not None:  # a mask of (rows, 1, width, width)
+            apart: dict[str, Any] = {"attention_mask": segment_ids[:, None, :, None] == segment_ids[:, None, None, :]}
         else:
-            apart = {"starts": starts, "longest": longest}
+            apart = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         token_type_ids = self._token_types(input_ids, position_ids)
         hidden = self.bert.base_model(
             input_ids, position_ids=position_ids, token_type_ids=token_type_ids, **apart
@@ -117,20 +117,21 @@ def _cast_once(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, .
     return (hidden, *others)
 
 
-def attend(module, query, key, value, attention_mask, starts=None, longest=None, **options):
+def attend(module, query, key, value, attention_mask, cu_seqlens=None, max_seqlen=None, **options):
     """transformers' interface of an attention function: (rows, heads, width, head size) to (rows, width, heads, ...).
 
-    With `starts`, (chunks + 1,) int32, where each chunk of the one row begins and the last ends, and `longest`, the
-    positions in the longest chunk: by variable-length kernels. Otherwise by torch's own, with the mask. Returns the
+    With `cu_seqlens`, (chunks + 1,) int32, where each chunk of the one row begins and the last ends, and `max_seqlen`,
+    the positions in the longest chunk: by variable-length kernels. Otherwise by torch's own, with the mask. Returns the
     output, and None in place of the attention weights.
     """
-    if starts is None:
+    if cu_seqlens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
     def of_one_row(states):  # (1, heads, width, head size) to (width, heads, head size)
-        return states.squeeze(0).transpose(0, 1)  # whose backward is a view; that of states[0] fills a copy with zeros
+        return states.squeeze(0).transpose(0, 1)  # its backward is a view; that of states[0] would allocate zeros
 
-    output = varlen_attn(of_one_row(query), of_one_row(key), of_one_row(value), starts, starts, longest, longest)
+    query, key, value = of_one_row(query), of_one_row(key), of_one_row(value)
+    output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return output[None], None
 
 

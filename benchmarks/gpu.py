@@ -22,7 +22,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -35,16 +34,17 @@ from transformers import BertConfig, BertForMaskedLM
 
 from Config import SCRATCH_SIZES, Config
 from data_process import training_batches
-from mlm.data.chunks import Chunks
+from mlm.data.chunks import Chunks, steps_per_epoch
 from mlm.data.masking import BERT_RULE
-from mlm.data.micro_batches import StepQueue, make_micro_batches
+from mlm.data.micro_batches import MicroBatcher, Prefetcher
 from mlm.data.tokenizer import Vocabulary
 from mlm.runtime.hardware import has_variable_length_kernels, native_precision
-from mlm.training import micro_batch_size as memory
-from mlm.training.micro_batch_size import fit_memory, micro_batch_positions
-from mlm.training.plan import resolve
-from mlm.training.run import Pace, Progress, Run
-from mlm.training.step import make_optimizer, train_step
+from mlm.runtime.signals import StopRequest
+from mlm.training import micro_batch_size
+from mlm.training.plan import Plan
+from mlm.training.progress import Progress
+from mlm.training.run import Learner
+from mlm.training.step import make_optimizer, take_step
 from model import PackedMaskedLM
 
 ROOT = Path(__file__).parent.parent
@@ -74,37 +74,43 @@ def random_bert(size: str, dropout: float = 0.0) -> BertForMaskedLM:
     return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY_SIZE, intermediate_size=4 * hidden, **shape))
 
 
-def make_run(size: str, chunks: Chunks, batch_size: int, precision: str, on_cpu: bool = False, **changes) -> Run:
-    """What train.py builds before the first step, as far as a step needs it."""
+def settings(batch_size: int, **changes) -> Config:
+    usual = {"batch_size": batch_size, "sen_max_length": 512, "max_steps": 10_000, "learning_rate": 1e-4}
+    return Config(**usual | changes)
+
+
+def make_learner(size: str, config: Config, precision: str, on_cpu: bool = False) -> Learner:
+    """What train.py has learn, with micro-batches as large as fit."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
-    usual = {"batch_size": batch_size, "sen_max_length": 512, "max_steps": 10_000, "learning_rate": 1e-4}
-    config = resolve(Config(**usual | changes), 100, precision)
     bert = random_bert(size)
     packed = PackedMaskedLM(bert)
     if config.compile:
         packed.compile(dynamic=True)
     model, optimizer = accelerator.prepare(packed, make_optimizer(packed, config.learning_rate, config.weight_decay))
     varlen = not on_cpu and has_variable_length_kernels(config.attention_dropout, precision, head_size=64)
-    return Run(
-        config=config, accelerator=accelerator, folder=Path(), hidden_words=[], derived={},
-        data=SimpleNamespace(vocabulary=VOCABULARY, train=chunks),  # type: ignore[arg-type]
-        recipe={}, checkpoint=None, bert=bert, model=model, optimizer=optimizer, pace=Pace(), signals=[],
-        versions={}, command="",
-        divide=partial(make_micro_batches, vocabulary=VOCABULARY, device=accelerator.device, varlen=varlen),
-    )  # fmt: skip
+    micro_batcher = MicroBatcher(VOCABULARY, accelerator.device, varlen, config.sen_max_length, 1 << 20)
+    learner = Learner(accelerator, bert, model, optimizer, micro_batcher)
+    micro_batcher.max_positions = micro_batch_size.choose(learner, config, found=None)
+    return learner
 
 
-def steps_of(run: Run) -> Iterator[float]:
+def train_steps(learner: Learner, chunks: Chunks, config: Config) -> Iterator[float]:
     """Trains a step at a time; its mean loss."""
-    progress, config = Progress(), run.config
-    batches = training_batches(run.data.train, VOCABULARY, BERT_RULE, 0, config.batch_size)
-    queue = StepQueue(batches, run.divide, micro_batch_positions(run, progress), config.sen_max_length)
+    epoch_steps, positions = steps_per_epoch(len(chunks), config.batch_size), len(chunks.tokens)
+    plan = Plan(
+        steps=config.max_steps, steps_per_epoch=epoch_steps, warmup_steps=1000, peak_learning_rate=config.learning_rate,
+        evaluate_every=epoch_steps, save_every=None, test_chunks=1, tokens_per_step=positions // epoch_steps,
+        positions_per_step=positions // epoch_steps,
+    )  # fmt: skip
+    progress, stop = Progress(), StopRequest()
+    batches = training_batches(chunks, VOCABULARY, BERT_RULE, 0, config.batch_size)
+    prefetched = Prefetcher(batches, learner.micro_batcher)
     while True:
-        before = replace(progress.unreported)
-        train_step(run, progress, queue)
-        new = progress.unreported
+        before = replace(progress.since_last_log)
+        take_step(learner, progress, prefetched, plan, config, stop)
+        new = progress.since_last_log
         yield (new.loss - before.loss) / max(1, new.masked_tokens - before.masked_tokens)
 
 
@@ -120,7 +126,7 @@ def losses_and_gradients(precision: str, varlen: bool | None) -> tuple[float, to
             loss = padded_loss(bert, batch.chunks) / batch.masked_tokens
         else:
             model = PackedMaskedLM(bert)
-            parts = make_micro_batches(batch.chunks, 1 << 20, VOCABULARY, DEVICE, varlen)
+            parts = MicroBatcher(VOCABULARY, DEVICE, varlen, 512, 1 << 20)(batch.chunks)
             losses = [F.cross_entropy(model(**part.inputs).float(), part.targets, reduction="sum") for part in parts]
             loss = torch.stack(losses).sum() / batch.masked_tokens
     loss.backward()
@@ -164,22 +170,21 @@ def memory_trial_and_out_of_memory() -> str:
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 3 * 2**30 / total))
-    spare, memory.SPARE_SHARE = memory.SPARE_SHARE, 0.07 * min(1.0, 3 * 2**30 / total)
+    spare, micro_batch_size.SPARE_SHARE = micro_batch_size.SPARE_SHARE, 0.07 * min(1.0, 3 * 2**30 / total)
     try:
         chunks = random_chunks(300, 4096)
-        run = make_run("mini", chunks, 512, native_precision())
-        found = fit_memory(run.accelerator, run.model, run.divide, VOCABULARY, run.config)
-        next(steps_of(replace(run, config=replace(run.config, micro_batch_tokens=found))))
-        too_large = 512 * 512
-        run.config = replace(run.config, micro_batch_tokens=too_large)
-        batches = training_batches(chunks, VOCABULARY, BERT_RULE, 0, 512)
-        queue = StepQueue(batches, run.divide, too_large, 512)
-        train_step(run, Progress(), queue)
-        assert queue.micro_batch_positions < too_large, "it never ran out of memory"
+        config = settings(512)
+        learner = make_learner("mini", config, native_precision())
+        found, too_large = learner.micro_batcher.max_positions, 512 * 512
+        next(train_steps(learner, chunks, config))
+        learner.micro_batcher.max_positions = too_large
+        next(train_steps(learner, chunks, config))
+        halved = learner.micro_batcher.max_positions
+        assert halved < too_large, "it never ran out of memory"
     finally:
-        memory.SPARE_SHARE = spare
+        micro_batch_size.SPARE_SHARE = spare
         torch.cuda.set_per_process_memory_fraction(1.0)
-    return f"in 3 GiB the trial finds {found:,} positions; {too_large:,} were halved to {queue.micro_batch_positions:,}"
+    return f"in 3 GiB the trial finds {found:,} positions; {too_large:,} were halved to {halved:,}"
 
 
 def one_device_is_the_other(steps: int) -> str:
@@ -187,7 +192,8 @@ def one_device_is_the_other(steps: int) -> str:
     chunks = random_chunks(25, 4096)
     losses = []
     for on_cpu in (False, True):
-        stream = steps_of(make_run("mini", chunks, 64, "no", on_cpu, learning_rate=1e-3))
+        config = settings(64, learning_rate=1e-3)
+        stream = train_steps(make_learner("mini", config, "no", on_cpu), chunks, config)
         losses.append([next(stream) for _ in range(steps)])
     gap = max(abs(one - other) / other for one, other in zip(*losses, strict=True))
     assert gap < 1e-3 and losses[0][-1] < losses[0][0], (gap, losses[0][0], losses[0][-1])
@@ -277,7 +283,8 @@ def ours(
     size: str, chunks: Chunks, batch_size: int, precision: str, compiled: bool, seconds: float, most: int
 ) -> float:
     """Tokens a second of this project's step."""
-    stream = steps_of(make_run(size, chunks, batch_size, precision, compile=compiled))
+    config = settings(batch_size, compile=compiled)
+    stream = train_steps(make_learner(size, config, precision), chunks, config)
     done, elapsed = measure(lambda: next(stream), 5, seconds, most)
     return done * batch_size * len(chunks.tokens) / len(chunks) / elapsed
 

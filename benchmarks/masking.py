@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM, logging
 
 from mlm.data.masking import MaskRule, content_keys, mask
-from mlm.data.micro_batches import make_micro_batches
+from mlm.data.micro_batches import MicroBatcher
 from mlm.data.packing import frame
 from mlm.data.tokenizer import read_vocabulary
 from mlm.data.words import make_encoders, make_segmenter, tokenize
@@ -74,9 +74,8 @@ def perplexity_of_words(final: Path, titles: list[str]) -> float:
     lengths, rule = lengths[lengths > 0], MaskRule(whole_words=True)
     masked = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, rule, starts_word)
     loss = number = 0
-    for inputs, targets in make_micro_batches(
-        frame(*masked, lengths, vocabulary), 4096, vocabulary, torch.device("cpu")
-    ):
+    micro_batcher = MicroBatcher(vocabulary, torch.device("cpu"), varlen=False, longest_chunk=128, max_positions=4096)
+    for inputs, targets in micro_batcher(frame(*masked, lengths, vocabulary)):
         loss += F.cross_entropy(model(**inputs), targets, reduction="sum").item()
         number += len(targets)
     return math.exp(loss / number)

@@ -7,8 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
@@ -16,13 +15,20 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
+from transformers import BertForMaskedLM
 
 import data_process
 import train
+from mlm.data.micro_batches import MicroBatcher
+from mlm.data.tokenizer import Vocabulary
 from mlm.errors import plain_errors
-from mlm.evaluation.loss import Evaluation
+from mlm.evaluation import loss
+from mlm.training import step as training_step
+from mlm.training.run import Learner
+from model import PackedMaskedLM
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -68,32 +74,35 @@ def send_signals(patches: pytest.MonkeyPatch, step: int, kind: int, times: int =
 
     With `evaluation_batch` it does so in the evaluation after that step instead, as it draws the batch of that number.
     """
-    train_step, evaluate, content_keys = train.train_step, train.evaluate_and_keep_best, data_process.content_keys
-    drawn = Counter()  # batches of evaluations, by the steps done before
-    evaluated = []
+    take_step, evaluate, batches = (
+        training_step.take_step,
+        train.evaluate_and_keep_best,
+        data_process.evaluation_batches,
+    )
+    evaluated = []  # steps done before each evaluation
 
     def send():
         for _ in range(times):
             os.kill(os.getpid(), kind)
 
-    def watched_step(run, progress, queue):
+    def watched_step(learner, progress, *others):
         if not evaluation_batch and progress.step + 1 == step:
             send()
-        return train_step(run, progress, queue)
+        return take_step(learner, progress, *others)
 
-    def watched_evaluation(run, progress, queue):
+    def watched_evaluation(run, progress):
         evaluated.append(progress.step)
-        return evaluate(run, progress, queue)
+        return evaluate(run, progress)
 
-    def watched_batch(*arguments):
-        drawn[evaluated[-1]] += 1
-        if evaluated[-1] == step and drawn[step] == evaluation_batch:
-            send()
-        return content_keys(*arguments)
+    def watched_batches(*arguments):
+        for number, batch in enumerate(batches(*arguments), start=1):
+            if evaluated[-1] == step and number == evaluation_batch:
+                send()
+            yield batch
 
-    patches.setattr(train, "train_step", watched_step)
+    patches.setattr(training_step, "take_step", watched_step)
     patches.setattr(train, "evaluate_and_keep_best", watched_evaluation)
-    patches.setattr(data_process, "content_keys", watched_batch)
+    patches.setattr(data_process, "evaluation_batches", watched_batches)
 
 
 def reset_process_state() -> None:
@@ -105,10 +114,26 @@ def reset_process_state() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def evaluation_of(loss: float) -> Evaluation:
-    """An evaluation with that loss on two chunks."""
-    masked = np.array([4.0, 6.0])
-    return Evaluation(loss * masked, np.array([0.0, 1.0]), masked)
+def score_as(patches: pytest.MonkeyPatch, losses: Iterable[float]) -> None:
+    """Has each evaluation find the next of these losses, on two chunks, whatever the model."""
+    masked, remaining = np.array([4.0, 6.0]), iter(losses)
+
+    def evaluate(*arguments):
+        return loss.Evaluation(next(remaining) * masked, np.array([0.0, 1.0]), masked)
+
+    patches.setattr(loss, "evaluate", evaluate)
+
+
+def micro_batcher_of(vocabulary: Vocabulary, max_positions: int = 10**6, varlen: bool = False) -> MicroBatcher:
+    """One on the CPU, for chunks of at most 32 positions."""
+    return MicroBatcher(vocabulary, torch.device("cpu"), varlen, longest_chunk=32, max_positions=max_positions)
+
+
+def learner_of(bert: BertForMaskedLM, vocabulary: Vocabulary) -> Learner:
+    """A model that could be trained on the CPU."""
+    model = PackedMaskedLM(bert)
+    optimizer = training_step.make_optimizer(model, learning_rate=1e-3, weight_decay=0.0)
+    return Learner(Accelerator(), bert, model, optimizer, micro_batcher_of(vocabulary))
 
 
 # ------------------------------------------------------------------------------------------ started as a user would

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, event, example, given, settings, strategies
 from reference import IGNORED, labelled, pad, score
+from runs import micro_batcher_of
 from transformers import BertConfig, BertForMaskedLM
 
 from Config import SCRATCH_SIZES, Config
 from data_process import prepare, training_batches
 from mlm.data.chunks import take
 from mlm.data.masking import BERT_RULE, MaskRule
-from mlm.data.micro_batches import make_micro_batches
 from mlm.data.text_files import find_text
 from mlm.errors import UserError
 from mlm.settings import describe_settings
@@ -145,7 +145,7 @@ def is_right_to_refuse(said: str, files: dict[str, bytes], tokenizer) -> bool:
 
 @torch.no_grad()
 def packed_loss(bert, chunks, vocabulary):
-    model, pieces = PackedMaskedLM(bert), make_micro_batches(chunks, 40, vocabulary, torch.device("cpu"))
+    model, pieces = PackedMaskedLM(bert), micro_batcher_of(vocabulary, 40)(chunks)
     return sum(F.cross_entropy(model(**inputs), wanted, reduction="sum").item() for inputs, wanted in pieces)
 
 
@@ -174,7 +174,7 @@ VALUES = USUAL | USUAL | UNUSUAL
 def test_any_configuration_is_accepted_or_refused_by_name(changes):
     try:
         config = Config(**changes)
-        resolved = resolve(config, steps_per_epoch=7, precision="no")
+        resolved = resolve(config, epoch_steps=7, precision="no")
     except UserError as refused:
         accused = {name for line in str(refused).splitlines() for name in line.partition(": ")[0].split(", ")}
         assert accused <= asdict(Config()).keys() and accused & {*changes, "max_steps"}, refused
@@ -182,7 +182,8 @@ def test_any_configuration_is_accepted_or_refused_by_name(changes):
     event("accepted")
     describe_settings(resolved, config).encode()  # it can be printed
     assert resolved.scratch_size in (None, *SCRATCH_SIZES)
-    rates = [learning_rate_at(step, resolved) for step in {0, resolved.max_steps // 2, resolved.max_steps - 1}]
-    assert all(0 <= rate <= resolved.learning_rate for rate in rates)
+    peak, warmup, total = resolved.learning_rate, int(resolved.num_warmup_steps), resolved.max_steps
+    rates = [learning_rate_at(step, peak, warmup, total) for step in {0, total // 2, total - 1}]
+    assert all(0 <= rate <= peak for rate in rates)
     for name in ("path_datasets", "path_model_save", "run_name"):
         Path(getattr(config, name) or "a").exists()

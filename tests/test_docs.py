@@ -168,8 +168,8 @@ def test_commands_that_need_no_network_run(tmp_path, monkeypatch):
         source, changed = re.subn(rf"(    {re.escape(setting)} = ).+?(?=  #)", rf"\g<1>{value}", source)
         assert changed == 1, setting
     (tmp_path / "Config.py").write_text(source, encoding="utf-8")
-    rehearsal = tmp_path / "mlm" / "rehearsal.py"
-    rehearsal.write_text(read(rehearsal).replace("TIMED_SECONDS = 15.0", "TIMED_SECONDS = 0.1"), encoding="utf-8")
+    dry_run = tmp_path / "mlm" / "report" / "dry_run.py"
+    dry_run.write_text(read(dry_run).replace("TIMED_SECONDS = 15.0", "TIMED_SECONDS = 0.1"), encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def run(documented: str, *more: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import IGNORED, labelled, pad, score
+from runs import micro_batcher_of
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -22,7 +23,6 @@ from transformers import (
 )
 
 from mlm.data.masking import BERT_RULE, mask
-from mlm.data.micro_batches import make_micro_batches
 from mlm.data.packing import divide_rows, frame, pack
 from mlm.data.randomness import random_bits
 from mlm.errors import UserError
@@ -84,13 +84,13 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
     expected = score(stock, padded)
     expected.loss.backward()
 
-    pieces = make_micro_batches(frame(*hidden, lengths, vocabulary), micro_batch_tokens, vocabulary, CPU, varlen)
+    pieces = micro_batcher_of(vocabulary, micro_batch_tokens, varlen)(frame(*hidden, lengths, vocabulary))
     positions = sum(inputs["input_ids"].numel() for inputs, _ in pieces)
     assert positions < 0.8 * padded.input_ids.numel()  # packed indeed
     if varlen:
         assert positions == lengths.sum() + 2 * 40  # nothing is padded
         sizes = [inputs["input_ids"].numel() for inputs, _ in pieces]
-        alone = [len(inputs["starts"]) == 2 for inputs, _ in pieces]
+        alone = [len(inputs["cu_seqlens"]) == 2 for inputs, _ in pieces]
         assert all(size <= micro_batch_tokens or one for size, one in zip(sizes, alone, strict=True))
     loss = 0.0
     for inputs, wanted in pieces:
@@ -110,7 +110,7 @@ def test_a_chunk_cannot_see_its_neighbour(vocabulary):
 
     def logits(tokens):
         chunks = frame(tokens, np.arange(10), tokens[:10], lengths, vocabulary)  # predict the first
-        (inputs, _), *rest = make_micro_batches(chunks, 1000, vocabulary, CPU)
+        (inputs, _), *rest = micro_batcher_of(vocabulary)(chunks)
         assert not rest and inputs["input_ids"].shape == (1, 22)
         return model(**inputs)
 
@@ -126,8 +126,8 @@ def test_pack_places_every_chunk_once_between_its_own_cls_and_sep(vocabulary):
     _, labels = labelled(batch.input_ids, batch.masked, batch.targets)
     found = []
     for row in range(len(labels)):
-        for sequence in np.setdiff1d(batch.sequence_ids[row], 0):
-            inside = np.flatnonzero(batch.sequence_ids[row] == sequence)
+        for sequence in np.setdiff1d(batch.segment_ids[row], 0):
+            inside = np.flatnonzero(batch.segment_ids[row] == sequence)
             assert np.array_equal(inside, np.arange(inside[0], inside[-1] + 1))
             assert np.array_equal(batch.position_ids[row, inside], np.arange(len(inside)))
             ids = batch.input_ids[row, inside].tolist()
@@ -136,7 +136,7 @@ def test_pack_places_every_chunk_once_between_its_own_cls_and_sep(vocabulary):
             found.append(tuple(ids[1:-1]))
     ends = np.cumsum(lengths)
     assert sorted(found) == sorted(tuple(tokens[end - n : end].tolist()) for end, n in zip(ends, lengths, strict=True))
-    padding = batch.sequence_ids == 0
+    padding = batch.segment_ids == 0
     assert (batch.input_ids[padding] == vocabulary.pad_id).all() and (labels[padding] == IGNORED).all()
     assert labels.shape[1] < 256 + lengths.max() + 2 and padding.mean() < 0.05
 
@@ -145,7 +145,7 @@ def test_short_chunks_leave_little_padding(vocabulary):
     lengths = np.random.default_rng(3).integers(12, 38, 32)
     tokens = np.full(lengths.sum(), vocabulary.unk_id)
     chunks = frame(tokens, np.arange(len(tokens)), tokens, lengths, vocabulary)
-    padding = pack(chunks, 256, vocabulary).sequence_ids == 0
+    padding = pack(chunks, 256, vocabulary).segment_ids == 0
     assert padding.mean() < 0.02
 
 
@@ -179,7 +179,7 @@ def test_dropout_drops_its_share_and_scales_the_rest():
 def test_pack_of_nothing_gives_a_zero_loss(vocabulary, varlen):
     nothing = np.zeros(0, dtype=np.int64)
     chunks = frame(nothing, nothing, nothing, nothing, vocabulary)
-    [(inputs, targets)] = make_micro_batches(chunks, 1000, vocabulary, CPU, varlen)
+    [(inputs, targets)] = micro_batcher_of(vocabulary, varlen=varlen)(chunks)
     model = BertForMaskedLM(bert_config(vocabulary))
     loss = F.cross_entropy(PackedMaskedLM(model)(**inputs), targets, reduction="sum")
     loss.backward()

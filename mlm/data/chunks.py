@@ -63,6 +63,11 @@ def _word_bit(dtype: Any) -> int:
 # ------------------------------------------------------------------------------------------------- what is in the text
 
 
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Returns how many batches an epoch is; the last may be smaller."""
+    return math.ceil(examples / batch_size)
+
+
 # -------------------------------------------------------------------------------------------------- lines -> chunks
 
 

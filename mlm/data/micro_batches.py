@@ -1,115 +1,130 @@
 """Chunks as micro-batches on the device, and the next step's, prefetched.
 
-*n* is a number of chunks. *Tokens* are the text's own; *positions* count [CLS], [SEP] and padding too.
+*Tokens* are the text's own; *positions* count [CLS], [SEP] and padding too.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mlm.data.packing import ROW_POSITIONS, Batch, MaskedChunks, chunk_bounds, divide_chunks, divide_rows, pack
+from mlm.data.packing import Batch, MaskedChunks, Rows, chunk_bounds, divide_chunks, divide_rows, pack
 from mlm.data.tokenizer import Vocabulary
 from mlm.errors import UserError
+
+# About how long a row is in which a block-diagonal mask keeps the chunks apart. Longer rows waste more attention scores
+# between chunks, shorter ones more padding.
+ROW_POSITIONS = 192
 
 
 class MicroBatch(NamedTuple):
     """What goes through the model at once, on the device."""
 
     inputs: dict[str, Any]  # the model's, by name
-    targets: torch.Tensor  # (masked,) the tokens to predict, at inputs["masked"] of the flattened rows
+    targets: Tensor  # (masked,) the tokens to predict, at inputs["masked"] of the flattened rows
 
 
-def make_micro_batches(
-    chunks: MaskedChunks, positions: int, vocabulary: Vocabulary, device: torch.device, varlen: bool = False
-) -> list[MicroBatch]:
-    """Lays the chunks out as micro-batches of at most so many positions each, or one row, on the device.
+@dataclass
+class MicroBatcher:
+    """Splits chunks into micro-batches, in their order, and makes these smaller where memory runs out.
 
     With `varlen` a micro-batch is one row without padding, for variable-length attention; without, it is packed rows.
     """
-    if varlen and len(chunks.lengths):
-        return [_one_row(part, device) for part in divide_chunks(chunks, positions)]
-    rows = pack(chunks, min(ROW_POSITIONS, positions), vocabulary)
-    return [_packed_rows(part, device) for part in divide_rows(rows, positions)]
+
+    vocabulary: Vocabulary
+    device: torch.device
+    varlen: bool
+    longest_chunk: int  # positions
+    max_positions: int  # of a micro-batch, unless one row or chunk has more
+
+    def __call__(self, chunks: MaskedChunks) -> list[MicroBatch]:
+        """Returns the chunks as micro-batches on the device; no chunk is one position of padding."""
+        if self.varlen and len(chunks.lengths):
+            return [self._one_row(part) for part in divide_chunks(chunks, self.max_positions)]
+        rows = pack(chunks, min(ROW_POSITIONS, self.max_positions), self.vocabulary)
+        return [self._packed_rows(part) for part in divide_rows(rows, self.max_positions)]
+
+    def halve(self) -> None:
+        """Halves micro-batches after one that ran out of memory.
+
+        Raises UserError where that cannot be, as a micro-batch holds a chunk at least.
+        """
+        if self.max_positions <= self.longest_chunk:
+            raise UserError(
+                "micro_batch_tokens: out of memory, though a micro-batch holds one chunk alone. A lower "
+                "sen_max_length or a smaller model needs less"
+            )
+        self.limit(self.max_positions // 2)
+
+    def limit(self, positions: int) -> None:
+        """Makes micro-batches no larger than some positions."""
+        if positions < self.max_positions:
+            self.max_positions = positions
+            torch.cuda.empty_cache()
+
+    def _one_row(self, chunks: MaskedChunks) -> MicroBatch:
+        arrays = {
+            "input_ids": chunks.input_ids[None],  # (1, positions)
+            "position_ids": chunks.position_ids[None],
+            "masked": chunks.masked,
+            "cu_seqlens": chunk_bounds(chunks.lengths).astype(np.int32),  # (chunks + 1,)
+        }
+        inputs = {name: self._to_device(array) for name, array in arrays.items()}
+        return MicroBatch(inputs | {"max_seqlen": int(chunks.lengths.max())}, self._to_device(chunks.targets))
+
+    def _packed_rows(self, rows: Rows) -> MicroBatch:
+        inputs = {name: self._to_device(array) for name, array in rows._asdict().items() if name != "targets"}
+        return MicroBatch(inputs, self._to_device(rows.targets))
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        is_cuda = self.device.type == "cuda"
+        return tensor.pin_memory().to(self.device, non_blocking=True) if is_cuda else tensor.to(self.device)
 
 
-def _one_row(chunks, device):
-    """What variable-length attention needs beside the row: where the chunks start, and how long the longest is."""
-    arrays = {"input_ids": chunks.input_ids[None], "position_ids": chunks.position_ids[None], "masked": chunks.masked}
-    arrays["starts"] = chunk_bounds(chunks.lengths).astype(np.int32)
-    inputs: dict[str, Any] = {name: _to_device(array, device) for name, array in arrays.items()}
-    inputs["longest"] = int(chunks.lengths.max())
-    return MicroBatch(inputs, _to_device(chunks.targets, device))
-
-
-def _packed_rows(rows, device):
-    inputs = {name: _to_device(array, device) for name, array in rows._asdict().items() if name != "targets"}
-    return MicroBatch(inputs, _to_device(rows.targets, device))
-
-
-def chunks_of_masked(micro_batches: list[MicroBatch]) -> Iterator[torch.Tensor]:
-    """For each micro-batch of those that chunks were divided into: which of these chunks each masked token is of.
+def chunk_of_target(micro_batches: list[MicroBatch]) -> Iterator[Tensor]:
+    """Yields, for each micro-batch of those that chunks were split into, the index of the chunk of each target.
 
     (masked,) int64, counted from 0 over all the micro-batches.
     """
     chunks_before = 0
     for inputs, _ in micro_batches:
-        if "starts" in inputs:  # a row for variable-length attention
-            yield torch.bucketize(inputs["masked"], inputs["starts"], right=True) - 1 + chunks_before
-            chunks_before += len(inputs["starts"]) - 1
+        if "cu_seqlens" in inputs:  # a row for variable-length attention
+            yield torch.bucketize(inputs["masked"], inputs["cu_seqlens"], right=True) - 1 + chunks_before
+            chunks_before += len(inputs["cu_seqlens"]) - 1
         else:
-            yield inputs["sequence_ids"].flatten()[inputs["masked"]] - 1
+            yield inputs["segment_ids"].flatten()[inputs["masked"]] - 1
 
 
-def _to_device(array, device):
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+class Prefetcher:
+    """The batch of the next step, already on the device in micro-batches."""
 
-
-class Divide(Protocol):
-    """Lays chunks out as micro-batches of at most so many positions each: `make_micro_batches`, the rest given."""
-
-    def __call__(self, chunks: MaskedChunks, positions: int) -> list[MicroBatch]: ...
-
-
-class StepQueue:
-    """The batch of the next step, already on the device in micro-batches, and how large these may be."""
-
-    def __init__(self, batches: Iterator[Batch], divide: Divide, micro_batch_positions: int, longest_chunk: int):
-        self.micro_batch_positions = micro_batch_positions
-        self._batches, self._divide, self._longest_chunk = batches, divide, longest_chunk
+    def __init__(self, batches: Iterator[Batch], micro_batcher: MicroBatcher):
+        self._batches, self._micro_batcher = batches, micro_batcher
         self.advance()
 
     def advance(self) -> None:
-        """Loads the next step's batch; after the last step there is none, and no micro-batch."""
+        """Loads the next step's batch; after the last step there is none."""
         self._batch = next(self._batches, None)
-        self.micro_batches = self.divide(self._batch.chunks) if self._batch else []
+        self._split()
 
     @property
     def batch(self) -> Batch:
         assert self._batch, "there is a batch as long as there is a step to do"
         return self._batch
 
-    def divide(self, chunks: MaskedChunks) -> list[MicroBatch]:
-        """Lays other chunks out in micro-batches of the same size."""
-        return self._divide(chunks, self.micro_batch_positions)
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """The batch's micro-batches, split anew where they have been made smaller since they were loaded."""
+        if self._positions != self._micro_batcher.max_positions:
+            self._split()
+        return self._micro_batches
 
-    def halve(self) -> None:
-        """Halves micro-batches, this step's and those to come, after one that ran out of memory.
-
-        Raises UserError where that cannot be, as a micro-batch holds a chunk at least.
-        """
-        if self.micro_batch_positions <= self._longest_chunk:
-            raise UserError(
-                "micro_batch_tokens: out of memory, though a micro-batch holds one chunk alone. A lower "
-                "sen_max_length or a smaller model needs less"
-            )
-        self.limit(self.micro_batch_positions // 2)
-
-    def limit(self, positions: int) -> None:
-        """Divides this step's batch, and those to come, into micro-batches of at most so many positions."""
-        if positions < self.micro_batch_positions:
-            self.micro_batch_positions = positions
-            self.micro_batches = self.divide(self._batch.chunks) if self._batch else []
-            torch.cuda.empty_cache()
+    def _split(self) -> None:
+        self._positions = self._micro_batcher.max_positions
+        self._micro_batches: list[MicroBatch] = []  # frees those of before
+        if self._batch:
+            self._micro_batches = self._micro_batcher(self._batch.chunks)

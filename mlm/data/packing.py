@@ -1,5 +1,4 @@
-"""Masked chunks laid out for the model: framed by [CLS] and [SEP], packed into rows, divided into micro-batches, and
-queued one step ahead.
+"""Masked chunks for the model: with [CLS] and [SEP] around each, packed into rows, and split into parts.
 
 *n* is a number of chunks. *Tokens* are the text's own; *positions* count [CLS], [SEP] and padding too.
 """
@@ -13,13 +12,9 @@ import numpy as np
 
 from mlm.data.tokenizer import Vocabulary
 
-# About how long a row is in which a mask keeps the chunks apart. Longer rows waste more attention scores between
-# chunks, shorter ones more padding.
-ROW_POSITIONS = 192
-
 
 class MaskedChunks(NamedTuple):
-    """Chunks end to end, each between its own [CLS] and [SEP], some of their tokens hidden."""
+    """Chunks end to end, each between its own [CLS] and [SEP], some of their tokens masked."""
 
     input_ids: np.ndarray  # (positions,) int64
     position_ids: np.ndarray  # (positions,) int64: restart at 0 with every chunk
@@ -33,7 +28,7 @@ class Rows(NamedTuple):
 
     input_ids: np.ndarray  # (rows, width) int64
     position_ids: np.ndarray  # (rows, width) int64
-    sequence_ids: np.ndarray  # (rows, width) int64: 1, 2, ... for the chunks; 0 is padding
+    segment_ids: np.ndarray  # (rows, width) int64: 1, 2, ... for the chunks; 0 is padding
     masked: np.ndarray  # (masked,) int64, ascending: indices into the flattened rows
     targets: np.ndarray  # (masked,) int64
 
@@ -113,13 +108,13 @@ def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Ro
     rows = Rows(
         input_ids=np.full(shape, vocabulary.pad_id),
         position_ids=np.zeros(shape, dtype=np.int64),
-        sequence_ids=np.zeros(shape, dtype=np.int64),
+        segment_ids=np.zeros(shape, dtype=np.int64),
         masked=masked[ascending],
         targets=chunks.targets[ascending],
     )
     rows.input_ids.reshape(-1)[places] = chunks.input_ids
     rows.position_ids.reshape(-1)[places] = chunks.position_ids
-    rows.sequence_ids.reshape(-1)[places] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    rows.segment_ids.reshape(-1)[places] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     return rows
 
 
@@ -148,7 +143,7 @@ def divide_rows(rows: Rows, positions: int) -> Iterator[Rows]:
         yield Rows(
             input_ids=rows.input_ids[some_rows],
             position_ids=rows.position_ids[some_rows],
-            sequence_ids=rows.sequence_ids[some_rows],
+            segment_ids=rows.segment_ids[some_rows],
             masked=rows.masked[predicted] - begin,
             targets=rows.targets[predicted],
         )

@@ -14,19 +14,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import get_linear_schedule_with_warmup
 
-from mlm.data.micro_batches import MicroBatch
+from mlm.data.chunks import steps_per_epoch
+from mlm.data.micro_batches import MicroBatch, MicroBatcher
 from mlm.data.packing import MaskedChunks, chunk_bounds, part_of
 from mlm.data.randomness import dropout_seed
 from mlm.downstream.encoding import Encoded, training_order
-from mlm.training.step import has_finite_weights, make_optimizer
+from mlm.training.plan import learning_rate_at
+from mlm.training.step import has_finite_weights, make_optimizer, set_learning_rate
 
 WARMUP_SHARE, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.01, 1.0
 MAX_EVALUATIONS = 10  # on dev, in one fine-tuning
 CHUNKS_AT_ONCE = 256  # packed together where nothing is trained
-
-DivideBatch = Callable[[MaskedChunks], list[MicroBatch]]
 
 
 class Budget(NamedTuple):
@@ -42,9 +41,9 @@ class Budget(NamedTuple):
         cls, examples: int, dev_examples: int, num_epochs: int, min_steps: int, batch_size: int, learning_rate: float
     ) -> "Budget":
         """Returns a budget with an evaluation per epoch, or fewer where epochs are many, or dev is long."""
-        steps_per_epoch = math.ceil(examples / batch_size)
-        steps = max(num_epochs * steps_per_epoch, min_steps)
-        evaluate_every = max(steps_per_epoch, math.ceil(steps / MAX_EVALUATIONS), dev_examples // batch_size)
+        epoch_steps = steps_per_epoch(examples, batch_size)
+        steps = max(num_epochs * epoch_steps, min_steps)
+        evaluate_every = max(epoch_steps, math.ceil(steps / MAX_EVALUATIONS), dev_examples // batch_size)
         return cls(steps, min(evaluate_every, steps), batch_size, learning_rate)
 
 
@@ -62,7 +61,7 @@ def fine_tune(
     budget: Budget,
     seed: int,
     accelerator: Accelerator,
-    divide: DivideBatch,
+    micro_batcher: MicroBatcher,
     advance: Callable[[], object],
 ) -> Best:
     """Trains the classifier, and leaves it with the weights that scored best on dev, the earliest of equals.
@@ -73,19 +72,19 @@ def fine_tune(
     if accelerator.scaler is not None:  # which remembers the scale that the last classifier needed
         accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
     optimizer = accelerator.prepare(make_optimizer(classifier, budget.learning_rate, WEIGHT_DECAY))
-    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * budget.steps), budget.steps)
+    warmup_steps = round(WARMUP_SHARE * budget.steps)
     best, best_weights = Best(0, 0.0), copy_weights(classifier)
     batches = training_order(train, budget.batch_size, seed)
     for step, batch in enumerate(islice(batches, budget.steps), start=1):
         classifier.train()
-        for number, (inputs, targets) in enumerate(divide(batch)):
+        set_learning_rate(optimizer, learning_rate_at(step - 1, budget.learning_rate, warmup_steps, budget.steps))
+        for number, (inputs, targets) in enumerate(micro_batcher(batch)):
             torch.manual_seed(dropout_seed(seed, step, number, 0))
             with accelerator.autocast():
                 logits = classifier(**inputs).float()  # (targets, classes)
             accelerator.backward(F.cross_entropy(logits, targets, reduction="sum") / len(batch.targets))
         accelerator.clip_grad_norm_(classifier.parameters(), MAX_GRAD_NORM)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         advance()
         if step % budget.evaluate_every == 0 or step == budget.steps:
@@ -101,20 +100,22 @@ def copy_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def answer(classifier: nn.Module, encoded: Encoded, accelerator: Accelerator, divide: DivideBatch) -> list[int]:
+def predict(
+    classifier: nn.Module, encoded: Encoded, accelerator: Accelerator, micro_batcher: MicroBatcher
+) -> list[int]:
     """Returns the likeliest class id of each text, or word, in their order."""
     predictions = np.empty(len(encoded.chunks.targets), dtype=np.int64)
     classifier.eval()
     numbered = encoded.chunks._replace(targets=np.arange(len(predictions)))  # as packing changes their order
-    for inputs, numbers in blocks(numbered, divide):
+    for inputs, numbers in split_chunks(numbered, micro_batcher):
         with accelerator.autocast():
             logits = classifier(**inputs)  # (targets, classes)
         predictions[numbers.cpu().numpy()] = logits.argmax(-1).cpu().numpy()
     return predictions.tolist()
 
 
-def blocks(chunks: MaskedChunks, divide: DivideBatch) -> Iterator[MicroBatch]:
-    """All chunks, as micro-batches."""
+def split_chunks(chunks: MaskedChunks, micro_batcher: MicroBatcher) -> Iterator[MicroBatch]:
+    """Yields all chunks in micro-batches."""
     bounds = chunk_bounds(chunks.lengths)
     for start in range(0, len(chunks.lengths), CHUNKS_AT_ONCE):
-        yield from divide(part_of(chunks, bounds, start, min(start + CHUNKS_AT_ONCE, len(chunks.lengths))))
+        yield from micro_batcher(part_of(chunks, bounds, start, min(start + CHUNKS_AT_ONCE, len(chunks.lengths))))

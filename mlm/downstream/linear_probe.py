@@ -12,23 +12,24 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from mlm.data.micro_batches import MicroBatcher
 from mlm.data.packing import chunk_bounds
 from mlm.downstream.encoding import Encoded
-from mlm.downstream.finetuning import DivideBatch, blocks
+from mlm.downstream.finetuning import split_chunks
 from mlm.downstream.task import Task, group_by, stratum
 
 REGULARIZATION_C = (0.001, 0.01, 0.1)  # LogisticRegression's C, an inverse strength, on features of unit variance
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, encoded: Encoded, accelerator: Accelerator, divide: DivideBatch) -> np.ndarray:
+def features(encoder: nn.Module, encoded: Encoded, accelerator: Accelerator, micro_batcher: MicroBatcher) -> np.ndarray:
     """Returns the mean of the last hidden states over the tokens of each text, or word: (targets, hidden) float32."""
     encoder.eval()
     inside = np.flatnonzero(encoded.word_ids >= 0)
     pooled = encoded.chunks._replace(masked=inside, targets=encoded.word_ids[inside])
     num_targets = len(encoded.chunks.targets)
     sums, counts = torch.zeros(0), torch.zeros(0)
-    for inputs, words in blocks(pooled, divide):
+    for inputs, words in split_chunks(pooled, micro_batcher):
         with accelerator.autocast():
             hidden = encoder(**inputs).float()  # (tokens, hidden)
         if not len(sums):

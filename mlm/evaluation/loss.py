@@ -1,4 +1,4 @@
-"""How good a model is: its loss on chunks of the test text, one by one, so that every figure has its error."""
+"""How good a model is: its loss on each chunk of the test text, so that every figure has its standard error."""
 
 import math
 from collections.abc import Iterable
@@ -14,14 +14,15 @@ from safetensors.numpy import load_file, save_file
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 
-from mlm.data.micro_batches import MicroBatch, StepQueue, chunks_of_masked
+from mlm.data.micro_batches import MicroBatch, MicroBatcher, chunk_of_target
 from mlm.data.packing import MaskedChunks
-from mlm.runtime.hardware import ran_out_of_memory
-from mlm.terminal import progress_bar
+from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
+from mlm.runtime.signals import Stopped, StopRequest
+from mlm.terminal import progress_bar, say
 
 # Evaluations between the first and the last score a sample of the test chunks.
 SAMPLE_ERROR = 0.01  # the standard error wanted of a loss, in nats: one per cent of the perplexity
-USUAL_SPREAD = 4.0  # nats, of a masked token's loss once a model has learned something: 1.8 to 3.8 in four runs
+TYPICAL_LOSS_STD = 4.0  # nats, of a masked token's loss once a model has learned something: 1.8 to 3.8 in four runs
 LARGEST_EVALUATION_SHARE = 0.05  # of training's work, for all of them together
 SMALLEST_SAMPLE = 256  # chunks, whatever share they are
 STEP_IN_FORWARD_PASSES = 3  # a training step is a forward pass, and a backward pass of about twice its work
@@ -76,8 +77,8 @@ def standard_error(sums: np.ndarray, counts: np.ndarray) -> float:
     n = len(sums)
     if n < 2:
         return math.inf
-    rest = sums - sums.sum() / counts.sum() * counts  # (n,) what the mean does not explain of each chunk
-    return float(math.sqrt(n / (n - 1) * (rest @ rest)) / counts.sum())
+    residuals = sums - sums.sum() / counts.sum() * counts  # (n,) of the mean
+    return float(math.sqrt(n / (n - 1) * (residuals @ residuals)) / counts.sum())
 
 
 class Change(NamedTuple):
@@ -99,8 +100,8 @@ def compare(before: Evaluation, after: Evaluation) -> Change:
     if not np.array_equal(before.masked, after.masked):
         raise ValueError("these evaluations are not of the same text and tokenizer")
     loss, se = after.loss - before.loss, standard_error(after.losses - before.losses, before.masked)
-    reach = float(student_t.ppf(0.975, n - 1)) * se if n > 1 else math.inf
-    return Change(loss, se, loss - reach, loss + reach)
+    margin = float(student_t.ppf(0.975, n - 1)) * se if n > 1 else math.inf
+    return Change(loss, se, loss - margin, loss + margin)
 
 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:
@@ -117,16 +118,16 @@ def load_evaluation(path: Path) -> Evaluation:
 
 
 def sample_size(
-    start: Evaluation, chunks: int, training_positions: int, positions_per_chunk: float, evaluations: int
+    baseline: Evaluation, chunks: int, training_positions: int, positions_per_chunk: float, evaluations: int
 ) -> int:
-    """How many of the `chunks` of the test text each of so many evaluations in the middle of a run scores.
+    """Returns how many of the `chunks` of the test text each of the evaluations in the middle of a run scores.
 
-    start: the evaluation before training; training_positions: what the whole run trains on. By these counts alone, and
-    by no clock, so that a run that is resumed takes the same chunks.
+    baseline: the evaluation before training; training_positions: what the whole run trains on. By these counts alone,
+    and by no clock, so that a run that is resumed takes the same chunks.
     """
-    for_the_error = (USUAL_SPREAD / SAMPLE_ERROR) ** 2 / start.masked.mean()
-    if math.isfinite(start.loss_se):
-        for_the_error = max(for_the_error, len(start.losses) * (start.loss_se / SAMPLE_ERROR) ** 2)
+    for_the_error = (TYPICAL_LOSS_STD / SAMPLE_ERROR) ** 2 / baseline.masked.mean()
+    if math.isfinite(baseline.loss_se):
+        for_the_error = max(for_the_error, len(baseline.losses) * (baseline.loss_se / SAMPLE_ERROR) ** 2)
     most_positions = LARGEST_EVALUATION_SHARE * STEP_IN_FORWARD_PASSES * training_positions / max(1, evaluations)
     wanted = min(for_the_error, most_positions / positions_per_chunk)
     return round(min(chunks, max(SMALLEST_SAMPLE, wanted)))
@@ -138,49 +139,57 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[np.ndarray, MaskedChunks]],
     chunks: int,
-    queue: StepQueue,
-    signals: list[int],
-) -> Evaluation | None:
+    micro_batcher: MicroBatcher,
+    stop: StopRequest,
+) -> Evaluation:
     """Scores the chunks of all ranks, of which `batches` are this rank's, each with the chunks' places among all.
 
     chunks: how many all ranks have. Where a rank runs out of memory it halves its micro-batches, and all ranks use the
-    smallest afterwards; raises UserError where they cannot be halved any more. Gives up, and returns None, once any
-    rank has received a signal.
+    smallest afterwards. Raises UserError where they cannot be halved any more, and Stopped, on all ranks, once any of
+    them has received a signal.
     """
     model = accelerator.unwrap_model(model).eval()
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     scores = torch.zeros((3, chunks), dtype=exact, device=accelerator.device)
+    positions_before = micro_batcher.max_positions
     with progress_bar("evaluating", chunks, " chunks", shown=accelerator.is_main_process) as bar:
         for places, masked_chunks in batches:
-            if signals:
+            if stop.received:
                 break
-            of_batch = _score(model, queue.divide(masked_chunks), scores.new_zeros(3, len(places)))
-            while of_batch is None:
-                queue.halve()
-                of_batch = _score(model, queue.divide(masked_chunks), scores.new_zeros(3, len(places)))
-            scores[:, torch.from_numpy(places).to(scores.device)] = of_batch
+            batch_scores = _score(model, masked_chunks, micro_batcher, exact)  # (3, n)
+            scores[:, torch.from_numpy(places).to(scores.device)] = batch_scores
             bar.update(len(places) * accelerator.num_processes)
-    signalled = torch.full_like(scores[0, :1], bool(signals))
-    *flat, told_to_stop = accelerator.reduce(torch.cat([scores.flatten(), signalled])).cpu().split([scores.numel(), 1])
-    positions = torch.tensor([queue.micro_batch_positions], device=accelerator.device)
-    queue.limit(int(accelerator.gather(positions).min()))
-    if told_to_stop.item():
-        return None
-    return Evaluation(*flat[0].reshape(scores.shape).double().numpy())
+
+    # The ranks put their scores together, and agree on whether to stop and how large micro-batches are.
+    signalled = torch.full_like(scores[0, :1], bool(stop.received))
+    reduced = accelerator.reduce(torch.cat([scores.flatten(), signalled])).cpu().double()
+    stop.is_agreed = bool(reduced[-1])
+    positions = torch.tensor([micro_batcher.max_positions], device=accelerator.device)
+    micro_batcher.limit(int(accelerator.gather(positions).min()))
+    if micro_batcher.max_positions < positions_before:
+        say(f"out of memory in an evaluation; micro-batches of {micro_batcher.max_positions} are used from now on")
+    if stop.is_agreed:
+        raise Stopped
+    return Evaluation(*reduced[:-1].reshape(scores.shape).numpy())
 
 
-def _score(model: nn.Module, micro_batches: list[MicroBatch], scores: Tensor) -> Tensor | None:
-    """Adds summed loss, correct guesses and masked tokens of each chunk to `scores` (3, n); None where memory runs
-    out."""
-    try:
-        for (inputs, targets), chunk_of in zip(micro_batches, chunks_of_masked(micro_batches), strict=True):
-            logits = model(**inputs).float()  # (masked, vocabulary)
-            losses = F.cross_entropy(logits, targets, reduction="none")
-            correct = logits.argmax(-1) == targets
-            found = torch.stack([losses, correct, torch.ones_like(losses)]).to(scores.dtype)  # (3, masked)
-            scores.index_add_(1, chunk_of, found)
-    except RuntimeError as error:
-        if ran_out_of_memory(error):
-            return None
-        raise
+def _score(model: nn.Module, chunks: MaskedChunks, micro_batcher: MicroBatcher, dtype: torch.dtype) -> Tensor:
+    """Returns summed loss, correct guesses and masked tokens of each chunk: (3, n)."""
+    while True:
+        try:
+            with detect_out_of_memory():
+                return _score_micro_batches(model, micro_batcher(chunks), len(chunks.lengths), dtype)
+        except OutOfMemory:
+            pass
+        micro_batcher.halve()
+
+
+def _score_micro_batches(model: nn.Module, micro_batches: list[MicroBatch], chunks: int, dtype: torch.dtype) -> Tensor:
+    scores = torch.zeros((3, chunks), dtype=dtype, device=micro_batches[0].targets.device)
+    for (inputs, targets), chunk in zip(micro_batches, chunk_of_target(micro_batches), strict=True):
+        logits = model(**inputs).float()  # (masked, vocabulary)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        correct = logits.argmax(-1) == targets
+        found = torch.stack([losses, correct, torch.ones_like(losses)]).to(dtype)  # (3, masked)
+        scores.index_add_(1, chunk, found)
     return scores

@@ -2,19 +2,17 @@
 
 from typing import Any
 
-from tqdm import tqdm
-
 from Config import Config
 from mlm.data.chunks import Corpus
 from mlm.data.text_stats import SHOWN_BROKEN_WORDS, TextStats, splits_of, text_warnings
 from mlm.data.words import MANY_PIECES, BrokenWord
 from mlm.evaluation.loss import Change, Evaluation, perplexity
-from mlm.report.metrics import record
 from mlm.settings import describe_settings
-from mlm.terminal import figure, say, with_error
-from mlm.training.plan import learning_rate_at
-from mlm.training.run import Ending, Progress, Run, Unreported, checkpoint_path
-from mlm.training.time_left import time_left
+from mlm.terminal import figure, with_error
+from mlm.training.checkpoint import checkpoint_path
+from mlm.training.plan import Plan
+from mlm.training.progress import Progress
+from mlm.training.run import Ending, Setup
 
 # --------------------------------------------------------------------------------------------------------------- before
 
@@ -60,58 +58,41 @@ def _describe_broken_words(broken_words: list[BrokenWord]) -> str:
 # --------------------------------------------------------------------------------------------------------------- during
 
 
-def report_evaluation(run: Run, progress: Progress, evaluation: Evaluation, change: Change | None) -> None:
-    """Scores with their standard errors, and how they changed since the start on the same chunks of the test text."""
-    chunks, step = len(evaluation.losses), progress.step
-    sample = f"{chunks:,} of {len(run.data.test):,} chunks" if chunks < len(run.data.test) else "all chunks"
-    heading = f"step {step}/{run.config.max_steps}" if step else "before training"
+def describe_evaluation(
+    step: int, total_steps: int, evaluation: Evaluation, change: Change | None, test_chunks: int
+) -> str:
+    """Returns a line of scores with their standard errors, and of how the loss changed on the same chunks.
+
+    test_chunks: in the whole test text.
+    """
+    chunks = len(evaluation.losses)
+    sample = f"{chunks:,} of {test_chunks:,} chunks" if chunks < test_chunks else "all chunks"
+    heading = f"step {step}/{total_steps}" if step else "before training"
     line = (
         f"{heading}, test ({sample}): perplexity {with_error(evaluation.perplexity, evaluation.perplexity_se)}, "
         f"masked accuracy {evaluation.accuracy:.1%}"
     )
-    figures: dict[str, float] = {
-        "eval_loss": evaluation.loss,
-        "eval_loss_se": evaluation.loss_se,
-        "perplexity": evaluation.perplexity,
-        "perplexity_se": evaluation.perplexity_se,
-        "masked_accuracy": evaluation.accuracy,
-        "test_chunks": chunks,
-    }
-    if change:
-        line += f"; loss {change.loss:+.3f} ± {change.se:.3f} since the start"
-        figures |= {"change": change.loss, "change_low": change.low, "change_high": change.high}
-    say(line)
-    record(run, progress, figures)
+    return line + (f"; loss {change.loss:+.3f} ± {change.se:.3f} since the start" if change else "")
 
 
-def report_if_due(run: Run, progress: Progress, bar: tqdm) -> None:
-    """Every `log_every` steps and after the last: loss, learning rate and speed since the last such line."""
-    config, step, new = run.config, progress.step, progress.unreported
-    if not new.masked_tokens or (step % config.log_every and step != config.max_steps):
-        return
-    train_loss = new.loss / new.masked_tokens
-    learning_rate = learning_rate_at(step - 1, config)
-    tokens_per_s = new.tokens / new.seconds
-    left = tqdm.format_interval(time_left(run, progress, new.seconds / new.steps).seconds)
-    say(
-        f"step {step}/{config.max_steps}, epoch {step / run.steps_per_epoch:.2f}: loss {train_loss:.3f}, "
-        f"perplexity {figure(perplexity(train_loss))}, lr {learning_rate:.2e}, {tokens_per_s:,.0f} tokens/s, "
-        f"{left} left"
+def describe_training(step: int, plan: Plan, figures: dict[str, float]) -> str:
+    """Returns a line about the steps since the last such line; figures: what `metrics.training_figures` returned."""
+    train_loss = figures["train_loss"]
+    return (
+        f"step {step}/{plan.steps}, epoch {plan.epochs(step):.2f}: loss {train_loss:.3f}, "
+        f"perplexity {figure(perplexity(train_loss))}, lr {figures['lr']:.2e}, {figures['tokens_per_s']:,.0f} tokens/s"
     )
-    bar.set_postfix_str(f"{left} left, loss {train_loss:.3f}")
-    record(run, progress, {"train_loss": train_loss, "lr": learning_rate, "tokens_per_s": tokens_per_s})
-    progress.unreported = Unreported()
 
 
-def describe_divergence(run: Run, progress: Progress, ending: Ending) -> str:
+def describe_divergence(setup: Setup, progress: Progress, ending: Ending, saved_step: int | None) -> str:
     """What went wrong, the setting to change, and where the last finite weights are: in a checkpoint, and in best/."""
     what = f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, had no finite loss and gradient"
     if ending is Ending.BROKEN:
         what = f"the weights after step {progress.step} are not finite"
-    rate = f"most often {run.config.learning_rate:g} is too high. Begin a new run with a lower one"
+    rate = f"most often {setup.config.learning_rate:g} is too high. Begin a new run with a lower one"
     lines = [f"learning_rate: {what}; {rate}"]
-    if run.pace.saved_step is not None:
-        lines.append(f"  the last finite weights are in {checkpoint_path(run.folder, run.pace.saved_step)}")
+    if saved_step is not None:
+        lines.append(f"  the last finite weights are in {checkpoint_path(setup.folder, saved_step)}")
     if progress.best_loss is not None:
-        lines.append(f"  those with the lowest test loss are in {run.folder / 'best'}")
+        lines.append(f"  those with the lowest test loss are in {setup.folder / 'best'}")
     return "\n".join(lines)

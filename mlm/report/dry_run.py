@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,23 +12,25 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from mlm.data.micro_batches import StepQueue
+from mlm.data.micro_batches import Prefetcher
 from mlm.data.text_stats import histogram, text_warnings
-from mlm.evaluation.fill_mask import save_predictions
+from mlm.evaluation.fill_mask import guess, save_predictions
 from mlm.evaluation.loss import Evaluation
-from mlm.report.summary import publish
+from mlm.report.summary import pair_guesses, publish
 from mlm.runtime.distributed import decide_on_main
 from mlm.runtime.hardware import count_gpus, native_precision
 from mlm.terminal import with_error
-from mlm.training.checkpoint import save_checkpoint, save_model
-from mlm.training.run import Progress, Run, Unreported, checkpoint_path
-from mlm.training.step import train_step
-from mlm.training.time_left import TimeLeft, choose_sample, time_left
+from mlm.training.checkpoint import checkpoint_path, save_checkpoint, save_model
+from mlm.training.plan import middle_sample
+from mlm.training.progress import Progress, SinceLastLog
+from mlm.training.run import Run
+from mlm.training.step import take_step
+from mlm.training.timing import TimeLeft, time_left
 
 WARM_UP_STEPS = 3  # that are not timed: the first ones find memory, and may compile
 TIMED_SECONDS = 15.0  # of steps, about
 MOST_TIMED_STEPS = 500
-REHEARSED_CHUNKS = 1024  # of the test text
+SCORED_CHUNKS = 1024  # of the test text
 WORTH_A_HINT = 0.1  # share of the time, or of the text
 BAR_WIDTH = 40  # characters
 
@@ -35,8 +38,8 @@ BAR_WIDTH = 40  # characters
 class Estimate(NamedTuple):
     """What the whole run takes, with its text prepared."""
 
-    start: Evaluation  # of some test chunks, before training
-    rehearsed_steps: int
+    baseline: Evaluation  # of some test chunks
+    trained_steps: int
     tokens_per_s: float
     start_seconds: float  # until the first evaluation begins
     left: TimeLeft  # from then on
@@ -54,61 +57,76 @@ class Estimate(NamedTuple):
 def measure(
     run: Run,
     progress: Progress,
-    queue: StepQueue,
-    evaluate: Callable[[int], Evaluation | None],
-    prepare: Callable[[], object],
+    batches: Prefetcher,
+    score: Callable[[int], Evaluation],
+    load_text: Callable[[], object],
 ) -> Estimate:
     """Evaluates, trains and saves for some seconds in the run's folder, which is to be thrown away.
 
-    evaluate: scores so many test chunks; prepare: finds the text prepared, as the whole run will.
+    score: evaluates the model on a number of test chunks; load_text: loads the text.
     """
-    prepare()
-    start_seconds = time.time() - psutil.Process().create_time() - run.pace.seconds["preparing the text"]
-    progress.start = evaluate(min(run.test_chunks, REHEARSED_CHUNKS))
-    assert progress.start, "no signal stops it"
-    trained = _train_some_steps(run, progress, queue)
+    # The whole run will find its text prepared: until its first evaluation it takes what this one took, but for the
+    # preparation, which is replaced by a second load.
+    age_seconds = time.time() - psutil.Process().create_time()
+    prepare_seconds = run.timings.prepare_text
+    with run.timings.measure("prepare_text"):
+        load_text()
+    start_seconds = age_seconds - prepare_seconds + run.timings.prepare_text
+
+    setup, plan = run.setup, run.setup.plan
+    baseline = score(min(plan.test_chunks, SCORED_CHUNKS))
+    progress.baseline = baseline
+    trained = _train_some_steps(run, progress, batches)
     model_bytes, checkpoint_bytes = _save_once(run, progress)
 
     tokens_per_s = trained.tokens / trained.seconds
-    whole = Progress(sampled_chunks=choose_sample(run, progress.start))  # where the run itself begins
-    left = time_left(run, whole, run.derived["tokens_per_step"] / tokens_per_s)
+    at_the_start = Progress(sampled_chunks=middle_sample(plan, run.corpus.test, baseline))
+    left = time_left(plan, at_the_start, run.timings, plan.tokens_per_step / tokens_per_s)
+    is_cuda = run.learner.accelerator.device.type == "cuda"
     return Estimate(
-        start=progress.start,
-        rehearsed_steps=progress.step,
+        baseline=baseline,
+        trained_steps=progress.step,
         tokens_per_s=tokens_per_s,
         start_seconds=start_seconds,
         left=left,
         memory_bytes=_peak_memory(),
-        gpu_bytes=torch.cuda.max_memory_reserved() if run.accelerator.device.type == "cuda" else 0,
-        disk_bytes=2 * model_bytes + min(left.checkpoints, run.config.keep_checkpoints) * checkpoint_bytes,
+        gpu_bytes=torch.cuda.max_memory_reserved() if is_cuda else 0,
+        disk_bytes=2 * model_bytes + min(left.checkpoints, setup.config.keep_checkpoints) * checkpoint_bytes,
         saving_bytes=checkpoint_bytes if left.checkpoints else model_bytes,
-        free_bytes=shutil.disk_usage(run.folder).free,
+        free_bytes=shutil.disk_usage(setup.folder).free,
     )
 
 
-def _train_some_steps(run: Run, progress: Progress, queue: StepQueue) -> Unreported:
-    """What the steps after the first few took."""
-    for _ in range(min(WARM_UP_STEPS, run.config.max_steps - 1)):
-        train_step(run, progress, queue)
-    warm_up, progress.unreported = progress.unreported, Unreported()
-    usual_seconds = max(1e-3, warm_up.seconds / max(1, warm_up.steps))
-    steps = decide_on_main(run.accelerator, lambda: min(MOST_TIMED_STEPS, round(TIMED_SECONDS / usual_seconds)))
-    for _ in range(min(max(steps, 3), run.config.max_steps - progress.step)):
-        train_step(run, progress, queue)
-    return progress.unreported
+def _train_some_steps(run: Run, progress: Progress, batches: Prefetcher) -> SinceLastLog:
+    """Returns what the steps after the first few took."""
+    setup, last_step = run.setup, run.setup.plan.steps
+    take = partial(take_step, run.learner, progress, batches, setup.plan, setup.config, run.stop)
+    for _ in range(min(WARM_UP_STEPS, last_step - 1)):
+        take()
+    warm_up, progress.since_last_log = progress.since_last_log, SinceLastLog()
+    seconds_per_step = max(1e-3, warm_up.seconds / max(1, warm_up.steps))
+    steps = decide_on_main(
+        run.learner.accelerator, lambda: min(MOST_TIMED_STEPS, round(TIMED_SECONDS / seconds_per_step))
+    )
+    for _ in range(min(max(steps, 3), last_step - progress.step)):
+        take()
+    return progress.since_last_log
 
 
 def _save_once(run: Run, progress: Progress) -> tuple[int, int]:
     """Writes what follows an evaluation, a checkpoint, and predictions. Returns the bytes of model and checkpoint."""
     if not run.is_main:
         return 0, 0
-    with run.pace.timing("keeping what was found"):
-        save_model(run.folder / "best", run.bert, run.data.tokenizer)
-        publish(run, progress)
-    with run.pace.timing("saving a checkpoint"):
-        save_checkpoint(run, progress)
-    save_predictions(run.folder / "predictions.csv", run.bert, run.data, run.config.sen_max_length)  # for its memory
-    return _bytes(run.folder / "best"), _bytes(checkpoint_path(run.folder, progress.step))
+    setup, bert, corpus = run.setup, run.learner.bert, run.corpus
+    with run.timings.measure("write_results"):
+        save_model(setup.folder / "best", bert, corpus.tokenizer)
+        guesses = guess(bert, run.hidden_words, corpus.tokenizer)
+        guessed = pair_guesses(run.hidden_words, progress.baseline_guesses, guesses)
+        publish(setup, progress, corpus.stats, guessed, ending=None)
+    with run.timings.measure("save_checkpoint"):
+        save_checkpoint(setup, run.learner, corpus.tokenizer, progress)
+    save_predictions(setup.folder / "predictions.csv", bert, corpus, setup.config.sen_max_length)  # for its memory
+    return _bytes(setup.folder / "best"), _bytes(checkpoint_path(setup.folder, progress.step))
 
 
 def _bytes(folder: Path) -> int:
@@ -129,7 +147,7 @@ def _peak_memory() -> int:
 
 def describe_estimate(run: Run, estimate: Estimate) -> str:
     """One screen: text, model, steps, speed, time, memory, disk, and what would make it faster."""
-    config, stats = run.config, run.data.stats
+    config, plan, stats = run.setup.config, run.setup.plan, run.corpus.stats
     train = stats.train
     text = [
         f"{train.lines:,} training lines of {train.tokens:,} tokens, {stats.test.lines:,} test lines",
@@ -139,15 +157,15 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
         *_draw_lengths(histogram(train, config.sen_max_length)),
         "",
     ]
-    chunks = len(estimate.start.losses)
-    perplexity = with_error(estimate.start.perplexity, estimate.start.perplexity_se)
+    chunks = len(estimate.baseline.losses)
+    perplexity = with_error(estimate.baseline.perplexity, estimate.baseline.perplexity_se)
     model = [
-        f"{config.initial_pretrain_model}, {run.derived['parameters']:,} parameters",
-        f"perplexity before training: {perplexity}, on {chunks:,} of {len(run.data.test):,} test chunks",
+        f"{config.initial_pretrain_model}, {run.setup.derived['parameters']:,} parameters",
+        f"perplexity before training: {perplexity}, on {chunks:,} of {len(run.corpus.test):,} test chunks",
     ]
     steps = (
-        f"{config.max_steps:,} of {min(config.batch_size, len(run.data.train)):,} chunks, "
-        f"{config.max_steps / run.steps_per_epoch:.3g} epochs, on {run.derived['devices']}, {config.mixed_precision}"
+        f"{plan.steps:,} of {min(config.batch_size, len(run.corpus.train)):,} chunks, "
+        f"{plan.epochs(plan.steps):.3g} epochs, on {run.setup.derived['devices']}, {config.mixed_precision}"
     )
     left, as_time = estimate.left, tqdm.format_interval
     time_for = {
@@ -157,7 +175,7 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
         f"{left.checkpoints:,} checkpoint(s)": left.checkpoint_seconds,
     }
     parts = ", ".join(f"{what} {as_time(seconds)}" for what, seconds in time_for.items())
-    memory = _size(estimate.memory_bytes) + (" for each process" if run.accelerator.num_processes > 1 else "")
+    memory = _size(estimate.memory_bytes) + (" for each process" if run.learner.accelerator.num_processes > 1 else "")
     if estimate.gpu_bytes:
         memory += f", and {_size(estimate.gpu_bytes)} of its GPU's"
     else:  # keep_freed_memory, mlm/runtime/hardware.py
@@ -176,7 +194,7 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
         "disk": [disk],
         "faster": hints_for_speed(run, estimate),
     }
-    lines = [f"dry run: {estimate.rehearsed_steps} steps, one evaluation and one checkpoint, all thrown away", ""]
+    lines = [f"dry run: {estimate.trained_steps} steps, one evaluation and one checkpoint, all thrown away", ""]
     for name, parts_of in screen.items():
         lines += [f"{name if number == 0 else '':<10}{line}".rstrip() for number, line in enumerate(parts_of)]
     if estimate.disk_bytes + estimate.saving_bytes > estimate.free_bytes:
@@ -201,7 +219,7 @@ def _size(size: int) -> str:
 
 def hints_for_speed(run: Run, estimate: Estimate) -> list[str]:
     """What would make the run faster, as far as it can be seen here."""
-    config, train = run.config, run.data.stats.train
+    config, train = run.setup.config, run.corpus.stats.train
     hints = []
     if config.mixed_precision == "no" and native_precision() != "no":
         hints.append(f"--mixed_precision {native_precision()}: this machine computes in it")
@@ -209,9 +227,12 @@ def hints_for_speed(run: Run, estimate: Estimate) -> list[str]:
         hints.append("a GPU: none is used")
     if count_gpus() and config.attention_dropout:
         hints.append("--attention_dropout 0: allows the fast attention kernels")
-    if estimate.left.evaluation_seconds > WORTH_A_HINT * estimate.seconds and run.test_chunks > REHEARSED_CHUNKS:
+    if (
+        estimate.left.evaluation_seconds > WORTH_A_HINT * estimate.seconds
+        and run.setup.plan.test_chunks > SCORED_CHUNKS
+    ):
         share = estimate.left.evaluation_seconds / estimate.seconds
-        hints.append(f"--max_test_chunks {REHEARSED_CHUNKS}: evaluations take {share:.0%} of the time")
+        hints.append(f"--max_test_chunks {SCORED_CHUNKS}: evaluations take {share:.0%} of the time")
     if train.duplicate > WORTH_A_HINT * train.lines:
         hints.append(
             f"fewer duplicates: {train.duplicate / train.lines:.0%} of the training lines repeat an earlier one"

@@ -3,8 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
+from mlm.evaluation.loss import Change, Evaluation
 from mlm.storage import write_csv
-from mlm.training.run import Progress, Run
+from mlm.training.progress import Progress, SinceLastLog
+from mlm.training.run import Setup
 
 COLUMNS = (
     "step", "epoch", "train_loss", "lr", "tokens_per_s",
@@ -13,15 +17,36 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def record(run: Run, progress: Progress, figures: dict[str, float]) -> None:
+def scores(evaluation: Evaluation, change: Change | None) -> dict[str, float]:
+    """Returns the figures of an evaluation, and of what training changed, by their columns."""
+    figures = {
+        "eval_loss": evaluation.loss,
+        "eval_loss_se": evaluation.loss_se,
+        "perplexity": evaluation.perplexity,
+        "perplexity_se": evaluation.perplexity_se,
+        "masked_accuracy": evaluation.accuracy,
+        "test_chunks": len(evaluation.losses),
+    }
+    if change:
+        figures |= {"change": change.loss, "change_low": change.low, "change_high": change.high}
+    return figures
+
+
+def training_figures(new: SinceLastLog, learning_rate: float) -> dict[str, float]:
+    """Returns the figures of the steps since the last line in the log, by their columns."""
+    train_loss, tokens_per_s = new.loss / new.masked_tokens, new.tokens / new.seconds
+    return {"train_loss": train_loss, "lr": learning_rate, "tokens_per_s": tokens_per_s}
+
+
+def record(figures: dict[str, float], progress: Progress, setup: Setup, accelerator: Accelerator) -> None:
     """Adds figures of the step just done to metrics.csv and the tracker."""
-    step = progress.step
-    if not progress.rows or progress.rows[-1]["step"] != step:
-        progress.rows.append({"step": step, "epoch": step / run.steps_per_epoch})
-    progress.rows[-1] |= figures
-    run.accelerator.log(figures, step=step)
-    if run.is_main:
-        write_metrics(run.folder / "metrics.csv", progress.rows)
+    rows, step = progress.metrics, progress.step
+    if not rows or rows[-1]["step"] != step:
+        rows.append({"step": step, "epoch": setup.plan.epochs(step)})
+    rows[-1] |= figures
+    accelerator.log(figures, step=step)
+    if accelerator.is_main_process:
+        write_metrics(setup.folder / "metrics.csv", rows)
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:

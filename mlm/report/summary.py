@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from mlm.data.text_stats import SHOWN_BROKEN_WORDS, TextStats
 from mlm.errors import UserError
-from mlm.evaluation.fill_mask import guess
-from mlm.evaluation.hidden_words import Guess
+from mlm.evaluation.hidden_words import Guess, HiddenWord
 from mlm.evaluation.loss import Evaluation, save_evaluation
 from mlm.storage import atomic_write, write_json
-from mlm.training.run import Ending, Progress, Run
+from mlm.training.progress import Progress
+from mlm.training.run import Ending, Setup
 
 SCORES = "test_scores.safetensors"  # the last evaluation of all test chunks, to compare runs by
 KEPT = ("state", "text", "skipped_steps", "guesses")  # in summary.json: what settings.json and metrics.csv do not hold
@@ -54,35 +54,44 @@ class Summary:
         return [row["eval_loss"] * tokens_per_character for row in (self.evaluations[0], self.evaluations[-1])]
 
 
-def publish(
-    run: Run, progress: Progress, evaluation: Evaluation | None = None, ending: Ending | None = None
-) -> Summary:
-    """Writes what came of a run so far to its folder; to be called on the main rank, once the start is evaluated.
+def pair_guesses(
+    hidden_words: list[HiddenWord], before: list[list[Guess]], after: list[list[Guess]]
+) -> list[GuessedWord]:
+    """Returns the hidden words with what the model makes of them before training and now; none without `after`."""
+    return [GuessedWord(*hidden, *both) for hidden, *both in zip(hidden_words, before, after, strict=False)]
 
-    evaluation: where a new one was made, all chunks of it.
-    """
-    if evaluation and len(evaluation.losses) == run.test_chunks:
-        with atomic_write(run.folder / SCORES) as temporary:
-            save_evaluation(temporary, evaluation)
-    guesses_after = (
-        [] if ending in (Ending.BROKEN, Ending.SKIPPING) else guess(run.bert, run.hidden_words, run.data.tokenizer)
-    )
-    guesses = zip(run.hidden_words, progress.guesses_before, guesses_after, strict=False)
+
+def save_settings(setup: Setup) -> None:
+    """Writes settings.json."""
+    content = {"settings": asdict(setup.config), "derived": setup.derived, "versions": setup.versions}
+    write_json(setup.folder / "settings.json", content | {"command": setup.command})
+
+
+def publish(
+    setup: Setup, progress: Progress, stats: TextStats, guesses: list[GuessedWord], ending: Ending | None
+) -> Summary:
+    """Writes what came of a run so far to its folder; `ending` is None while it goes on."""
     summary = Summary(
-        folder=run.folder,
-        settings=asdict(run.config),
-        derived=run.derived,
-        versions=run.versions,
-        command=run.command,
-        rows=progress.rows,
+        folder=setup.folder,
+        settings=asdict(setup.config),
+        derived=setup.derived,
+        versions=setup.versions,
+        command=setup.command,
+        rows=progress.metrics,
         state=ending.name.lower() if ending else "running",
-        text=replace(run.data.stats, broken_words=run.data.stats.broken_words[:SHOWN_BROKEN_WORDS]),
-        skipped_steps=progress.skipped,
-        guesses=[GuessedWord(*hidden, before, after) for hidden, before, after in guesses],
+        text=replace(stats, broken_words=stats.broken_words[:SHOWN_BROKEN_WORDS]),
+        skipped_steps=progress.skipped_steps,
+        guesses=guesses,
     )
     kept = {name: value for name, value in asdict(summary).items() if name in KEPT}
     write_json(summary.folder / "summary.json", kept)
     return summary
+
+
+def save_scores(folder: Path, evaluation: Evaluation) -> None:
+    """Writes an evaluation of all test chunks, chunk by chunk, by which runs are compared."""
+    with atomic_write(folder / SCORES) as temporary:
+        save_evaluation(temporary, evaluation)
 
 
 def read_summary(folder: Path) -> Summary:

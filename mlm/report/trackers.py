@@ -2,13 +2,15 @@
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
+from Config import Config
 from mlm.errors import UserError, first_line
-from mlm.training.run import Progress, Run
 
 PROJECT = "Pretrain_Bert_with_MaskLM"
 TO_KEEP_IT_LOCAL = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offline"}
@@ -23,14 +25,16 @@ def check_tracker(name: str) -> None:
         raise UserError(f"tracker: {name} is not installed; pip install {name}, or --tracker none")
 
 
-def start_tracker(run: Run, progress: Progress) -> None:
+def start_tracker(accelerator: Accelerator, config: Config, run_folder: Path, resumed_step: int | None) -> None:
     """Opens the run in its tracker, under the name of its folder. Raises UserError where that fails.
+
+    resumed_step: the one of the checkpoint that the run goes on from, or None.
 
     What is written goes under `path_model_save`, but trackio's, which has one place for all of a user's runs.
     """
-    name, folder, is_resumed = run.config.tracker, run.folder.absolute(), run.checkpoint is not None
+    name, folder, is_resumed = config.tracker, run_folder.absolute(), resumed_step is not None
     arguments: dict[str, dict[str, Any]] = {
-        "tensorboard": {"purge_step": progress.step + 1 if is_resumed else 0},
+        "tensorboard": {"purge_step": 0 if resumed_step is None else resumed_step + 1},
         "trackio": {
             "name": folder.name,
             "resume": "allow" if is_resumed else "never",
@@ -45,9 +49,9 @@ def start_tracker(run: Run, progress: Progress) -> None:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")  # one for all runs
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    settings = {setting: value for setting, value in asdict(run.config).items() if value is not None}
+    settings = {setting: value for setting, value in asdict(config).items() if value is not None}
     try:
-        run.accelerator.init_trackers(PROJECT, config=settings, init_kwargs={name: arguments.get(name, {})})
+        accelerator.init_trackers(PROJECT, config=settings, init_kwargs={name: arguments.get(name, {})})
     except Exception as error:  # each raises what it likes, from no account to no network
         local = f"keep it on this machine by {TO_KEEP_IT_LOCAL[name]}, or " if name in TO_KEEP_IT_LOCAL else ""
         reason = f"tracker: {name} could not start ({first_line(error)})"

@@ -4,6 +4,8 @@ import ctypes
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from mlm.errors import UserError
@@ -93,6 +95,24 @@ OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "can't allocate memory",  # on a CPU
 )
+
+
+class OutOfMemory(Exception):
+    """A device has too little memory for what was asked of it."""
+
+
+@contextmanager
+def detect_out_of_memory() -> Iterator[None]:
+    """Raises OutOfMemory where the block's memory does not suffice.
+
+    Whoever catches it is to leave the `except` before trying again: until then it holds what the block had made.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error)) from error
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:

@@ -1,10 +1,11 @@
-"""How a run ends before its time: Ctrl-C and SIGTERM, and what is said where memory, compiler or network fail."""
+"""How a run ends early: Ctrl-C and SIGTERM, and readable messages where memory, compiler or network fail."""
 
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed import DistBackendError
@@ -14,28 +15,43 @@ from mlm.errors import UserError
 from mlm.runtime.hardware import ran_out_of_memory
 
 
-def catch_signals(received: list[int], speak: bool) -> None:
-    """Turns Ctrl-C and SIGTERM from now on into entries of the list `received`, so that a step can be finished.
+class Stopped(Exception):
+    """Work that was given up, as a rank was told to stop."""
 
-    After a Ctrl-C, another one or a SIGTERM exits at once. After a SIGTERM only a Ctrl-C does, as launchers and
-    schedulers each send a SIGTERM to every rank.
-    """
 
-    def note(number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if speak and not received:  # by os.write, as a print cannot interrupt a print
-            os.write(2, b"\nfinishing the step and saving; a second Ctrl-C exits at once\n")
-        received.append(number)
+@dataclass
+class StopRequest:
+    """Whether Ctrl-C or SIGTERM told the run to stop."""
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    received: list[int] = field(default_factory=list)  # the signals that came to this process
+    is_agreed: bool = False  # whether all ranks know that one of them has received one
+
+    @property
+    def exit_status(self) -> int:
+        return 128 + (self.received[0] if self.received else signal.SIGTERM)  # else another rank received it
+
+    def listen(self, speak: bool) -> None:
+        """Notes Ctrl-C and SIGTERM from now on, so that a step can be finished.
+
+        After a Ctrl-C, another one or a SIGTERM exits at once. After a SIGTERM only a Ctrl-C does, as launchers and
+        schedulers each send a SIGTERM to every rank.
+        """
+
+        def note(number, frame):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if speak and not self.received:  # by os.write, as a print cannot interrupt a print
+                os.write(2, b"\nfinishing the step and saving; a second Ctrl-C exits at once\n")
+            self.received.append(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note)
 
 
 @contextmanager
-def explain_endings(config: Config) -> Iterator[None]:
-    """Ends the process in plain words where a signal comes before training, or memory, compiler or network fail.
+def translate_failures(config: Config) -> Iterator[None]:
+    """Ends the process with a readable message where memory, compiler or network fail, or a signal comes early.
 
     Raises UserError for what the user can put right, and SystemExit for the rest.
     """

@@ -6,7 +6,7 @@ A folder named as a checkpoint is whole; what a kill -9 leaves of an unfinished 
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,15 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
 from Config import Config
-from mlm.data.micro_batches import StepQueue
 from mlm.data.words import read_words
 from mlm.errors import UserError
-from mlm.evaluation.hidden_words import Guess
 from mlm.evaluation.loss import load_evaluation, save_evaluation
 from mlm.storage import atomic_write, digest
 from mlm.training.micro_batch_size import is_found_by_trial
-from mlm.training.run import Ending, Progress, Run, Unreported, checkpoint_path
+from mlm.training.progress import Progress
+from mlm.training.run import Ending, Learner, Run, Setup
 
-FORMAT = 3  # raise when what a checkpoint holds changes
+FORMAT = 4  # raise when what a checkpoint holds changes
 
 # Settings that may differ when a run is resumed, as they do not change the training but where and how fast it runs and
 # what it shows. Text and files of words are compared by what they hold, not by where they lie.
@@ -45,57 +44,57 @@ def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokeni
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in by_id), encoding="utf-8", newline="\n")
 
 
-def is_save_due(run: Run, progress: Progress) -> bool:
-    """Whether this is the end of an epoch, or of `save_every` steps, and not that of the run."""
-    step, save_every = progress.step, run.config.save_every or run.steps_per_epoch
-    return 0 < step < run.config.max_steps and (step % run.steps_per_epoch == 0 or step % save_every == 0)
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Returns where the checkpoint of a step is saved in the folder of a run."""
+    return run / "checkpoints" / f"step-{step:08}"
 
 
-def save_if_due(run: Run, progress: Progress, queue: StepQueue, ending: Ending | None) -> None:
-    """Saves a checkpoint every so many steps, and one where the run is stopped or given up."""
+def save_if_due(run: Run, progress: Progress, ending: Ending | None) -> None:
+    """Saves a checkpoint when the plan says so, and one where the run is stopped or given up."""
+    setup, learner, clock = run.setup, run.learner, run.clock
     if ending is None:
-        wanted = is_save_due(run, progress) and (run.config.save_every or run.pace.is_affordable())
+        is_wanted = bool(setup.plan.save_every) or clock.is_affordable(run.timings.save_checkpoint)
+        is_wanted = is_wanted and setup.plan.is_save_due(progress.step)
     else:
-        wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
-    if not wanted or not run.is_main or run.pace.saved_step == progress.step:
+        is_wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
+    if not is_wanted or not run.is_main or clock.saved_step == progress.step:
         return
-    if is_found_by_trial(run):
-        progress.micro_batch_tokens = queue.micro_batch_positions
-    with run.pace.timing("saving a checkpoint"):
-        save_checkpoint(run, progress)
-    run.pace.saved(progress.step)
+    if is_found_by_trial(learner.accelerator, setup.config):
+        progress.micro_batch_tokens = learner.micro_batcher.max_positions
+    with run.timings.measure("save_checkpoint"):
+        save_checkpoint(setup, learner, run.corpus.tokenizer, progress)
+    clock.note(progress.step)
 
 
-def save_checkpoint(run: Run, progress: Progress) -> None:
+def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
     """Writes the checkpoint of the step that `progress` has reached, and removes older ones beyond `keep_checkpoints`.
 
-    A plain Hugging Face folder with the optimizer's state beside the weights, the evaluation of the start,
+    A plain Hugging Face folder with the optimizer's state beside the weights, the evaluation of the baseline,
     state.json (progress, recipe, gradient scaler) and a manifest of every file's size and checksum.
     """
-    optimizer = run.optimizer
+    optimizer = learner.optimizer
     moments = {
         f"{name}/{kind}": tensor
-        for name, parameter in run.bert.named_parameters()
+        for name, parameter in learner.bert.named_parameters()
         for kind, tensor in optimizer.state.get(parameter, {}).items()
     }
-    scaler = optimizer.scaler.state_dict() if optimizer.scaler is not None else None
     state = {
         "format": FORMAT,
-        "progress": asdict(replace(progress, start=None)),
-        "recipe": run.recipe,
-        "scaler": scaler,
+        "progress": progress.state_dict(),
+        "recipe": setup.recipe,
+        "scaler": optimizer.scaler.state_dict() if optimizer.scaler is not None else None,
     }
-    path = checkpoint_path(run.folder, progress.step)
+    path = checkpoint_path(setup.folder, progress.step)
     with atomic_write(path) as temporary:
-        save_model(temporary, run.bert, run.data.tokenizer)
+        save_model(temporary, learner.bert, tokenizer)
         save_file(moments, temporary / "optimizer.safetensors")
-        if progress.start:
-            save_evaluation(temporary / "start.safetensors", progress.start)
+        if progress.baseline:
+            save_evaluation(temporary / "baseline.safetensors", progress.baseline)
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    not_newer = [other for other in checkpoints_of(run.folder) if _step(other) <= progress.step]
-    for old in not_newer[: -run.config.keep_checkpoints]:
+    not_newer = [other for other in checkpoints_of(setup.folder) if _step(other) <= progress.step]
+    for old in not_newer[: -setup.config.keep_checkpoints]:
         old.rename(old.with_name(f".{old.name}.old"))  # a removal that is interrupted leaves no half of a checkpoint
     for leftover in path.parent.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -209,12 +208,8 @@ def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOpt
     state = _read_state(path)
     if optimizer.scaler is not None:
         optimizer.scaler.load_state_dict(state["scaler"])
-    saved = state["progress"]
-    saved["unreported"] = Unreported(**saved["unreported"])
-    saved["guesses_before"] = [[Guess(*guess) for guess in guesses] for guesses in saved["guesses_before"]]
-    if (path / "start.safetensors").exists():
-        saved["start"] = load_evaluation(path / "start.safetensors")
-    return Progress(**saved)
+    baseline = path / "baseline.safetensors"
+    return Progress.from_state_dict(state["progress"], load_evaluation(baseline) if baseline.exists() else None)
 
 
 def _read_state(checkpoint):

@@ -1,18 +1,18 @@
 """How large a micro-batch may be, for the memory of the device."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from mlm.data.micro_batches import Divide
-from mlm.data.packing import frame
+from Config import Config
+from mlm.data.packing import MaskedChunks, frame
 from mlm.data.tokenizer import Vocabulary
+from mlm.runtime.hardware import OutOfMemory
 from mlm.terminal import say
-from mlm.training.plan import ResolvedConfig
-from mlm.training.run import Progress, Run
+from mlm.training.run import Learner
 from mlm.training.step import accumulate_gradients
 
 # On a CPU: larger micro-batches slow a large model down, as what it keeps for the backward pass leaves the caches;
@@ -23,40 +23,44 @@ SPARE_SHARE = 0.07  # of a GPU's memory
 UNDIVIDED = 1 << 30  # positions, which no batch has
 
 
-def micro_batch_positions(run: Run, progress: Progress) -> int:
-    """The size of micro-batches: the user's, else the usual one, but on a GPU what a trial finds to fit the memory.
+def choose(learner: Learner, config: Config, found: int | None) -> int:
+    """Returns the positions of micro-batches: the user's, else the usual ones, but on a GPU what a trial finds to fit.
 
-    What was found is kept in `progress`, as a resumed run must use the same micro-batches to draw the same dropout.
+    found: by an earlier trial. A resumed run must use the same micro-batches, as each draws dropout of its own.
     """
-    if not is_found_by_trial(run):
-        return run.config.micro_batch_tokens or CPU_MICRO_BATCH_POSITIONS
-    if progress.micro_batch_tokens is None:
-        progress.micro_batch_tokens = fit_memory(
-            run.accelerator, run.model, run.divide, run.data.vocabulary, run.config
-        )
-        say(f"micro_batch_tokens: {progress.micro_batch_tokens:,} fit the memory")
-    return progress.micro_batch_tokens
+    if not is_found_by_trial(learner.accelerator, config):
+        return config.micro_batch_tokens or CPU_MICRO_BATCH_POSITIONS
+    if found is None:
+        found = fit_memory(learner, config)
+        say(f"micro_batch_tokens: {found:,} fit the memory")
+    return found
 
 
-def is_found_by_trial(run: Run) -> bool:
+def is_found_by_trial(accelerator: Accelerator, config: Config) -> bool:
     """Whether nobody but the GPU's memory decides how large a micro-batch may be."""
-    return not run.config.micro_batch_tokens and run.accelerator.device.type == "cuda"
+    return not config.micro_batch_tokens and accelerator.device.type == "cuda"
 
 
-def fit_memory(
-    accelerator: Accelerator, model: nn.Module, divide: Divide, vocabulary: Vocabulary, config: ResolvedConfig
-) -> int:
-    """The positions of the largest micro-batch, at most a step's, that every rank has the memory to train on.
+def fit_memory(learner: Learner, config: Config) -> int:
+    """Returns the positions of the largest micro-batch, at most a step's, that every rank has the memory to train on.
 
     Found by trial, beside what training will hold as well: full gradients, AdamW's moments and some spare memory.
     """
-    model = accelerator.unwrap_model(model).train()  # a rank that runs out of memory must not leave others waiting
+    accelerator = learner.accelerator
+    model = accelerator.unwrap_model(
+        learner.model
+    ).train()  # a rank that runs out of memory must not leave others waiting
+    undivided = replace(learner.micro_batcher, max_positions=UNDIVIDED)
 
     def fits(chunks: int) -> bool:
-        micro_batches = divide(_trial_chunks(chunks, vocabulary, config), UNDIVIDED)
-        loss = accumulate_gradients(accelerator, model, micro_batches, masked_tokens=1, seed_of=lambda number: 0)
-        torch.cuda.empty_cache()
-        return loss is not None
+        micro_batches = undivided(_trial_chunks(chunks, undivided.vocabulary, config))
+        try:
+            accumulate_gradients(accelerator, model, micro_batches, masked_tokens=1, seed=0, step=0)
+        except OutOfMemory:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+        return True
 
     fits(1)  # loads kernels and handles, and leaves gradients as a second micro-batch finds them
     moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
@@ -74,15 +78,15 @@ def fit_memory(
     return int(accelerator.gather(positions).min())
 
 
-def _trial_chunks(chunks, vocabulary, config):
-    """So many chunks of the greatest length, with more masked tokens than chance will bring."""
-    lengths = np.full(chunks, config.sen_max_length - 2)  # without [CLS] and [SEP]
+def _trial_chunks(number: int, vocabulary: Vocabulary, config: Config) -> MaskedChunks:
+    """Chunks of the greatest length, with more masked tokens than chance will bring."""
+    lengths = np.full(number, config.sen_max_length - 2)  # without [CLS] and [SEP]
     ids = np.full(lengths.sum(), vocabulary.mask_id)
     share = min(1.0, max(0.25, 1.5 * config.mlm_probability))
     masked = np.arange(0, len(ids), 1 / share).astype(np.int64)
     return frame(ids, masked, ids[masked], lengths, vocabulary)
 
 
-def _spare_bytes(device):
+def _spare_bytes(device: torch.device) -> int:
     """What is left free for fragmentation and whatever else comes to use the GPU."""
     return int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0

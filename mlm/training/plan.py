@@ -1,55 +1,129 @@
-"""How long a run trains and at what learning rate: the settings, each with the value that it stands for."""
+"""A run's plan: how many steps, at which learning rate, and after which of them something is due."""
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from Config import SCRATCH_SIZES, Config
+from mlm.data.chunks import Chunks, Corpus, steps_per_epoch
 from mlm.data.text_files import text_folder
 from mlm.errors import UserError
+from mlm.evaluation.loss import Evaluation, sample_size
 
 
-@dataclass(kw_only=True)
-class ResolvedConfig(Config):
-    """A configuration in which settings that were left unset have the value that they stand for.
+def resolve(config: Config, epoch_steps: int, precision: str) -> Config:
+    """Returns the configuration with the value that each unset setting stands for, for epochs of `epoch_steps`.
 
-    Two may stay unset: `micro_batch_tokens`, which the device decides, and `save_every`, as checkpoints
-    at the ends of epochs alone are saved only as often as costs little. Defaults stay those of Config.
+    Two may stay unset: `micro_batch_tokens`, which the device decides, and `save_every`, as checkpoints at the ends of
+    epochs alone are saved only as often as costs little. precision: that of forward passes. Raises UserError where
+    settings do not fit together.
     """
-
-    max_steps: int
-    num_warmup_steps: float  # a count
-    learning_rate: float
-    eval_every: int
-
-
-def resolve(config: Config, steps_per_epoch: int, precision: str) -> ResolvedConfig:
-    """The configuration for a text of so many steps per epoch, in the number format that forward passes will have.
-
-    Raises UserError where settings do not fit together.
-    """
-    total_steps = config.max_steps or config.num_epochs * steps_per_epoch
+    total_steps = config.max_steps or config.num_epochs * epoch_steps
     warmup_steps = config.num_warmup_steps
     if warmup_steps < 1:  # a share of all steps
         warmup_steps = round(warmup_steps * total_steps)
     if warmup_steps > total_steps:
         raise UserError(f"num_warmup_steps: {warmup_steps:g} is more than the {total_steps} steps of num_epochs")
     usual_rate = SCRATCH_SIZES[config.scratch_size].learning_rate if config.scratch_size else 3e-5
-    resolved: dict[str, Any] = {
-        "path_datasets": str(text_folder(config)),
-        "max_steps": total_steps,
-        "num_warmup_steps": warmup_steps,
-        "learning_rate": config.learning_rate or usual_rate,
-        "eval_every": config.eval_every or steps_per_epoch,
-        "mixed_precision": precision,
-    }
-    return ResolvedConfig(**(vars(config) | resolved))
+    return replace(
+        config,
+        path_datasets=str(text_folder(config)),
+        max_steps=total_steps,
+        num_warmup_steps=warmup_steps,
+        learning_rate=config.learning_rate or usual_rate,
+        eval_every=config.eval_every or epoch_steps,
+        mixed_precision=cast(Any, precision),
+    )
 
 
-def learning_rate_at(step: int, config: ResolvedConfig) -> float:
-    """Linear warm-up to `learning_rate`, then linear decay; above 0 in the first step and in the last.
+def learning_rate_at(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Returns the rate of the step after `step` others: linear warm-up to the peak, then linear decay.
 
-    step: optimizer steps done before.
+    Above 0 in the first step and in the last.
     """
-    warmup, total = int(config.num_warmup_steps), config.max_steps
-    of_peak = (step + 1) / warmup if step < warmup else (total - step) / max(1, total - warmup)
-    return config.learning_rate * of_peak
+    if step < warmup_steps:
+        return peak * ((step + 1) / warmup_steps)
+    return peak * ((total_steps - step) / max(1, total_steps - warmup_steps))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers that follow from settings and text; "after a step" counts the steps done."""
+
+    steps: int  # of the optimizer, in all
+    steps_per_epoch: int
+    warmup_steps: int
+    peak_learning_rate: float
+    evaluate_every: int  # steps
+    save_every: int | None  # steps; None: at the ends of epochs alone, as long as that costs little
+    test_chunks: int  # that the first and the last evaluation score
+    tokens_per_step: int  # on average
+    positions_per_step: int  # on average, with [CLS] and [SEP]
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of the step after `step` others."""
+        return learning_rate_at(step, self.peak_learning_rate, self.warmup_steps, self.steps)
+
+    def epochs(self, step: int) -> float:
+        """Returns how many epochs the first `step` steps are."""
+        return step / self.steps_per_epoch
+
+    def middle_evaluations(self, done: int = 0) -> range:
+        """Returns the steps beyond `done`, but for the last, after which the model is evaluated."""
+        return _multiples(self.evaluate_every, done, self.steps)
+
+    def is_evaluation_due(self, step: int) -> bool:
+        """Whether the model is evaluated after a step: before the first, when due, and after the last."""
+        return step in (0, self.steps) or step in self.middle_evaluations()
+
+    def is_log_due(self, step: int, log_every: int) -> bool:
+        """Whether a line about training is written after a step."""
+        return step % log_every == 0 or step == self.steps
+
+    def is_save_due(self, step: int) -> bool:
+        """Whether a step is the end of an epoch, or of `save_every` steps, and not that of the run."""
+        return any(step in _multiples(interval, 0, self.steps) for interval in self._save_intervals)
+
+    def saves_left(self, done: int) -> int:
+        """Returns how many of the steps beyond `done` are such that `is_save_due`."""
+        epoch, other = self._save_intervals
+        due = [_multiples(interval, done, self.steps) for interval in (epoch, other, math.lcm(epoch, other))]
+        return len(due[0]) + len(due[1]) - len(due[2])
+
+    @property
+    def _save_intervals(self) -> tuple[int, int]:
+        return self.steps_per_epoch, self.save_every or self.steps_per_epoch
+
+
+def _multiples(of: int, above: int, below: int) -> range:
+    """The multiples of a number between two others."""
+    return range(of * (above // of + 1), below, of)
+
+
+def make_plan(config: Config, corpus: Corpus) -> Plan:
+    """Returns the plan of a resolved configuration for a text."""
+    assert config.max_steps and config.learning_rate and config.eval_every, "`resolve` has set them"
+    epoch_steps = steps_per_epoch(len(corpus.train), config.batch_size)
+    tokens = len(corpus.train.tokens)
+    return Plan(
+        steps=config.max_steps,
+        steps_per_epoch=epoch_steps,
+        warmup_steps=int(config.num_warmup_steps),
+        peak_learning_rate=config.learning_rate,
+        evaluate_every=config.eval_every,
+        save_every=config.save_every,
+        test_chunks=min(len(corpus.test), config.max_test_chunks or len(corpus.test)),
+        tokens_per_step=round(tokens / epoch_steps),
+        positions_per_step=round((tokens + 2 * len(corpus.train)) / epoch_steps),
+    )
+
+
+def middle_sample(plan: Plan, test: Chunks, baseline: Evaluation) -> int:
+    """Returns how many test chunks the evaluations between the first and the last score, so that they cost little.
+
+    baseline: the evaluation before training.
+    """
+    positions_per_chunk = 2 + len(test.tokens) / len(test)
+    trained_positions = plan.positions_per_step * plan.steps
+    evaluations = len(plan.middle_evaluations())
+    return sample_size(baseline, plan.test_chunks, trained_positions, positions_per_chunk, evaluations)

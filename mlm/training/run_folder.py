@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,31 +35,32 @@ def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
             yield Path(temporary)
         return
     with ExitStack() as held:  # the lock, for as long as the run lasts
-        made = []
-
-        def claim(*others: Path) -> Path:
-            folder = find_run(config) if config.resume else name_run(config, *others)
-            if config.check_only:
-                return folder
-            try:
-                held.enter_context(lock(folder.parent / ".cache" / f"{folder.name}.lock", timeout_s=0))
-            except Timeout as error:
-                if config.resume or config.run_name:
-                    raise UserError(f"run_name: another process is at work in {folder}") from error
-                return claim(*others, folder)  # which another process begins in this very second
-            except OSError as error:
-                raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from error
-            if not folder.exists():
-                _make_run(folder, config)
-                made.append(folder)
-            return folder
-
-        folder = decide_on_main(accelerator, claim)
+        folder, is_new = decide_on_main(accelerator, lambda: _claim(config, held))
         try:
             yield folder
         finally:
-            if made and not (folder / "metrics.csv").exists():
+            if is_new and accelerator.is_main_process and not (folder / "metrics.csv").exists():
                 shutil.rmtree(folder)
+
+
+def _claim(config: Config, held: ExitStack) -> tuple[Path, bool]:
+    """Finds a folder, locks it as long as `held` lasts, and makes it where it is new. Returns it, and whether it is."""
+    for folder in [find_run(config)] if config.resume else _free_names(config):
+        if config.check_only:
+            break
+        try:
+            held.enter_context(lock(folder.parent / ".cache" / f"{folder.name}.lock", timeout_s=0))
+        except Timeout as error:
+            if config.resume or config.run_name:
+                raise UserError(f"run_name: another process is at work in {folder}") from error
+            continue  # another process begins there in this very second
+        except OSError as error:
+            raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from error
+        if not folder.exists():
+            _make_run(folder, config)
+            return folder, True
+        break
+    return folder, False
 
 
 def _make_run(folder: Path, config: Config) -> None:
@@ -68,20 +70,24 @@ def _make_run(folder: Path, config: Config) -> None:
         (temporary / "settings.json").write_text(json.dumps({"settings": asdict(config)}, indent=2), encoding="utf-8")
 
 
-def name_run(config: Config, *others: Path) -> Path:
-    """The folder of a new run: `run_name`, or date, time and model, numbered where several begin in one second.
+def _free_names(config: Config) -> Iterator[Path]:
+    """Yields folders for a new run: `run_name`, or date, time and model, numbered where several begin in one second.
 
-    others: what other processes are about to make. Raises UserError where `run_name` is taken.
+    Raises UserError where `run_name` is taken.
     """
+    output = Path(config.path_model_save)
+    if config.run_name:
+        if (output / config.run_name).exists():
+            taken = f"run_name: {output / config.run_name} exists already"
+            raise UserError(f"{taken}; choose another name, or resume it by --resume")
+        yield output / config.run_name
+        return
     model = "demo" if config.demo else re.sub(r"[^\w.-]+", "-", Path(config.initial_pretrain_model).name)
-    name = config.run_name or time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}")
-    folder, runs_of_that_name = Path(config.path_model_save) / name, 1
-    if config.run_name and folder.exists():
-        raise UserError(f"run_name: {folder} exists already; choose another name, or resume it by --resume")
-    while folder.exists() or folder in others:
-        runs_of_that_name += 1
-        folder = folder.with_name(f"{name}-{runs_of_that_name}")
-    return folder
+    name = time.strftime(f"%Y-%m-%d_%H-%M-%S_{model}")
+    for number in count(1):
+        folder = output / (name if number == 1 else f"{name}-{number}")
+        if not folder.exists():
+            yield folder
 
 
 def find_run(config: Config) -> Path:

@@ -1,12 +1,10 @@
 """Fine-tuning: the gradients of the stock models, the weights that dev likes best, seeds and dropout."""
 
-from collections.abc import Callable
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 from comparisons import make_rows, save_model
+from runs import micro_batcher_of
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -14,7 +12,7 @@ from transformers import (
     BertTokenizer,
 )
 
-from mlm.data.micro_batches import make_micro_batches
+from mlm.data.micro_batches import MicroBatcher
 from mlm.data.tokenizer import read_vocabulary
 from mlm.downstream.encoding import Encoded, encode, select
 from mlm.downstream.finetuning import Budget, fine_tune
@@ -39,7 +37,7 @@ def packed_classifier(name: str, kind: str, examples: list[Example]) -> PackedCl
     bert = load_classifier(name, 2, 5, of_words=kind == "entities")
     classifier = PackedClassifier(bert, vocabulary.sep_id if kind == "pair" else None).eval()
     chunks = select(encoded, np.arange(len(examples)))
-    [(inputs, targets)] = make_micro_batches(chunks, 4096, vocabulary, torch.device("cpu"))
+    [(inputs, targets)] = micro_batcher_of(vocabulary)(chunks)
     torch.nn.functional.cross_entropy(classifier(**inputs), targets).backward()
     return classifier
 
@@ -90,20 +88,19 @@ def test_heads_of_models_of_one_width_start_alike(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def small_training(tmp_path) -> tuple[PackedClassifier, Encoded, Callable]:
-    """A classifier, 40 texts to train on, and the function that lays chunks out for it."""
+def small_training(tmp_path) -> tuple[PackedClassifier, Encoded, MicroBatcher]:
+    """A classifier, 40 texts to train on, and what splits texts into micro-batches for it."""
     name = save_model(tmp_path / "model")
     tokenizer = BertTokenizer.from_pretrained(name)
     examples = [Example((text,), (label,)) for text, label in make_rows(40, 8)]
     encoded = encode(examples, Task("t", "text", ["no", "yes"], examples, [], [], []), tokenizer, 64)
-    vocabulary, device = read_vocabulary(tokenizer), torch.device("cpu")
-    divide = partial(make_micro_batches, positions=4096, vocabulary=vocabulary, device=device)
-    return PackedClassifier(load_classifier(name, 2, 5, of_words=False)), encoded, divide
+    classifier = PackedClassifier(load_classifier(name, 2, 5, of_words=False))
+    return classifier, encoded, micro_batcher_of(read_vocabulary(tokenizer))
 
 
 @pytest.mark.parametrize(("scores", "best"), [([0.1, 0.5, 0.5, 0.3], 2), ([0.0, 0.0, 0.0, 0.0], 1), ([0, 0, 0, 1], 4)])
 def test_the_weights_that_dev_likes_best_are_kept(tmp_path, accelerator, scores, best):
-    classifier, train, divide = small_training(tmp_path)
+    classifier, train, micro_batcher = small_training(tmp_path)
     snapshots, expected = [], scores[best - 1]
 
     def score_on_dev():
@@ -111,7 +108,7 @@ def test_the_weights_that_dev_likes_best_are_kept(tmp_path, accelerator, scores,
         return scores[len(snapshots) - 1]
 
     budget = Budget(steps=8, evaluate_every=2, batch_size=8, learning_rate=1e-3)
-    found = fine_tune(classifier, train, score_on_dev, budget, 3, accelerator, divide, lambda: None)
+    found = fine_tune(classifier, train, score_on_dev, budget, 3, accelerator, micro_batcher, lambda: None)
     assert found == (2 * best, expected) and len(snapshots) == 4
     for name, weight in classifier.state_dict().items():
         assert torch.equal(weight, snapshots[best - 1][name])
@@ -119,10 +116,10 @@ def test_the_weights_that_dev_likes_best_are_kept(tmp_path, accelerator, scores,
 
 
 def test_a_rate_that_diverges_leaves_the_classifier_as_it_was(tmp_path, accelerator):
-    classifier, train, divide = small_training(tmp_path)
+    classifier, train, micro_batcher = small_training(tmp_path)
     before = classifier.bert.classifier.weight.clone()
     budget = Budget(steps=8, evaluate_every=4, batch_size=8, learning_rate=1e30)
-    found = fine_tune(classifier, train, lambda: 0.7, budget, 3, accelerator, divide, lambda: None)
+    found = fine_tune(classifier, train, lambda: 0.7, budget, 3, accelerator, micro_batcher, lambda: None)
     assert found == (0, 0.0) and torch.equal(classifier.bert.classifier.weight, before)
 
 
@@ -130,12 +127,12 @@ def test_training_follows_the_seed_and_drops_out(tmp_path, accelerator):
     """Weights after a few steps are the same with the same seed, not with another, nor without dropout."""
 
     def train_with(seed, dropout=0.1):
-        classifier, train, divide = small_training(tmp_path)
+        classifier, train, micro_batcher = small_training(tmp_path)
         for module in classifier.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout if module.p else 0.0
         budget = Budget(steps=3, evaluate_every=3, batch_size=40, learning_rate=1e-3)  # one batch is an epoch
-        fine_tune(classifier, train, lambda: 0.5, budget, seed, accelerator, divide, lambda: None)
+        fine_tune(classifier, train, lambda: 0.5, budget, seed, accelerator, micro_batcher, lambda: None)
         return classifier.bert.bert.embeddings.word_embeddings.weight.detach().clone()
 
     one = train_with(1)
@@ -148,11 +145,11 @@ def test_training_follows_the_seed_and_drops_out(tmp_path, accelerator):
 def test_every_step_of_every_seed_drops_out_anew(tmp_path, accelerator, monkeypatch):
     drawn = []
     for seed in (1, 2):
-        classifier, train, divide = small_training(tmp_path)
+        classifier, train, micro_batcher = small_training(tmp_path)
         with monkeypatch.context() as patches:
             patches.setattr(torch, "manual_seed", drawn.append)
             budget = Budget(steps=5, evaluate_every=5, batch_size=40, learning_rate=1e-3)
-            fine_tune(classifier, train, lambda: 0.5, budget, seed, accelerator, divide, lambda: None)
+            fine_tune(classifier, train, lambda: 0.5, budget, seed, accelerator, micro_batcher, lambda: None)
     assert len(drawn) == len(set(drawn)) == 10
 
 
@@ -162,8 +159,8 @@ def test_gradients_are_clipped(tmp_path, accelerator, monkeypatch):
     monkeypatch.setattr(
         accelerator, "clip_grad_norm_", lambda parameters, norm: norms.append(norm) or clip(parameters, norm)
     )
-    classifier, train, divide = small_training(tmp_path)
-    fine_tune(classifier, train, lambda: 0.5, Budget(2, 2, 8, 1e-3), 3, accelerator, divide, lambda: None)
+    classifier, train, micro_batcher = small_training(tmp_path)
+    fine_tune(classifier, train, lambda: 0.5, Budget(2, 2, 8, 1e-3), 3, accelerator, micro_batcher, lambda: None)
     assert norms == [1.0, 1.0]
 
 

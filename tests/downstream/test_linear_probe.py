@@ -1,14 +1,12 @@
 """The linear probe: its features, and the training texts that each seed draws."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 from comparisons import save_model
+from runs import micro_batcher_of
 from transformers import BertModel, BertTokenizer
 
-from mlm.data.micro_batches import make_micro_batches
 from mlm.data.tokenizer import read_vocabulary
 from mlm.downstream.encoding import encode
 from mlm.downstream.linear_probe import features, resample, select_rows
@@ -24,10 +22,8 @@ def test_features_are_the_stock_models_mean_hidden_states(tmp_path, accelerator)
     texts = ["w1 good w2", "", "bad w4 w5 w6 w7 w8"]
     examples = [Example((text,), ("x",)) for text in texts]
     encoded = encode(examples, Task("t", "text", ["x"], examples, [], [], []), tokenizer, 64)
-    divide = partial(
-        make_micro_batches, positions=4096, vocabulary=read_vocabulary(tokenizer), device=torch.device("cpu")
-    )
-    found = features(PackedBert(load_encoder(name)), encoded, accelerator, divide)
+    micro_batcher = micro_batcher_of(read_vocabulary(tokenizer))
+    found = features(PackedBert(load_encoder(name)), encoded, accelerator, micro_batcher)
     stock = BertModel.from_pretrained(name).eval()
     for row, text in zip(found, texts, strict=True):
         hidden = stock(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 1:-1].detach()

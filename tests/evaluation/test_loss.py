@@ -1,27 +1,26 @@
 """Law 6: what an evaluation says of each chunk, how sure it is of the sum, and which chunks it takes."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from reference import pad, score
-from runs import assert_same_bits, metrics, run, stop_at
+from runs import assert_same_bits, metrics, micro_batcher_of, run, stop_at
 
 import data_process
-import train
 from data_process import evaluation_batches, prepare
 from mlm.data.chunks import take
 from mlm.data.masking import BERT_RULE, content_keys, mask
-from mlm.data.micro_batches import StepQueue, chunks_of_masked, make_micro_batches
+from mlm.data.micro_batches import chunk_of_target
 from mlm.data.packing import frame
 from mlm.data.randomness import evaluation_order
 from mlm.data.text_files import find_text
 from mlm.data.tokenizer import load_tokenizer, read_vocabulary
 from mlm.evaluation import loss as evaluation
 from mlm.evaluation.loss import Evaluation, compare, evaluate, sample_size, standard_error
+from mlm.runtime.signals import StopRequest
 from model import PackedMaskedLM, load_model
 
 
@@ -34,10 +33,9 @@ def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings, monkeypatch)
     vocabulary = read_vocabulary(tokenizer)
     _, test, _ = prepare(config, text, tokenizer, vocabulary)
     model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
-    divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"))
-    queue = StepQueue(iter([]), divide, micro_batch_positions=100, longest_chunk=32)
     batches = evaluation_batches(test, vocabulary, len(test))
-    found = evaluate(Accelerator(), PackedMaskedLM(model).train(), batches, len(test), queue, signals=[])
+    packed, micro_batcher = PackedMaskedLM(model).train(), micro_batcher_of(vocabulary, 100)
+    found = evaluate(Accelerator(), packed, batches, len(test), micro_batcher, StopRequest())
 
     def by_stock_model(chunks):
         tokens, lengths, _ = take(test, chunks)
@@ -75,10 +73,10 @@ def test_masked_tokens_know_their_chunk_in_either_layout(vocabulary, varlen):
     tokens = np.repeat(np.arange(10, 60), lengths)  # each chunk repeats one token of its own
     masked = np.sort(np.random.default_rng(1).choice(len(tokens), len(tokens) // 3, replace=False))
     chunks = frame(tokens, masked, tokens[masked], lengths, vocabulary)
-    micro_batches = make_micro_batches(chunks, 100, vocabulary, torch.device("cpu"), varlen)
+    micro_batches = micro_batcher_of(vocabulary, 100, varlen)(chunks)
     assert len(micro_batches) > 3
-    for micro_batch, chunk_of in zip(micro_batches, chunks_of_masked(micro_batches), strict=True):
-        assert torch.equal(chunk_of, micro_batch.targets - 10)
+    for micro_batch, chunk in zip(micro_batches, chunk_of_target(micro_batches), strict=True):
+        assert torch.equal(chunk, micro_batch.targets - 10)
 
 
 # ----------------------------------------------------------------------------------------------------------- its error
@@ -181,12 +179,12 @@ def test_the_best_is_found_by_the_chunks_that_all_evaluations_score(long_setting
     monkeypatch.setattr(evaluation, "SAMPLE_ERROR", 100.0)
     sampled = iter([9.0, 5.0, 6.0, 4.0])
 
-    def scored(accelerator, model, batches, chunks, queue, signals):
+    def scored(accelerator, model, batches, chunks, *others):
         losses = np.full(chunks, 9.0)
         losses[:2] = next(sampled)
         return Evaluation(losses, np.zeros(chunks), np.ones(chunks))
 
-    monkeypatch.setattr(train, "evaluate", scored)
+    monkeypatch.setattr(evaluation, "evaluate", scored)
     folder = run(long_settings(max_steps=12, max_test_chunks=20))
     best, last = (folder / name / "model.safetensors" for name in ("best", "final"))
     assert best.read_bytes() == last.read_bytes()

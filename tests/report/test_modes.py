@@ -17,8 +17,7 @@ from mlm.errors import UserError
 from mlm.report import dry_run as rehearsal
 from mlm.report import trackers
 from mlm.runtime import hub
-from mlm.training.run import Pace, Progress
-from mlm.training.time_left import time_left
+from mlm.training import checkpoint
 
 
 def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing_but_the_cache(settings, monkeypatch, capsys):
@@ -46,17 +45,16 @@ def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch):
     """Steps, evaluations, test chunks, checkpoints and bytes: each as the run itself has them."""
     monkeypatch.setattr(rehearsal, "TIMED_SECONDS", 0.1)
     estimates = []
-    monkeypatch.setattr(train, "describe_estimate", lambda run, estimate: estimates.append(estimate) or "")
+    monkeypatch.setattr(rehearsal, "describe_estimate", lambda run, estimate: estimates.append(estimate) or "")
     usual = {"max_steps": 26, "eval_every": 4, "save_every": 5, "keep_checkpoints": 2}
     train.main(settings(dry_run=True, **usual))
-    saved = []
-    save_checkpoint = train.save_if_due.__globals__["save_checkpoint"]
+    saved, save_checkpoint = [], checkpoint.save_checkpoint
 
-    def watched(run, progress):
+    def watched(setup, learner, tokenizer, progress):
         saved.append(progress.step)
-        save_checkpoint(run, progress)
+        save_checkpoint(setup, learner, tokenizer, progress)
 
-    monkeypatch.setitem(train.save_if_due.__globals__, "save_checkpoint", watched)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", watched)
     folder = run(settings(run_name="whole", **usual))
     [estimate] = estimates
     scored = [int(row["test_chunks"]) for row in metrics(folder) if row["test_chunks"]]
@@ -68,19 +66,6 @@ def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch):
 def test_the_shortest_run_can_be_rehearsed(settings, capsys):
     train.main(settings(dry_run=True, max_steps=1))
     assert "steps     1 of 16 chunks" in capsys.readouterr().out
-
-
-def test_the_time_left_counts_evaluations_and_checkpoints_too(settings):
-    """By speeds that are given."""
-
-    class Run:
-        config = settings(max_steps=20, eval_every=5, save_every=4)
-        test_chunks, steps_per_epoch, pace = 80, 8, Pace()
-
-    Run.pace.seconds |= {"scoring a chunk": 0.1, "keeping what was found": 3.0, "saving a checkpoint": 7.0}
-    progress = Progress(step=10, evaluated=10, sampled_chunks=50)
-    # Evaluations after steps 15 (50 chunks) and 20 (80); checkpoints after two of nine further steps; final/ once.
-    assert time_left(Run, progress, 2.0).seconds == pytest.approx(10 * 2 + 130 * 0.1 + 3 * 3.0 + 2 * 7.0)
 
 
 def test_evaluate_only_scores_any_checkpoint_on_any_text_and_trains_nothing(settings, tmp_path, capsys):

@@ -1,30 +1,30 @@
 """What users of GPUs rely on, as far as a CPU can show it: the memory trial, memory that runs out, kernels, formats."""
 
-import gc
 import json
 import re
 import subprocess
 import sys
-from functools import partial
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import LAUNCHERS, ROOT, assert_close, finish, run, start
+from runs import LAUNCHERS, ROOT, assert_close, finish, learner_of, micro_batcher_of, run, start
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import train
 from Config import Config
-from mlm.data.micro_batches import make_micro_batches
 from mlm.data.packing import frame
 from mlm.errors import UserError
 from mlm.runtime import hardware as machine
+from mlm.training import checkpoint
 from mlm.training import micro_batch_size as memory
-from mlm.training.micro_batch_size import fit_memory, micro_batch_positions
-from mlm.training.plan import resolve
-from mlm.training.run import Progress
+from mlm.training import step as training_step
+from mlm.training.micro_batch_size import fit_memory
+from mlm.training.run import Learner
 from model import PackedMaskedLM, load_model
 
 
@@ -34,20 +34,20 @@ def trial(settings, vocabulary, monkeypatch):
     held already."""
 
     def make(largest_that_fits: int = 10**9, **changes) -> tuple[int, list[tuple[int, int, bool]], torch.nn.Module]:
-        config = resolve(settings(**changes), steps_per_epoch=10, precision="no")
-        model = PackedMaskedLM(load_model(config, vocabulary.size, vocabulary.pad_id)[0])
+        config = settings(**changes)
+        learner = learner_of(load_model(config, vocabulary.size, vocabulary.pad_id)[0], vocabulary)
         forward, passes = PackedMaskedLM.forward, []
 
-        def watched(self, input_ids, *arguments, masked, **more):
-            held = all(p.grad is not None for p in model.parameters() if p.requires_grad)
-            passes.append((input_ids.numel(), len(masked), held))
-            if input_ids.numel() > largest_that_fits:
+        def watched(self, **inputs):
+            positions = inputs["input_ids"].numel()
+            held = all(p.grad is not None for p in learner.model.parameters() if p.requires_grad)
+            passes.append((positions, len(inputs["masked"]), held))
+            if positions > largest_that_fits:
                 raise torch.OutOfMemoryError("no memory")
-            return forward(self, input_ids, *arguments, masked=masked, **more)
+            return forward(self, **inputs)
 
         monkeypatch.setattr(PackedMaskedLM, "forward", watched)
-        divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"))
-        return fit_memory(Accelerator(), model, divide, vocabulary, config), passes, model
+        return fit_memory(learner, config), passes, learner.model
 
     return make
 
@@ -74,23 +74,42 @@ def test_the_memory_trial_leaves_some_memory_to_others(monkeypatch):
     assert memory._spare_bytes(torch.device("cpu")) == 0
 
 
-def test_the_memory_trial_holds_what_training_will_hold_and_the_spare(trial, monkeypatch):
-    monkeypatch.setattr(memory, "_spare_bytes", lambda device: 12_345)
+class MadeTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that were made under it and are still held."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        self.made += [weakref.ref(each) for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        return result
+
+    def held_bytes(self) -> int:
+        tensors = [tensor for made in self.made if (tensor := made()) is not None]
+        return sum(
+            {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values()
+        )
+
+
+def test_the_memory_trial_holds_what_training_will_hold_and_some_spare(trial, monkeypatch):
+    monkeypatch.setattr(memory, "_spare_bytes", lambda device: 10**6)
     forward, held = PackedMaskedLM.forward, []
 
-    def counting(self, *arguments, **more):
-        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
-        rows = self.bert.bert.embeddings.word_embeddings.weight.shape
-        held.append((sum(t.numel() == 12_345 for t in tensors), sum(t.shape == rows for t in tensors)))
-        return forward(self, *arguments, **more)
+    def counting(self, **inputs):
+        held.append(made.held_bytes())
+        return forward(self, **inputs)
 
     monkeypatch.setattr(PackedMaskedLM, "forward", counting)
-    trial()
-    (_, without), (spare, with_moments) = held
-    assert spare == 1 and with_moments >= without + 2  # beside the gradient, AdamW's two moments
+    with MadeTensors() as made:
+        _, _, model = trial()
+    before, during = held
+    moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert during - before >= moments + 10**6
 
 
-def test_what_the_trial_compiled_is_dropped(trial, monkeypatch):
+def test_what_the_memory_trial_compiled_on_several_ranks_is_dropped(trial, monkeypatch):
     dropped = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: dropped.append(True))
     trial(compile=True)
@@ -103,33 +122,26 @@ def test_what_the_trial_compiled_is_dropped(trial, monkeypatch):
 
 
 def test_a_resumed_run_takes_the_size_that_was_found_and_tries_nothing(monkeypatch):
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    run_on_gpu = SimpleNamespace(
-        config=Config(), accelerator=on_gpu, model=None, divide=None, data=SimpleNamespace(vocabulary=None)
-    )
+    monkeypatch.setattr(memory, "is_found_by_trial", lambda accelerator, config: config.micro_batch_tokens is None)
     monkeypatch.setattr(memory, "fit_memory", lambda *arguments: 4096)
-    progress = Progress()
-    assert micro_batch_positions(run_on_gpu, progress) == progress.micro_batch_tokens == 4096
+    learner = Learner(Accelerator(), None, None, None, None)
+    assert memory.choose(learner, Config(), found=None) == 4096
     monkeypatch.setattr(memory, "fit_memory", lambda *arguments: pytest.fail("another trial"))
-    assert micro_batch_positions(run_on_gpu, Progress(micro_batch_tokens=2048)) == 2048
-    run_on_gpu.config.micro_batch_tokens = 512  # what the user says comes first
-    assert micro_batch_positions(run_on_gpu, Progress(micro_batch_tokens=2048)) == 512
+    assert memory.choose(learner, Config(), found=2048) == 2048
+    assert memory.choose(learner, Config(micro_batch_tokens=512), found=2048) == 512  # what the user says comes first
 
 
 def test_a_checkpoint_holds_the_size_that_was_found_or_halved_since(settings, monkeypatch):
-    def found(run, progress):
-        progress.micro_batch_tokens = 128
-        return 128
-
-    def halving(run, progress, queue):
+    def halving(learner, progress, *others):
         if progress.step == 2:
-            queue.halve()
-        return train_step(run, progress, queue)
+            learner.micro_batcher.halve()
+        return take_step(learner, progress, *others)
 
-    train_step = train.train_step
-    monkeypatch.setattr(train, "micro_batch_positions", found)
-    monkeypatch.setattr("mlm.training.checkpoint.is_found_by_trial", lambda run: True)
-    monkeypatch.setattr(train, "train_step", halving)
+    take_step = training_step.take_step
+    monkeypatch.setattr(memory, "fit_memory", lambda *arguments: 128)
+    for module in (memory, checkpoint):  # as on a GPU
+        monkeypatch.setattr(module, "is_found_by_trial", lambda accelerator, config: True)
+    monkeypatch.setattr(training_step, "take_step", halving)
     folder = run(settings(max_steps=5, save_every=2))
     sizes = [
         json.loads((folder / "checkpoints" / f"step-0000000{step}" / "state.json").read_text())["progress"]
@@ -161,14 +173,14 @@ def test_memory_that_runs_out_is_known_in_all_its_shapes(settings, monkeypatch, 
     run(settings(max_steps=2, micro_batch_tokens=256))
     assert failures == [False, False]  # found out by the evaluation of the start, and kept
     failures.clear()
-    monkeypatch.setattr("train.is_evaluation_due", lambda run, progress: progress.step == 2)
+    monkeypatch.setattr("mlm.training.plan.Plan.is_evaluation_due", lambda plan, step: step == 2)
     monkeypatch.setattr("train.finish", lambda *arguments: None)
     run(settings(max_steps=2, micro_batch_tokens=256))
     assert failures == [True, True]
     assert "step 1: out of memory; this and all later steps use micro-batches of 64" in capsys.readouterr().out
 
 
-def test_other_errors_are_not_taken_for_it():
+def test_other_errors_are_not_taken_for_memory_that_ran_out():
     for text in (
         "CUDA error: device-side assert triggered",
         "expected scalar type Float",
@@ -245,7 +257,7 @@ def test_the_backward_pass_fills_no_zeros_for_attention_and_adds_one_row_of_toke
     model = PackedMaskedLM(load_model(settings(), vocabulary.size, vocabulary.pad_id)[0]).train()
     ids = np.full(90, vocabulary.unk_id)
     chunks = frame(ids, np.arange(0, 90, 9), ids[::9], np.full(3, 30), vocabulary)
-    [micro_batch] = make_micro_batches(chunks, 1000, vocabulary, torch.device("cpu"), varlen=True)
+    [micro_batch] = micro_batcher_of(vocabulary, varlen=True)(chunks)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         model(**micro_batch.inputs).sum().backward()
     operations = [(event.key, event.input_shapes) for event in profiled.events()]
@@ -260,7 +272,7 @@ def test_query_key_and_value_share_one_copy_of_their_input_in_16_bits(settings, 
     for projection in (attention.query, attention.key, attention.value):
         projection.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     ids = torch.full((1, 8), vocabulary.unk_id)
-    packed = {"position_ids": torch.arange(8)[None], "masked": torch.tensor([3]), "sequence_ids": torch.ones_like(ids)}
+    packed = {"position_ids": torch.arange(8)[None], "masked": torch.tensor([3]), "segment_ids": torch.ones_like(ids)}
     with torch.autocast("cpu", torch.bfloat16):
         model(ids, **packed)
     assert {tensor.dtype for tensor in inputs} == {torch.bfloat16} and len({id(tensor) for tensor in inputs}) == 1
@@ -287,7 +299,6 @@ def test_tf32_rounds_the_inputs_of_products_and_is_another_format_to_resume_in(s
         run(settings(mixed_precision="tf32"))
     monkeypatch.setattr(machine, "choose_precision", lambda config: config.mixed_precision)
     monkeypatch.setattr("mlm.runtime.distributed.choose_precision", machine.choose_precision)
-    monkeypatch.setattr("train.choose_precision", machine.choose_precision)
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     folder = run(settings(mixed_precision="tf32", max_steps=1))

@@ -15,11 +15,11 @@ from runs import (
     assert_same_bits,
     checkpoint,
     checkpoints,
-    evaluation_of,
     finish,
     metrics,
     read_until,
     run,
+    score_as,
     stop_at,
     untimed,
     weights,
@@ -95,9 +95,9 @@ def test_an_evaluation_is_given_up_when_a_signal_comes(long_settings, monkeypatc
     calls = []
     forward = train.PackedMaskedLM.forward
 
-    def watched(self, *arguments, **inputs):
+    def watched(self, **inputs):
         calls.append(self.training)
-        return forward(self, *arguments, **inputs)
+        return forward(self, **inputs)
 
     monkeypatch.setattr(train.PackedMaskedLM, "forward", watched)
     stop_at(long_settings(), 0, evaluation_batch=3)
@@ -151,8 +151,7 @@ def test_rows_after_the_checkpoint_go(long_settings):
 
 def test_the_best_loss_comes_back(long_settings, monkeypatch):
     """An evaluation after the resume that is worse than the best before it does not replace best/."""
-    losses = iter([9.0, 2.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0])
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(next(losses)))
+    score_as(monkeypatch, [9.0, 2.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0])
     folder = stop_at(long_settings(run_name="a"), 6)
     best = weights(folder, "best")
     run(long_settings(resume=True))

@@ -6,31 +6,32 @@ Some tests start ranks by torchrun, as a user would, and others fork them, which
 import json
 import signal
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from reference import labelled
 from runs import (
     LAUNCHERS,
     assert_close,
     assert_same_bits,
     checkpoints,
-    evaluation_of,
     finish,
     folder_of,
     fork_ranks,
+    learner_of,
     metrics,
     run,
+    score_as,
     send_signals,
     start,
     stop_at,
     weights,
 )
 
+import data_process
 import train
-from mlm.data.micro_batches import make_micro_batches
 from mlm.errors import UserError
 from mlm.training.micro_batch_size import fit_memory
 from model import load_model
@@ -61,13 +62,13 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
     (text_folder / "train.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     forward, sizes = train.PackedMaskedLM.forward, []
 
-    def watched(self, input_ids, position_ids, masked, sequence_ids):
+    def watched(self, **inputs):
         if self.training:
-            sizes.append(int(((position_ids == 0) & (sequence_ids > 0)).sum()))
-        return forward(self, input_ids, position_ids, masked, sequence_ids)
+            sizes.append(int(((inputs["position_ids"] == 0) & (inputs["segment_ids"] > 0)).sum()))
+        return forward(self, **inputs)
 
     monkeypatch.setattr(train.PackedMaskedLM, "forward", watched)
-    training_batches, drawn = train.training_batches, {}
+    training_batches, drawn = data_process.training_batches, {}
 
     def drawing(*arguments):
         for step in training_batches(*arguments):
@@ -76,7 +77,7 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
             drawn.setdefault(config.run_name, []).append((step.masked_tokens, sorted(rows)))
             yield step
 
-    monkeypatch.setattr(train, "training_batches", drawing)
+    monkeypatch.setattr(data_process, "training_batches", drawing)
     folders = []
     for chunks in (1, 4, 32):
         config = settings(
@@ -132,7 +133,7 @@ def stop_in_step_8():
 
 STOPPING = """\
 import os, sys
-sys.path[:0] = [".", "tests"]
+sys.path[:0] = [".", "tests", "tests/training"]
 import test_layout, train
 from Config import parse_flags
 from mlm.errors import plain_errors
@@ -229,7 +230,7 @@ def run_out_of_memory(monkeypatch, positions: int) -> None:
 def test_a_step_out_of_memory_is_cut_finer_and_repeated(settings, monkeypatch, capsys):
     usual = {"max_steps": 6, "hidden_dropout": 0.1}
     small = run(settings(run_name="small", micro_batch_tokens=64, **usual))
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(1.0))
+    score_as(monkeypatch, repeat(1.0))
     run_out_of_memory(monkeypatch, positions=64 + 32)  # a row may be longer by less than a chunk
     capsys.readouterr()
     cut = run(settings(run_name="cut", micro_batch_tokens=256, **usual))
@@ -240,7 +241,7 @@ def test_a_step_out_of_memory_is_cut_finer_and_repeated(settings, monkeypatch, c
 
 
 def test_a_chunk_that_does_not_fit_the_memory_is_said_plainly(settings, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(1.0))
+    score_as(monkeypatch, repeat(1.0))
     run_out_of_memory(monkeypatch, positions=20)
     with pytest.raises(UserError, match="micro_batch_tokens: out of memory"):
         run(settings(max_steps=2, micro_batch_tokens=256))
@@ -251,7 +252,6 @@ def test_the_largest_micro_batch_that_fits_is_found_by_trying(settings, vocabula
     """At most a step's 16 chunks of 32 tokens, and at least one chunk."""
     bert, _ = load_model(settings(), vocabulary.size, vocabulary.pad_id)
     run_out_of_memory(monkeypatch, positions)
-    divide = partial(make_micro_batches, vocabulary=vocabulary, device=torch.device("cpu"), varlen=False)
-    model = train.PackedMaskedLM(bert)
-    assert fit_memory(Accelerator(), model, divide, vocabulary, settings()) == expected
-    assert all(parameter.grad is None for parameter in model.parameters())  # nothing of it is left
+    learner = learner_of(bert, vocabulary)
+    assert fit_memory(learner, settings()) == expected
+    assert all(parameter.grad is None for parameter in learner.model.parameters())  # nothing of it is left

@@ -1,18 +1,19 @@
 """Laws 1, 3, 6 and 8 over the whole job on a tiny corpus: how it trains, evaluates and stops, and what it leaves."""
 
+import inspect
 import json
 import math
 import re
 import time
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import pad, score
-from runs import evaluation_of, folder_of, metrics, run, weights
+from runs import folder_of, metrics, run, score_as, weights
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -28,7 +29,7 @@ from mlm.data.tokenizer import load_tokenizer, read_vocabulary
 from mlm.errors import UserError
 from mlm.storage import lock
 from mlm.training import step as training
-from mlm.training.plan import learning_rate_at, resolve
+from mlm.training.plan import learning_rate_at
 from model import Dropout, load_model
 
 
@@ -83,18 +84,6 @@ def test_the_same_run_twice_gives_the_same_bits(settings):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_the_schedule_warms_up_decays_and_never_trains_at_zero(settings):
-    config = settings(max_steps=10, num_warmup_steps=4, learning_rate=1.0)
-    rates = [learning_rate_at(step, config) for step in range(10)]
-    assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    resolved = resolve(settings(num_epochs=3, num_warmup_steps=0.1), steps_per_epoch=40, precision="no")
-    assert (resolved.max_steps, resolved.num_warmup_steps, resolved.learning_rate) == (120, 12, 2e-3)
-    assert (resolved.eval_every, resolved.save_every) == (40, None)
-    assert resolve(resolved, 40, "no") == resolved
-    with pytest.raises(UserError, match="num_warmup_steps"):
-        resolve(settings(num_epochs=1, num_warmup_steps=50), steps_per_epoch=40, precision="no")
-
-
 def test_dropout_is_on_in_every_step_and_off_in_evaluations(settings, monkeypatch):
     forward, modes = train.PackedMaskedLM.forward, set()
 
@@ -141,27 +130,27 @@ def test_the_optimizer_gets_clipped_gradients_scheduled_rates_and_no_decay_for_b
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     config = settings(max_steps=6, max_grad_norm=0.01)
     run(config)
-    resolved = resolve(config, 1, "no")
     for step, (norm, rates) in enumerate(steps):
         assert norm == pytest.approx(0.01, rel=1e-3)
-        assert rates == [learning_rate_at(step, resolved)] * 2
+        assert rates == [learning_rate_at(step, peak=2e-3, warmup_steps=1, total_steps=6)] * 2
     assert len(steps) == 6
 
 
 @pytest.mark.parametrize(("setting", "words"), [("whole_words_mask", (True, False)), ("mask_span", (False, True))])
 def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(settings, monkeypatch, setting, words):
-    take, training_batches, taken = data_process.take, train.training_batches, []
+    take, training_batches, taken = data_process.take, data_process.training_batches, []
 
     def watched_take(chunks, indices):
         taken.append((len(chunks), indices.tolist()))
         return take(chunks, indices)
 
-    def watched_steps(chunks, vocabulary, rule, seed, batch_size, *more):
-        assert seed == 5 and batch_size == 7 and rule == (0.3, 0.6, 0.2, *words)
-        return training_batches(chunks, vocabulary, rule, seed, batch_size, *more)
+    def watched_batches(*arguments):
+        named = inspect.signature(training_batches).bind(*arguments).arguments
+        assert (named["seed"], named["batch_size"], named["rule"]) == (5, 7, (0.3, 0.6, 0.2, *words))
+        return training_batches(*arguments)
 
     monkeypatch.setattr(data_process, "take", watched_take)
-    monkeypatch.setattr(train, "training_batches", watched_steps)
+    monkeypatch.setattr(data_process, "training_batches", watched_batches)
     shares = {"mlm_probability": 0.3, "mask_replace_prob": 0.6, "random_replace_prob": 0.2, setting: True}
     folder = run(settings(seed=5, num_epochs=2, batch_size=7, **shares))
     number = json.loads((folder / "settings.json").read_text())["derived"]["chunks"]
@@ -222,17 +211,20 @@ def test_a_step_follows_the_gradient_of_the_stock_models_mean_loss(settings, mon
 
 
 def test_best_is_saved_when_the_test_loss_falls_and_only_then(settings, monkeypatch):
-    losses, saved = iter([9.0, math.nan, 5.0, 6.0, 4.0, 4.5]), []
-    save_model = train.save_model
+    """Looked at before each evaluation, and at the end."""
+    best, seen = Path(settings().path_model_save) / "mine" / "best" / "model.safetensors", []
 
-    def watched(folder, *arguments):
-        saved.append(folder.name)
-        save_model(folder, *arguments)
+    def losses():
+        for loss in (9.0, math.nan, 5.0, 6.0, 4.0, 4.5):
+            seen.append(best.read_bytes() if best.exists() else None)
+            yield loss
 
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(next(losses)))
-    monkeypatch.setattr(train, "save_model", watched)
-    run(settings(max_steps=5, eval_every=1))
-    assert saved == [".best.new", ".best.new", ".final.new"]
+    score_as(monkeypatch, losses())
+    run(settings(max_steps=5, eval_every=1, run_name="mine"))
+    seen.append(best.read_bytes())
+    assert seen[:3] == [None] * 3  # not by the baseline's 9.0, nor by what is no number
+    after_5, after_6, after_4, after_the_last = seen[3:]
+    assert after_5 == after_6 != after_4 == after_the_last
 
 
 def test_non_finite_steps_are_skipped_and_five_in_a_row_end_the_run(settings, monkeypatch, capsys):
@@ -287,14 +279,14 @@ def test_checkpoints_take_a_twentieth_of_the_time_unless_more_are_asked_for(sett
         clock[0] += 1
         return torch.zeros(())
 
-    def save(run, progress):
+    def save(setup, learner, tokenizer, progress):
         clock[0] += 3
         saved.append(progress.step)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(training, "accumulate_gradients", step)
     monkeypatch.setattr("mlm.training.checkpoint.save_checkpoint", save)
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: evaluation_of(1.0))
+    score_as(monkeypatch, repeat(1.0))
     folder = run(settings(batch_size=64, max_steps=150))
     epoch = json.loads((folder / "settings.json").read_text())["derived"]["steps_per_epoch"]
     assert 1 < epoch < 20 and saved[0] == epoch and len(saved) > 1

@@ -1,0 +1,48 @@
+"""How far a run has come: with the weights and the optimizer's state, all that survives a kill."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from mlm.evaluation.hidden_words import Guess
+from mlm.evaluation.loss import Evaluation
+
+
+@dataclass
+class SinceLastLog:
+    """What was done since the last line in the log."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0  # summed over masked tokens, of all ranks, in nats
+    masked_tokens: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0  # optimizer steps done
+    last_evaluated_step: int = -1  # -1: not even the baseline was evaluated
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.csv
+    since_last_log: SinceLastLog = field(default_factory=SinceLastLog)
+    best_loss: float | None = None  # the lowest test loss in training, on the sampled chunks
+    skipped_steps: int = 0  # without a finite loss and gradient
+    skipped_in_a_row: int = 0
+    baseline: Evaluation | None = None  # of the model before training, which later ones are compared with
+    sampled_chunks: int = 0  # of the test text, which evaluations between the first and the last score
+    baseline_guesses: list[list[Guess]] = field(default_factory=list)  # for the hidden words, before training
+    micro_batch_tokens: int | None = None  # what was found to fit a GPU's memory
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything but the baseline, whose arrays have a file of their own, as JSON takes it."""
+        state = asdict(replace(self, baseline=None))
+        del state["baseline"]
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], baseline: Evaluation | None) -> "Progress":
+        """Returns what `state_dict` was made of, after JSON."""
+        guesses = [[Guess(*guess) for guess in guesses] for guesses in state["baseline_guesses"]]
+        restored = {"since_last_log": SinceLastLog(**state["since_last_log"]), "baseline_guesses": guesses}
+        return cls(**state | restored, baseline=baseline)

@@ -1,0 +1,82 @@
+"""A run's plan: after which steps something is due, how many are left, at which rate, and how long that takes."""
+
+import math
+from itertools import product
+
+import pytest
+
+from mlm.errors import UserError
+from mlm.training.plan import Plan, learning_rate_at, resolve
+from mlm.training.progress import Progress
+from mlm.training.timing import Timings, time_left
+
+
+def plan_of(steps: int, epoch: int, evaluate_every: int = 4, save_every: int | None = None) -> Plan:
+    return Plan(
+        steps=steps, steps_per_epoch=epoch, warmup_steps=0, peak_learning_rate=1.0, evaluate_every=evaluate_every,
+        save_every=save_every, test_chunks=80, tokens_per_step=100, positions_per_step=110,
+    )  # fmt: skip
+
+
+LENGTHS = (1, 2, 13, 20)
+
+
+@pytest.mark.parametrize("save_every", [None, 1, 3, 4, 50])
+def test_saves_are_foretold_from_every_step_as_they_then_come(save_every):
+    """At the ends of epochs and of every `save_every` steps, and never after the last: counted one by one."""
+    for steps, epoch in product(LENGTHS, (1, 3, 8, 40)):
+        plan = plan_of(steps, epoch, save_every=save_every)
+        due = [step for step in range(1, steps) if step % epoch == 0 or (save_every and step % save_every == 0)]
+        assert [step for step in range(steps + 1) if plan.is_save_due(step)] == due
+        for done in range(steps + 1):
+            assert plan.saves_left(done) == len([step for step in due if step > done])
+
+
+def test_evaluations_come_before_the_first_step_when_due_and_after_the_last():
+    for steps, every in product(LENGTHS, (1, 4, 5, 40)):
+        plan = plan_of(steps, epoch=3, evaluate_every=every)
+        due = [step for step in range(steps + 1) if step % every == 0 or step == steps]
+        assert [step for step in range(steps + 1) if plan.is_evaluation_due(step)] == due
+        for done in range(steps + 1):
+            middle = [step for step in due if done < step < steps]
+            assert list(plan.middle_evaluations(done)) == middle
+
+
+def test_a_line_is_written_every_so_many_steps_and_after_the_last():
+    assert [step for step in range(1, 14) if plan_of(13, 3).is_log_due(step, log_every=5)] == [5, 10, 13]
+
+
+def test_the_schedule_warms_up_decays_and_never_trains_at_zero():
+    rates = [learning_rate_at(step, peak=1.0, warmup_steps=4, total_steps=10) for step in range(10)]
+    assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert plan_of(10, 3).learning_rate(0) == 1.0 and plan_of(10, 3).learning_rate(9) == pytest.approx(0.1)
+
+
+def test_settings_that_were_left_unset_are_resolved_once(settings):
+    resolved = resolve(settings(num_epochs=3, num_warmup_steps=0.1), epoch_steps=40, precision="no")
+    assert (resolved.max_steps, resolved.num_warmup_steps, resolved.learning_rate) == (120, 12, 2e-3)
+    assert (resolved.eval_every, resolved.save_every) == (40, None)
+    assert resolve(resolved, 40, "no") == resolved
+    with pytest.raises(UserError, match="num_warmup_steps"):
+        resolve(settings(num_epochs=1, num_warmup_steps=50), epoch_steps=40, precision="no")
+
+
+TIMINGS = Timings(score_chunk=0.1, write_results=3.0, save_checkpoint=7.0)
+
+
+def test_the_time_left_is_that_of_steps_evaluations_and_checkpoints():
+    plan = plan_of(20, epoch=8, evaluate_every=5, save_every=4)
+    left = time_left(plan, Progress(step=10, last_evaluated_step=10, sampled_chunks=50), TIMINGS, seconds_per_step=2.0)
+    # Evaluations after steps 15 (50 chunks) and 20 (80); checkpoints after steps 12 and 16; final/ once.
+    assert (left.evaluations, left.test_chunks, left.checkpoints) == (2, 130, 2)
+    assert left.seconds == pytest.approx(10 * 2 + 130 * 0.1 + 3 * 3.0 + 2 * 7.0)
+    at_the_start = time_left(plan, Progress(sampled_chunks=50), TIMINGS, seconds_per_step=2.0)
+    assert (at_the_start.evaluations, at_the_start.test_chunks) == (5, 80 + 3 * 50 + 80)
+
+
+def test_checkpoints_that_nobody_asked_for_are_foretold_as_seldom_as_they_are_affordable():
+    plan = plan_of(100, epoch=10)
+    # One costs 7 s, so 140 s lie between two: at 2 s a step 7 epochs of 20 s.
+    assert time_left(plan, Progress(), TIMINGS, seconds_per_step=2.0).checkpoints == 1 + 8 // math.ceil(140 / 20)
+    assert time_left(plan, Progress(), TIMINGS, seconds_per_step=1000.0).checkpoints == 9
+    assert time_left(plan, Progress(step=95), TIMINGS, seconds_per_step=2.0).checkpoints == 0

@@ -33,6 +33,8 @@ SCRATCH_SIZES = {
 
 MOST_AUTOMATIC_WORDS = 10_000  # that add_words=auto:N can ask for
 
+RENAMED_FLAGS = {"seeds": "num_seeds", "least_steps": "min_steps"}  # of downstream.py, which takes the old ones too
+
 
 @dataclass
 class Config:
@@ -119,7 +121,7 @@ class DownstreamConfig:
     task: str  # labelled file: .tsv .csv .jsonl, or .conll for entities; or a folder with train.*, test.*, dev.*
     models: tuple[str, ...]  # Hub names or local folders; the first is what the others are compared with
     metric: Literal["auto", "accuracy", "macro_f1", "micro_f1"] = "auto"  # auto: accuracy, or micro F1 of entities
-    general_text: str | None = None  # file or folder of plain text: how well does each model still know that?
+    general_text: str | None = None  # file or folder of plain text, on which each model's perplexity is measured
 
     # --- task
     text_column: str | None = None  # name of the text's column or JSON key; unset: found by its usual names
@@ -127,17 +129,17 @@ class DownstreamConfig:
     label_column: str | None = None  # that of the label
     test_fraction: float = 0.2  # share of the texts that are tested on, where there is no test file
     dev_fraction: float = 0.1  # share that chooses learning rate and epoch, where there is no dev file
-    examples_per_class: tuple[str, ...] = ("all",)  # training texts a class, such as 10 50 all: a learning curve
-    sen_max_length: int = 128  # positions of a text: tokens, [CLS] and [SEP]; what is beyond is not read
+    examples_per_class: tuple[str, ...] = ("all",)  # training texts per class, such as 10 50 all: a learning curve
+    sen_max_length: int = 128  # positions of a text: tokens, [CLS] and [SEP]; longer texts are truncated
 
     # --- fine-tuning
-    frozen: bool = False  # a quick look: logistic regression on each model's features, and no fine-tuning
-    seeds: int = 6  # fine-tunings of each model; with fewer than 6 no difference can be told from chance
+    frozen: bool = False  # linear probe: logistic regression on each model's features, and no fine-tuning
+    num_seeds: int = 6  # fine-tunings of each model; with fewer than 6 no difference can be told from chance
     num_epochs: int = 4  # times the training texts are seen, at least
-    least_steps: int = 300  # optimizer steps, whatever num_epochs says: small data need more epochs
+    min_steps: int = 300  # optimizer steps at least, whatever num_epochs says: small data need more epochs
     batch_size: int = 32  # texts per optimizer step
     learning_rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4)  # peaks, each tried with the first seed; dev chooses
-    seed: int = 42  # the first; decides splits, drawn texts, new heads, order and dropout
+    seed: int = 42  # the first seed; decides splits, drawn texts, new heads, order and dropout
 
     # --- machine
     cuda_visible_devices: str = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
@@ -224,7 +226,7 @@ def _wrong_devices(devices: str) -> Iterator[str]:
 
 def _wrong_in_comparison(config: DownstreamConfig) -> Iterator[str]:
     largest = sys.float_info.max
-    counts = ("seeds", "num_epochs", "least_steps", "batch_size")
+    counts = ("num_seeds", "num_epochs", "min_steps", "batch_size")
     yield from require(config, lambda value: 1 <= value < 2**31, "1 or more and below 2**31", *counts)
     yield from require(config, lambda value: 0 < value < 1, "above 0 and below 1", "test_fraction", "dev_fraction")
     yield from require(config, lambda value: 4 <= value < 2**31, "4 or more and below 2**31", "sen_max_length")
@@ -278,4 +280,5 @@ def parse_flags(arguments: list[str] | None = None) -> Config:
 
 def parse_downstream_flags(arguments: list[str] | None = None) -> DownstreamConfig:
     """As `parse_flags`, for downstream.py."""
-    return parse_settings(DownstreamConfig, "downstream.py", sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return parse_settings(DownstreamConfig, "downstream.py", arguments, renamed=RENAMED_FLAGS)

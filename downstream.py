@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before the imports that take seconds: help, wrong 
 import sys
 import time
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,42 +37,41 @@ from mlm.data.micro_batches import MicroBatcher
 from mlm.data.text_files import read_sample
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
 from mlm.downstream.comparison import Candidate, Comparison, fingerprint
-from mlm.downstream.contamination import count_read_before
+from mlm.downstream.contamination import count_contaminated
 from mlm.downstream.encoding import encode
-from mlm.downstream.finetuning import Budget, answer, fine_tune
-from mlm.downstream.linear_probe import features, fit, resample, rows_of
+from mlm.downstream.finetuning import Budget, fine_tune, predict
+from mlm.downstream.linear_probe import features, fit, resample, select_rows
 from mlm.downstream.metrics import choose_metric
 from mlm.downstream.plot import save_picture
 from mlm.downstream.results import (
-    Known,
+    GeneralPerplexity,
     describe_candidates,
-    describe_known,
+    describe_general_perplexity,
     describe_outcome,
     describe_task,
-    judge,
-    save_known,
+    save_general_perplexity,
     save_outcomes,
     say_result,
-    trial_bar,
+    summarize,
 )
-from mlm.downstream.task import Task, draw_few, load_task
+from mlm.downstream.task import Task, group_by, load_task, sample_per_class
 from mlm.downstream.trials import Result, Trial, Trials
 from mlm.evaluation.loss import evaluate
 from mlm.report.page import redraw
 from mlm.runtime.distributed import make_accelerator, quiet_libraries
 from mlm.runtime.signals import StopRequest
 from mlm.storage import digest, lock, make_folder, write_json
-from mlm.terminal import say
+from mlm.terminal import progress_bar, say
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
 from mlm.training.step import has_finite_weights
 from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_model
 
 GPU_MICRO_BATCH_POSITIONS = 1 << 14  # positions that go through the model at once, where they fit
-MOST_GENERAL_LINES = 2000  # of which each model guesses hidden words
+MAX_GENERAL_LINES = 2000  # that each model's perplexity is measured on
 
 
 def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
-    """The whole job: reads the task, tries every model with every seed, and says what came of it.
+    """Does the whole job: reads the task, tries every model with every seed, and says which is better.
 
     Raises UserError for whatever the user can put right.
     """
@@ -80,7 +79,7 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
     outcomes = []
     for size in config.examples_per_class:
         results = try_models(comparison, size)
-        outcomes.append(judge(comparison.task, comparison.metric, size, results))
+        outcomes.append(summarize(comparison.task, comparison.metric, size, results))
         say(describe_outcome(outcomes[-1]))
     if accelerator.is_main_process:
         with lock(comparison.folder / "trials" / "results.lock"):  # another process may end at this moment
@@ -88,7 +87,7 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
             save_picture(comparison.folder / "results.svg", outcomes)
             write_json(comparison.folder / "settings.json", asdict(config))
     if config.general_text:
-        measure_forgetting(comparison, config.general_text)
+        measure_general_perplexity(comparison, config.general_text)
     if accelerator.is_main_process:
         for name in config.models:
             redraw(Path(name).parent)
@@ -104,21 +103,21 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
     metric = choose_metric(task, config.metric)
     general_lines = []
     if config.general_text:
-        general_lines = read_sample(Path(config.general_text), "general_text", MOST_GENERAL_LINES)
+        general_lines = read_sample(Path(config.general_text), "general_text", MAX_GENERAL_LINES)
     say(describe_task(task))
 
     # The models, each with the texts as its tokenizer sees them.
     candidates = {name: read_candidate(name, task, config) for name in config.models}
     say(describe_candidates(task, list(candidates.values())))
 
-    # All that decides a trial has a part in its file's name, so that a second call finds what a first has done.
-    budget = (config.num_epochs, config.least_steps, config.batch_size, config.sen_max_length)
+    # A cache key holds all that decides a model's results, so that a second call finds those of the first.
+    budget = (config.num_epochs, config.min_steps, config.batch_size, config.sen_max_length)
     machine = (accelerator.device.type, choose_precision(config))
-    decided_by = {
+    cache_keys = {
         name: digest(candidate.fingerprint, task.digest, metric, config.frozen, machine, budget)
         for name, candidate in candidates.items()
     }
-    answers = {name: candidate.test.answers for name, candidate in candidates.items()}
+    num_predictions = {name: len(candidate.test.chunks.targets) for name, candidate in candidates.items()}
     kind = "-frozen" if config.frozen else ""
     folder = Path(config.path_model_save) / "downstream" / f"{task.name}-{task.digest[:6]}{kind}"
     make_folder(folder / "trials")
@@ -129,7 +128,7 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
         task=task,
         metric=metric,
         candidates=candidates,
-        trials=Trials(folder / "trials", decided_by, answers, len(task.classes)),
+        trials=Trials(folder / "trials", cache_keys, num_predictions, len(task.classes)),
         general_lines=general_lines,
     )
 
@@ -158,7 +157,7 @@ def read_candidate(name: str, task: Task, config: DownstreamConfig) -> Candidate
         head_size=encoder.config.hidden_size // encoder.config.num_attention_heads,
         dev=encode(task.dev, task, tokenizer, config.sen_max_length),
         test=encode(task.test, task, tokenizer, config.sen_max_length),
-        read_before=count_read_before(name, task),
+        contaminated=count_contaminated(name, task),
     )
 
 
@@ -166,38 +165,42 @@ def read_candidate(name: str, task: Task, config: DownstreamConfig) -> Candidate
 
 
 def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
-    """Each model's results, one a seed, with `size` training texts a class."""
+    """Returns each model's results, one per seed, with `size` training texts per class."""
     config, trials = comparison.config, comparison.trials
-    seeds = range(config.seed, config.seed + config.seeds)
+    seeds = range(config.seed, config.seed + config.num_seeds)
     if config.frozen:
         todo = [Trial(name, size, seed, None) for name in config.models for seed in seeds]
-        return by_model(trials.do(todo, partial(fit_features, comparison), say_result))
+        return by_model(trials.run(todo, partial(probe_once, comparison), say_result))
 
     # The first seed tries every learning rate, and dev chooses one for each model.
-    do = partial(fine_tune_once, comparison)
-    if size != "all" and len(draw_few(comparison.task, size, config.seed)) == len(comparison.task.train):
+    run_trial = partial(fine_tune_once, comparison)
+    if size != "all" and len(sample_per_class(comparison.task, size, config.seed)) == len(comparison.task.train):
         say(f"note: no class has more than {size} training texts, so these are all")
     first = [Trial(name, size, config.seed, rate) for name in config.models for rate in config.learning_rates]
-    chosen = {}
-    for name, tried in by_model(trials.do(first, do, say_result)).items():
-        best_score = max(result.dev_score for result in tried)
-        equals = [result.learning_rate for result in tried if result.dev_score == best_score]
-        chosen[name] = equals[len(equals) // 2]
-        if len(equals) == 1 < len(tried) and chosen[name] in (min(config.learning_rates), max(config.learning_rates)):
-            end, where = ("lowest", "lower") if chosen[name] == min(config.learning_rates) else ("highest", "higher")
-            say(f"hint: {name} did best at the {end} of --learning_rates; a {where} one may be better still")
+    tried = by_model(trials.run(first, run_trial, say_result))
+    chosen = {name: choose_rate(name, config.learning_rates, results) for name, results in tried.items()}
 
     # The other seeds, of all models in turn, so that a comparison that is stopped has about as many of each.
     todo = [Trial(name, size, seed, chosen[name]) for seed in seeds for name in config.models]
-    return by_model(trials.do(todo, do, say_result))
+    return by_model(trials.run(todo, run_trial, say_result))
 
 
 def by_model(results: list[Result]) -> dict[str, list[Result]]:
-    """In the order of their first results."""
-    models: dict[str, list[Result]] = {}
-    for result in results:
-        models.setdefault(result.model, []).append(result)
-    return models
+    return group_by(results, lambda result: result.trial.model)
+
+
+def choose_rate(model: str, rates: tuple[float, ...], results: list[Result]) -> float:
+    """Returns the learning rate that is best on dev, the middle one of equals; results: one for each rate.
+
+    Where that is the lowest or the highest of all, it says so, as a rate beyond it may be better still.
+    """
+    best_score = max(result.dev_score for result in results)
+    best = [rate for rate, result in zip(rates, results, strict=True) if result.dev_score == best_score]
+    chosen = best[len(best) // 2]
+    if len(best) == 1 < len(rates) and chosen in (min(rates), max(rates)):
+        end, where = ("lowest", "lower") if chosen == min(rates) else ("highest", "higher")
+        say(f"hint: {model} did best at the {end} of --learning_rates; a {where} one may be better still")
+    return chosen
 
 
 def fine_tune_once(comparison: Comparison, trial: Trial) -> Result:
@@ -211,6 +214,8 @@ def fine_tune_once(comparison: Comparison, trial: Trial) -> Result:
                 return _fine_tune(comparison, trial, micro_batcher)
         except OutOfMemory:
             pass
+        if micro_batcher.max_positions <= comparison.config.sen_max_length:
+            raise UserError("sen_max_length: out of memory, though texts go through the model singly")
         micro_batcher.halve()
         say(f"out of memory; begun again with {micro_batcher.max_positions} positions at once")
 
@@ -219,54 +224,53 @@ def _fine_tune(comparison: Comparison, trial: Trial, micro_batcher: MicroBatcher
     began = time.perf_counter()
     config, accelerator, task = comparison.config, comparison.accelerator, comparison.task
     candidate = comparison.candidates[trial.model]
-    drawn = [task.train[index] for index in draw_few(task, trial.size, trial.seed)]
+    drawn = [task.train[index] for index in sample_per_class(task, trial.size, trial.seed)]
     train = encode(drawn, task, candidate.tokenizer, config.sen_max_length)
     assert trial.learning_rate is not None
-    budget = Budget.of(
-        len(drawn), len(task.dev), config.num_epochs, config.least_steps, config.batch_size, trial.learning_rate
+    budget = Budget.for_examples(
+        len(drawn), len(task.dev), config.num_epochs, config.min_steps, config.batch_size, trial.learning_rate
     )
     bert = load_classifier(trial.model, len(task.classes), trial.seed, of_words=task.kind == "entities")
     classifier = PackedClassifier(bert, comparison.sep_id(candidate)).to(accelerator.device)
     try:
-        with trial_bar(trial, budget.steps) as bar:
+        with progress_bar(f"seed {trial.seed}", budget.steps, " steps") as bar:
             best = fine_tune(
                 classifier,
                 train,
-                lambda: comparison.score_on_dev(answer(classifier, candidate.dev, accelerator, micro_batcher)),
+                lambda: comparison.score_on_dev(predict(classifier, candidate.dev, accelerator, micro_batcher)),
                 budget,
                 trial.seed,
                 accelerator,
                 micro_batcher,
                 bar.update,
             )
-        answers = answer(classifier, candidate.test, accelerator, micro_batcher)
+        predictions = predict(classifier, candidate.test, accelerator, micro_batcher)
     finally:
         accelerator.free_memory()  # which holds the optimizer
-    seconds = time.perf_counter() - began
-    return Result(*trial, penalty=None, best_step=best.step, dev_score=best.score, seconds=seconds, answers=answers)
+    return Result(trial, best.score, predictions, time.perf_counter() - began, best_step=best.step)
 
 
-def fit_features(comparison: Comparison, trial: Trial) -> Result:
-    """Logistic regression on the features of one model, on training texts drawn anew by one seed."""
-    train, dev, test = (features_of(comparison, trial.model, split) for split in ("train", "dev", "test"))
+def probe_once(comparison: Comparison, trial: Trial) -> Result:
+    """Fits a linear probe of one model to training texts that are drawn by one seed."""
+    task, candidate = comparison.task, comparison.candidates[trial.model]
+    candidate.features = candidate.features or compute_features(comparison, candidate)
     began = time.perf_counter()
-    task = comparison.task
-    drawn = resample(task, draw_few(task, trial.size, trial.seed), trial.seed)
-    rows, classes = rows_of(task, drawn)
-    classifier, penalty, score = fit(train[rows], classes, dev, comparison.score_on_dev)
-    answers = classifier.predict(test).tolist()
-    seconds = time.perf_counter() - began
-    return Result(*trial, penalty=penalty, best_step=None, dev_score=score, seconds=seconds, answers=answers)
+    train, dev, test = (candidate.features[split] for split in ("train", "dev", "test"))
+    drawn = resample(task, sample_per_class(task, trial.size, trial.seed), trial.seed)
+    rows, targets = select_rows(task, drawn)
+    classifier, c, score = fit(train[rows], targets, dev, comparison.score_on_dev)
+    predictions = classifier.predict(test).tolist()
+    return Result(trial, score, predictions, time.perf_counter() - began, regularization_c=c)
 
 
-@cache
-def features_of(comparison: Comparison, model: str, split: str) -> np.ndarray:
-    """The features (texts or words, hidden) of a split, computed once."""
-    candidate, accelerator = comparison.candidates[model], comparison.accelerator
-    examples = getattr(comparison.task, split)
-    encoded = encode(examples, comparison.task, candidate.tokenizer, comparison.config.sen_max_length)
-    encoder = PackedBert(load_encoder(model), comparison.sep_id(candidate)).to(accelerator.device)
-    return features(encoder, encoded, accelerator, make_micro_batcher(comparison, candidate))
+def compute_features(comparison: Comparison, candidate: Candidate) -> dict[str, np.ndarray]:
+    """Returns the features (texts or words, hidden) of train, dev and test."""
+    task, accelerator = comparison.task, comparison.accelerator
+    train = encode(task.train, task, candidate.tokenizer, comparison.config.sen_max_length)
+    encoder = PackedBert(load_encoder(candidate.name), comparison.sep_id(candidate)).to(accelerator.device)
+    micro_batcher = make_micro_batcher(comparison, candidate)
+    splits = {"train": train, "dev": candidate.dev, "test": candidate.test}
+    return {split: features(encoder, encoded, accelerator, micro_batcher) for split, encoded in splits.items()}
 
 
 def make_micro_batcher(
@@ -283,22 +287,22 @@ def make_micro_batcher(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- forgetting
+# ------------------------------------------------------------------------------------------- general-domain perplexity
 
 
-def measure_forgetting(comparison: Comparison, path: str) -> None:
-    """Says how well each model still guesses hidden words of general text."""
+def measure_general_perplexity(comparison: Comparison, path: str) -> None:
+    """Says each model's perplexity on general text, which shows how much of it adaptation forgets."""
     lines = comparison.general_lines
-    known = {}
-    for name in comparison.config.models:
-        known[name] = ask_for_hidden_words(comparison, comparison.candidates[name], lines)
-    say(describe_known(known, path, len(lines)))
+    perplexities = {
+        name: compute_perplexity(comparison, candidate, lines) for name, candidate in comparison.candidates.items()
+    }
+    say(describe_general_perplexity(perplexities, path, len(lines)))
     if comparison.accelerator.is_main_process:
-        save_known(comparison.folder, known)
+        save_general_perplexity(comparison.folder, perplexities)
 
 
-def ask_for_hidden_words(comparison: Comparison, candidate: Candidate, lines: list[str]) -> Known | None:
-    """A model's perplexity on lines, by train.py's evaluation; None where it has no head for that."""
+def compute_perplexity(comparison: Comparison, candidate: Candidate, lines: list[str]) -> GeneralPerplexity | None:
+    """Returns a model's perplexity on lines, by train.py's evaluation; None where it has no head for that."""
     length, accelerator = comparison.config.sen_max_length, comparison.accelerator
     vocabulary = read_vocabulary(candidate.tokenizer)
     as_start = Config(
@@ -317,7 +321,7 @@ def ask_for_hidden_words(comparison: Comparison, candidate: Candidate, lines: li
             model = PackedMaskedLM(bert).to(accelerator.device)
             micro_batcher = make_micro_batcher(comparison, candidate)
             evaluation = evaluate(accelerator, model, batches, len(chunks), micro_batcher, StopRequest())
-    return Known(evaluation.perplexity, evaluation.loss * stats.tokens / stats.characters)
+    return GeneralPerplexity(evaluation.perplexity, evaluation.loss * stats.tokens / stats.characters)
 
 
 def main(config: DownstreamConfig) -> None:

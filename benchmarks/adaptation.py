@@ -80,7 +80,7 @@ def biomedical(given: argparse.Namespace) -> None:
     if given.control:
         steps = json.loads((models[1].parent / "settings.json").read_text())["settings"]["max_steps"]
         models.append(pretrain("adapted-to-general", general, output, max_steps=steps, learning_rate=2e-4, **start))
-    budget = {"num_epochs": 2, "least_steps": 260, "learning_rates": [1e-4, 2e-4]}
+    budget = {"num_epochs": 2, "min_steps": 260, "learning_rates": [1e-4, 2e-4]}
     for text in (bc5cdr / "test.txt", wikitext / "valid.txt"):  # the second call finds all fine-tunings done
         compare(output, data / "chemprot", models, general_text=text, **budget)
 
@@ -98,7 +98,7 @@ def chinese(given: argparse.Namespace) -> None:
     trained = pretrain(f"chinese-{given.size}-pre-trained", text, output, **longer, **scratch)
     task = output / "titles.tsv"
     task.write_text("".join(f"{line}\n" for line in read(titles / "test.txt")[::2]), encoding="utf-8", newline="\n")
-    budget = {"learning_rates": [3e-4, 1e-3], "least_steps": 300, "num_epochs": 2, "sen_max_length": 64}
+    budget = {"learning_rates": [3e-4, 1e-3], "min_steps": 300, "num_epochs": 2, "sen_max_length": 64}
     compare(output, task, [untrained, trained], examples_per_class=["20", "100"], **budget)
 
 

@@ -1,8 +1,9 @@
 """What any dataclass of settings shares: the check of its fields' types, its flags, its description."""
 
+import re
 import shlex
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
@@ -57,15 +58,23 @@ def require(settings: Any, allowed: Callable[[Any], bool], rule: str, *names: st
 
 
 def parse_settings(
-    kind: type[Settings], program: str, arguments: list[str], default: Settings | None = None
+    kind: type[Settings],
+    program: str,
+    arguments: list[str],
+    default: Settings | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> Settings:
     """Settings of a class, from flags named as its fields, whose comments are the help.
 
     default: what holds where a flag is not given; None: the class's own defaults, and fields without one are required.
+    renamed: from flags of former versions, which still work, to those of today.
     `--help` and unknown or ill-typed flags are answered by tyro, with exit status 0 and 2.
     """
     import tyro  # here, so that whoever builds settings in code does without it
 
+    for old, new in (renamed or {}).items():
+        flag = f"^--{old.replace('_', '[_-]')}(?==|$)"
+        arguments = [re.sub(flag, f"--{new}", argument) for argument in arguments]
     of_default: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(kind, prog=program, args=arguments, use_underscores=True, **of_default)
 

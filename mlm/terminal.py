@@ -2,6 +2,8 @@
 
 import math
 import sys
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from accelerate import PartialState
@@ -62,3 +64,16 @@ def with_error(value: float, standard_error: float) -> str:
 def size(size_bytes: int) -> str:
     """Bytes, readable whatever their number."""
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
+
+
+def table(rows: Sequence[Sequence[str]], align: str) -> str:
+    """Returns rows of cells as lines, each column as wide as its widest cell and two spaces from the next.
+
+    align: "<" (left) or ">" (right) for each column. A row may have fewer cells than there are columns.
+    """
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    lines = []
+    for row in rows:
+        cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=False))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Has a model read the test texts before? A look at the pre-training text of the run that it came from."""
+"""Contamination: test texts that a model was pre-trained on, as far as the text of its run can be seen."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,10 @@ from mlm.errors import UserError
 from mlm.runtime.hub import wants_wikitext
 
 
-def count_read_before(model: str, task: Task) -> int | None:
-    """How many test examples have a text that is a line of the text that `model`, of a run of train.py's, was trained
-    on; None where there is no such run or text to see. Only letters and digits are compared, and only whole lines.
+def count_contaminated(model: str, task: Task) -> int | None:
+    """Returns how many test examples have a text that is a line of the run's training text.
+
+    Only whole lines are compared, by their letters and digits. None where the model is of no run, or its text has gone.
     """
     settings = Path(model).resolve().parent / "settings.json"
     try:
@@ -20,13 +21,12 @@ def count_read_before(model: str, task: Task) -> int | None:
         config = Config(**{name: value for name, value in saved.items() if name in Config.__dataclass_fields__})
         if config.demo or wants_wikitext(config):  # text that is made or fetched, which is not to be done for this
             return None
-        lines = {_letters(line) for line in find_text(config).train()}
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, UserError):  # no run, or its text has gone
+        lines = {_hash_letters(line) for line in find_text(config).train()}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, UserError):
         return None
     texts = [[" ".join(example.parts)] if task.kind == "entities" else example.parts for example in task.test]
-    return sum(any(_letters(text) in lines for text in of_example) for of_example in texts)
+    return sum(any(_hash_letters(part) in lines for part in parts) for parts in texts)
 
 
-def _letters(text: str) -> int:
-    """A text's letters and digits, as a number that stands for them."""
+def _hash_letters(text: str) -> int:
     return hash("".join(filter(str.isalnum, text.casefold())))

@@ -1,4 +1,4 @@
-"""Fine-tuning: a classifier trained on a task, kept as it was when it was best on dev; and its answers.
+"""Fine-tuning: a classifier trained on a task, kept as it was when it was best on dev; and its predictions.
 
 After Zhang et al., Revisiting Few-sample BERT Fine-tuning (arXiv 2006.05987): AdamW with bias correction, and hundreds
 of updates even where data are few.
@@ -23,13 +23,13 @@ from mlm.downstream.encoding import Encoded, training_order
 from mlm.training.plan import learning_rate_at
 from mlm.training.step import has_finite_weights, make_optimizer, set_learning_rate
 
-WARMUP_SHARE, WEIGHT_DECAY, LARGEST_NORM = 0.1, 0.01, 1.0
-MOST_EVALUATIONS = 10  # on dev, in one fine-tuning
+WARMUP_SHARE, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.01, 1.0
+MAX_EVALUATIONS = 10  # on dev, in one fine-tuning
 CHUNKS_AT_ONCE = 256  # packed together where nothing is trained
 
 
 class Budget(NamedTuple):
-    """What every model is given."""
+    """The training that every model is given."""
 
     steps: int  # optimizer steps
     evaluate_every: int  # steps
@@ -37,18 +37,18 @@ class Budget(NamedTuple):
     learning_rate: float  # peak
 
     @classmethod
-    def of(
-        cls, examples: int, dev_examples: int, num_epochs: int, least_steps: int, batch_size: int, learning_rate: float
+    def for_examples(
+        cls, examples: int, dev_examples: int, num_epochs: int, min_steps: int, batch_size: int, learning_rate: float
     ) -> "Budget":
-        """For so many examples: an evaluation an epoch, or fewer where epochs are many, or dev is long."""
+        """Returns a budget with an evaluation per epoch, or fewer where epochs are many, or dev is long."""
         epoch_steps = steps_per_epoch(examples, batch_size)
-        steps = max(num_epochs * epoch_steps, least_steps)
-        evaluate_every = max(epoch_steps, math.ceil(steps / MOST_EVALUATIONS), dev_examples // batch_size)
+        steps = max(num_epochs * epoch_steps, min_steps)
+        evaluate_every = max(epoch_steps, math.ceil(steps / MAX_EVALUATIONS), dev_examples // batch_size)
         return cls(steps, min(evaluate_every, steps), batch_size, learning_rate)
 
 
 class Best(NamedTuple):
-    """When a classifier was best on dev."""
+    """The step after which a classifier was best on dev, and its score."""
 
     step: int
     score: float
@@ -73,7 +73,7 @@ def fine_tune(
         accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
     optimizer = accelerator.prepare(make_optimizer(classifier, budget.learning_rate, WEIGHT_DECAY))
     warmup_steps = round(WARMUP_SHARE * budget.steps)
-    best, best_weights = Best(0, 0.0), copy_of_weights(classifier)
+    best, best_weights = Best(0, 0.0), copy_weights(classifier)
     batches = training_order(train, budget.batch_size, seed)
     for step, batch in enumerate(islice(batches, budget.steps), start=1):
         classifier.train()
@@ -81,40 +81,41 @@ def fine_tune(
         for number, (inputs, targets) in enumerate(micro_batcher(batch)):
             torch.manual_seed(dropout_seed(seed, step, number, 0))
             with accelerator.autocast():
-                logits = classifier(**inputs).float()  # (places, classes)
+                logits = classifier(**inputs).float()  # (targets, classes)
             accelerator.backward(F.cross_entropy(logits, targets, reduction="sum") / len(batch.targets))
-        accelerator.clip_grad_norm_(classifier.parameters(), LARGEST_NORM)
+        accelerator.clip_grad_norm_(classifier.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         advance()
         if step % budget.evaluate_every == 0 or step == budget.steps:
             score = score_on_dev()
             if (score > best.score or best.step == 0) and has_finite_weights(classifier):
-                best, best_weights = Best(step, score), copy_of_weights(classifier)
+                best, best_weights = Best(step, score), copy_weights(classifier)
     classifier.load_state_dict(best_weights)
     return best
 
 
-def copy_of_weights(module: nn.Module) -> dict[str, Tensor]:
-    """By name."""
+def copy_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in module.state_dict().items()}
 
 
 @torch.no_grad()
-def answer(classifier: nn.Module, encoded: Encoded, accelerator: Accelerator, micro_batcher: MicroBatcher) -> list[int]:
-    """The likeliest class of each text, or word, in their order."""
-    answers = np.empty(encoded.answers, dtype=np.int64)
+def predict(
+    classifier: nn.Module, encoded: Encoded, accelerator: Accelerator, micro_batcher: MicroBatcher
+) -> list[int]:
+    """Returns the likeliest class id of each text, or word, in their order."""
+    predictions = np.empty(len(encoded.chunks.targets), dtype=np.int64)
     classifier.eval()
-    numbered = encoded.chunks._replace(targets=np.arange(encoded.answers))  # as packing changes their order
-    for inputs, numbers in blocks(numbered, micro_batcher):
+    numbered = encoded.chunks._replace(targets=np.arange(len(predictions)))  # as packing changes their order
+    for inputs, numbers in split_chunks(numbered, micro_batcher):
         with accelerator.autocast():
-            logits = classifier(**inputs)  # (places, classes)
-        answers[numbers.cpu().numpy()] = logits.argmax(-1).cpu().numpy()
-    return answers.tolist()
+            logits = classifier(**inputs)  # (targets, classes)
+        predictions[numbers.cpu().numpy()] = logits.argmax(-1).cpu().numpy()
+    return predictions.tolist()
 
 
-def blocks(chunks: MaskedChunks, micro_batcher: MicroBatcher) -> Iterator[MicroBatch]:
-    """All chunks, as micro-batches."""
+def split_chunks(chunks: MaskedChunks, micro_batcher: MicroBatcher) -> Iterator[MicroBatch]:
+    """Yields all chunks in micro-batches."""
     bounds = chunk_bounds(chunks.lengths)
     for start in range(0, len(chunks.lengths), CHUNKS_AT_ONCE):
         yield from micro_batcher(slice_chunks(chunks, bounds, start, min(start + CHUNKS_AT_ONCE, len(chunks.lengths))))

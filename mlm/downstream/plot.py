@@ -1,4 +1,4 @@
-"""The picture of a comparison: every seed's score, and the gains with their intervals."""
+"""The picture of a comparison: every seed's score, and the differences with their intervals."""
 
 import os
 import warnings
@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mlm.downstream.results import METRIC_TITLES, Outcome, of_size, short_names
+from mlm.downstream.results import METRIC_TITLES, Outcome, describe_size, short_names
 from mlm.storage import atomic_write
 
 
@@ -30,12 +30,12 @@ def save_picture(path: Path, outcomes: list[Outcome]) -> None:
         else:
             left, right = figure.subplots(1, 2)
             _draw_scores(left, outcomes)
-            _draw_gains(right, outcomes)
+            _draw_differences(right, outcomes)
         figure.savefig(temporary, format="svg")
 
 
 def _draw_scores(axes: Axes, outcomes: list[Outcome]) -> None:
-    """Each model's scores, every seed a dot and the mean a bar, by number of training texts."""
+    """Draws each model's scores, every seed a dot and the mean a bar, by number of training texts."""
     short = short_names(list(outcomes[0].results))
     for number, name in enumerate(short.values()):
         color, offset = f"C{number}", (number - (len(short) - 1) / 2) * 0.6 / len(short)
@@ -44,24 +44,25 @@ def _draw_scores(axes: Axes, outcomes: list[Outcome]) -> None:
         beside = np.linspace(-0.06, 0.06, scores.shape[1])  # so that equal seeds can be told apart
         axes.plot((at[:, None] + beside).flatten(), scores.flatten(), "o", color=color, alpha=0.4, markersize=5)
         axes.plot(at, scores.mean(1), "_-", markersize=20, markeredgewidth=2, linewidth=0.7, color=color, label=name)
-    axes.set_xticks(range(len(outcomes)), [of_size(outcome.size) for outcome in outcomes])
+    axes.set_xticks(range(len(outcomes)), [describe_size(outcome.size) for outcome in outcomes])
     axes.set_xlim(-0.6, len(outcomes) - 0.4)
     axes.set_ylabel(f"{METRIC_TITLES[outcomes[0].metric]}, points; a dot is a seed")
     axes.set_title(outcomes[0].task.name)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize="small", frameon=False)
 
 
-def _draw_gains(axes: Axes, outcomes: list[Outcome]) -> None:
-    """Each model's gain over the first with its interval, in the colour of its scores; a line at no gain."""
+def _draw_differences(axes: Axes, outcomes: list[Outcome]) -> None:
+    """Draws each model's difference from the first with its interval, in the colour of its scores; a line at 0."""
     first, *others = short_names(list(outcomes[0].results)).values()
     ticks: list[str] = []
     for outcome in outcomes:
-        for number, (name, gain) in enumerate(zip(others, outcome.gains.values(), strict=True), start=1):
-            either_side = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
-            axes.errorbar(100 * gain.mean, -len(ticks), xerr=either_side, fmt="o", capsize=4, color=f"C{number}")
-            ticks.append(f"{name}\n{of_size(outcome.size)}")
+        for number, (name, difference) in enumerate(zip(others, outcome.differences.values(), strict=True), start=1):
+            mean, low, high = (100 * value for value in difference[:3])
+            margins = [[mean - low], [high - mean]]
+            axes.errorbar(mean, -len(ticks), xerr=margins, fmt="o", capsize=4, color=f"C{number}")
+            ticks.append(f"{name}\n{describe_size(outcome.size)}")
     axes.axvline(0, color="gray", linewidth=1)
     axes.set_yticks(-np.arange(len(ticks)), ticks, fontsize="small")
     axes.set_ylim(0.6 - len(ticks), 0.6)
     axes.set_xlabel(f"points of {METRIC_TITLES[outcomes[0].metric]}, 95% intervals")
-    axes.set_title(f"gain over {first} (right of 0: better)")
+    axes.set_title(f"difference from {first} (right of 0: better)")

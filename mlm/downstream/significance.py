@@ -13,153 +13,169 @@ from scipy import stats
 
 from mlm.downstream.metrics import Metric
 
-LEVEL = 0.05  # of all tests together
-POWER = 0.8  # with which the smallest gain shows
-REPLICATES = 1000  # of the bootstrap
-ALL_FLIPS = 12  # seeds, up to which every combination of signs is tried
-RANDOM_FLIPS = 4096
-DRAWS = 400  # experiments that the detectable gain is found with
+ALPHA = 0.05  # significance level; the intervals of all models share it
+POWER = 0.8  # with which the minimum detectable effect is found
+BOOTSTRAP_REPLICATES = 1000
+MOST_SEEDS_WITH_ALL_SIGNS = 12  # up to which every combination of signs is tried
+RANDOM_SIGNS = 4096  # combinations, beyond that
+SIMULATED_EXPERIMENTS = 400  # that the minimum detectable effect is found with
 
 
-class Gain(NamedTuple):
-    """How much better a model is than the first, as a share (0.01 is one point)."""
+class Difference(NamedTuple):
+    """How much better a model scores than the first, as a share (0.01 is one point)."""
 
     mean: float
-    low: float  # of the interval
+    low: float  # of the 95% interval
     high: float
-    p: float
-    detectable: float  # the true gain that would show in four of five such comparisons; infinite with too few seeds
+    p: float  # of the sign-flip permutation test
+    minimum_detectable_effect: float  # true difference that is found with probability POWER; infinite with few seeds
 
     @property
     def verdict(self) -> str:
-        """better, worse or cannot tell: whether chance is ruled out by both the interval and the test of signs."""
-        if self.p <= LEVEL and (self.low > 0 or self.high < 0):
+        """better, worse or cannot tell: whether both the interval and the permutation test rule chance out."""
+        if self.p <= ALPHA and (self.low > 0 or self.high < 0):
             return "better" if self.low > 0 else "worse"
         return "cannot tell"
 
 
-class Spread(NamedTuple):
-    """Where a difference's variance comes from, as variances of its mean over seeds and texts."""
+def compare(counts: np.ndarray, metric: Metric, seed: int = 0) -> list[Difference]:
+    """Returns the difference of each model but the first from the first.
 
-    seeds: float
-    texts: float
-    residual: float  # of a seed on a text
-    number_of_seeds: int
-    number_of_texts: int
+    counts: (models, seeds, texts, 3, classes), as `count_predictions` returns them. Every model has the same seeds and
+    texts. What is found holds for these training texts.
 
-    def standard_error(self, between_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The mean's standard error and its degrees of freedom (Satterthwaite, doi 10.2307/3002019).
-
-        between_seeds: the variance of the seeds' differences over their number, of any shape; it holds the residual,
-        as the variance between texts does, which counts once.
-        """
-        of_texts = self.texts + self.residual
-        variance = np.maximum(between_seeds - self.residual, 0) + of_texts
-        uncertainty = between_seeds**2 / max(1, self.number_of_seeds - 1) + of_texts**2 / max(
-            1, self.number_of_texts - 1
-        )
-        return np.sqrt(variance), variance**2 / uncertainty
-
-
-def compare(counts: np.ndarray, metric: Metric, seed: int = 0) -> list[Gain]:
-    """The gain of each model but the first.
-
-    counts: (models, seeds, texts, 3, classes), as `count_answers` gives them. Every model has the same seeds and texts.
-    The interval covers the mean over seeds and texts: Student's t about the mean difference, whose variance is that
-    between seeds and, by a bootstrap, that between texts. (A bootstrap of so few seeds by itself is too narrow.) All
-    intervals together hold at 95%, as they share the level (Bonferroni). The p-value is that of flipping the signs of
-    the seeds' differences, of each model by itself: corrected too, it would need more seeds with every model. What is
-    found holds for these training texts.
+    The interval is Student's t about the mean over seeds, with a variance between seeds and, by a bootstrap, between
+    texts. (A bootstrap over so few seeds by itself is too narrow.) All intervals hold together (Bonferroni). The
+    p-values are not corrected: they would need more seeds with every model.
     """
-    models, seeds, texts, *_ = counts.shape
-    if models == 1:
+    num_models, _, num_texts, *_ = counts.shape
+    if num_models == 1:
         return []
     scores = metric(counts.sum(2, dtype=np.float64))  # (models, seeds)
-    differences = scores[1:] - scores[:1]  # (compared, seeds)
-    resampled = _bootstrap(counts, metric, np.random.default_rng(seed))  # (replicates, models, seeds)
-    resampled = resampled[:, 1:] - resampled[:, :1]
-    level = LEVEL / (models - 1)
-    gains = []
-    for of_model, replicas in zip(differences, resampled.swapaxes(0, 1), strict=True):
-        spread = _find_spread(of_model, replicas, texts)
-        variance = np.array(of_model.var(ddof=1) / seeds if seeds > 1 else 0.0)
-        error, freedom = spread.standard_error(variance)
-        half = float(stats.t.ppf(1 - level / 2, freedom) * error)
-        mean = float(of_model.mean())
-        low, high = max(-1.0, mean - half), min(1.0, mean + half)
-        gains.append(Gain(mean, low, high, float(flip_signs(of_model)), detectable_gain(spread, level)))
-    return gains
+    replicas = _bootstrap_over_texts(counts, metric, np.random.default_rng(seed))  # (models, seeds, replicates)
+    alpha = ALPHA / (num_models - 1)
+    results = []
+    for model in range(1, num_models):
+        differences = scores[model] - scores[0]  # (seeds,)
+        components = estimate_components(differences, replicas[model] - replicas[0], num_texts)
+        error, freedom = components.standard_error(_variance_of_mean(differences))
+        margin = float(stats.t.ppf(1 - alpha / 2, freedom) * error)
+        mean = float(differences.mean())
+        low, high = max(-1.0, mean - margin), min(1.0, mean + margin)
+        p = float(sign_flip_p_values(differences))
+        results.append(Difference(mean, low, high, p, minimum_detectable_effect(components, alpha)))
+    return results
 
 
-def _bootstrap(counts: np.ndarray, metric: Metric, draw: np.random.Generator) -> np.ndarray:
-    """Scores (replicates, models, seeds) on texts drawn with replacement, the same for all models and seeds."""
-    models, seeds, texts, *rest = counts.shape
-    flat = counts.swapaxes(0, 2).reshape(texts, -1)  # (texts, seeds * models * 3 * classes)
-    shape = (-1, seeds, models, *rest)
+def _bootstrap_over_texts(counts: np.ndarray, metric: Metric, rng: np.random.Generator) -> np.ndarray:
+    """Scores (models, seeds, replicates) on texts drawn with replacement, the same for all models and seeds."""
+    num_models, num_seeds, num_texts, *rest = counts.shape
+    flat = counts.swapaxes(0, 2).reshape(num_texts, -1)  # (texts, seeds * models * 3 * classes)
     scores = []
-    for _ in range(0, REPLICATES, 50):  # so many at once that memory stays small
-        weights = draw.multinomial(texts, np.full(texts, 1 / texts), size=50).astype(np.float32)
-        scores.append(metric((weights @ flat).reshape(shape)))
-    return np.concatenate(scores).swapaxes(1, 2)
+    for _ in range(0, BOOTSTRAP_REPLICATES, 50):  # a part at a time, as all need much memory
+        weights = rng.multinomial(num_texts, np.full(num_texts, 1 / num_texts), size=50).astype(np.float32)
+        scores.append(metric((weights @ flat).reshape(-1, num_seeds, num_models, *rest)))
+    return np.concatenate(scores).T
 
 
-def _find_spread(differences: np.ndarray, replicas: np.ndarray, texts: int) -> Spread:
-    """From the differences (seeds,) and their bootstrap replicas (replicates, seeds).
+# ------------------------------------------------------------------------------------------------- variance components
 
-    The replicas of one seed vary with texts and residual, those of the mean with texts and a part of the residual.
+
+class VarianceComponents(NamedTuple):
+    """The parts of the variance of a mean difference over S seeds and T texts.
+
+    The difference of seed s on text t is d_st = mu + seed_s + text_t + residual_st, with independent terms. So
+    Var(mean) = var_seed / S + var_text / T + var_residual / (S T), the sum of the first three fields.
     """
-    seeds = len(differences)
-    # A bootstrap draws from n texts as from a population, and sees no spread where all agree: of a text more it knows
-    # nothing, so one text's weight is added.
-    of_mean, of_one = (variance * texts / max(1, texts - 1) + texts**-2 for variance in _variances(replicas))
-    residual = max(0.0, (of_one - of_mean) / (seeds - 1)) if seeds > 1 else 0.0
-    between_seeds = differences.var(ddof=1) / seeds if seeds > 1 else 0.0
-    return Spread(max(0.0, between_seeds - residual), max(0.0, of_mean - residual), residual, seeds, texts)
+
+    seeds: float  # var_seed / S
+    texts: float  # var_text / T
+    residual: float  # var_residual / (S T)
+    num_seeds: int
+    num_texts: int
+
+    def standard_error(self, between_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the mean's standard error and its degrees of freedom (Satterthwaite, doi 10.2307/3002019).
+
+        between_seeds: estimates of var_seed / S + var_residual / (S T), of any shape: the variance of the seeds'
+        differences over their number. It and the variance between texts both hold the residual, which counts once.
+        """
+        between_texts = self.texts + self.residual
+        variance = np.maximum(between_seeds - self.residual, 0) + between_texts
+        seeds_part = between_seeds**2 / max(1, self.num_seeds - 1)
+        texts_part = between_texts**2 / max(1, self.num_texts - 1)
+        return np.sqrt(variance), variance**2 / (seeds_part + texts_part)
 
 
-def _variances(replicas: np.ndarray) -> tuple[float, float]:
-    """Of the seeds' mean, and of one seed in the mean."""
-    return float(replicas.mean(1).var()), float(replicas.var(0).mean())
+def estimate_components(differences: np.ndarray, replicas: np.ndarray, num_texts: int) -> VarianceComponents:
+    """Estimates the components from differences (seeds,) and their bootstrap replicas over texts (seeds, replicates).
 
-
-# ------------------------------------------------------------------------------------------------------ signs flipped
-
-
-def flip_signs(differences: np.ndarray) -> np.ndarray:
-    """Two-sided p-values (...) for differences (..., seeds): how often chance signs give as large a mean.
-
-    With n seeds the least there can be is 2 / 2**n.
+    Over replicas, one seed's difference has the variance (var_text + var_residual) / T and the mean over seeds the
+    variance var_text / T + var_residual / (S T). The first exceeds the second by S - 1 times the residual component.
     """
-    flipped = np.abs(differences @ _signs(differences.shape[-1]).T)  # (..., flips)
+    num_seeds = len(differences)
+    one_seed = _correct_bootstrap(float(replicas.var(1).mean()), num_texts)
+    mean_of_seeds = _correct_bootstrap(float(replicas.mean(0).var()), num_texts)
+    residual = max(0.0, (one_seed - mean_of_seeds) / (num_seeds - 1)) if num_seeds > 1 else 0.0
+    return VarianceComponents(
+        seeds=max(0.0, float(_variance_of_mean(differences)) - residual),
+        texts=max(0.0, mean_of_seeds - residual),
+        residual=residual,
+        num_seeds=num_seeds,
+        num_texts=num_texts,
+    )
+
+
+def _correct_bootstrap(variance: float, num_texts: int) -> float:
+    """A bootstrap takes its texts for the population, so it is too narrow by (T - 1) / T, and sees no variance where
+    all texts agree. Of one more text it knows nothing, so the weight of one text is added."""
+    return variance * num_texts / max(1, num_texts - 1) + num_texts**-2
+
+
+def _variance_of_mean(differences: np.ndarray) -> np.ndarray:
+    """The variance (...) of the mean of differences (..., seeds), as they vary between seeds; 0 for one seed."""
+    num_seeds = differences.shape[-1]
+    return differences.var(-1, ddof=min(1, num_seeds - 1)) / num_seeds
+
+
+# --------------------------------------------------------------------------------------- sign-flip permutation test
+
+
+def sign_flip_p_values(differences: np.ndarray) -> np.ndarray:
+    """Returns two-sided p-values (...) for differences (..., seeds), by the sign-flip permutation test over seeds.
+
+    It is the share of all combinations of signs that give as large a mean. With n seeds the least is 2 / 2**n.
+    """
+    flipped = np.abs(differences @ _combinations_of_signs(differences.shape[-1]).T)  # (..., combinations)
     return (flipped >= np.abs(differences.sum(-1, keepdims=True)) - 1e-9).mean(-1)
 
 
-def _signs(seeds: int) -> np.ndarray:
-    if seeds <= ALL_FLIPS:
-        return np.array(list(product((1.0, -1.0), repeat=seeds)))
-    flips = np.random.default_rng(0).choice((1.0, -1.0), (RANDOM_FLIPS, seeds))
-    flips[0] = 1.0  # what was observed is one of the possibilities
-    return flips
+def _combinations_of_signs(num_seeds: int) -> np.ndarray:
+    if num_seeds <= MOST_SEEDS_WITH_ALL_SIGNS:
+        return np.array(list(product((1.0, -1.0), repeat=num_seeds)))
+    signs = np.random.default_rng(0).choice((1.0, -1.0), (RANDOM_SIGNS, num_seeds))
+    signs[0] = 1.0  # what was observed is one of the possibilities
+    return signs
 
 
-# ----------------------------------------------------------------------------------------------- what could be found
+# ----------------------------------------------------------------------------------------------------------- power
 
 
-def detectable_gain(spread: Spread, level: float) -> float:
-    """The true gain that is called better in a share POWER of experiments, drawn with this spread."""
-    seeds = spread.number_of_seeds
-    if 2 / 2**seeds > LEVEL:
+def minimum_detectable_effect(components: VarianceComponents, alpha: float) -> float:
+    """Returns the true difference that a share POWER of experiments, simulated with these components, call better."""
+    num_seeds = components.num_seeds
+    if 2 / 2**num_seeds > ALPHA:
         return np.inf
-    draw = np.random.default_rng(0)
-    of_texts = draw.normal(0, spread.texts**0.5, (DRAWS, 1))
-    of_seeds = draw.normal(0, ((spread.seeds + spread.residual) * seeds) ** 0.5, (DRAWS, seeds))
-    chance = of_texts + of_seeds  # (draws, seeds) differences without a gain
-    error, freedom = spread.standard_error(chance.var(1, ddof=1) / seeds)
-    half = stats.t.ppf(1 - level / 2, freedom) * error  # (draws,)
+    rng = np.random.default_rng(0)
+    text_noise = rng.normal(0, components.texts**0.5, (SIMULATED_EXPERIMENTS, 1))
+    seed_scale = ((components.seeds + components.residual) * num_seeds) ** 0.5
+    noise = text_noise + rng.normal(0, seed_scale, (SIMULATED_EXPERIMENTS, num_seeds))  # differences without an effect
+    error, freedom = components.standard_error(_variance_of_mean(noise))  # (experiments,) each
+    margin = stats.t.ppf(1 - alpha / 2, freedom) * error
 
-    def power(gain: float) -> float:
-        differences = chance + gain
-        return float(((differences.mean(1) > half) & (flip_signs(differences) <= LEVEL)).mean())
+    def power(effect: float) -> float:
+        differences = noise + effect
+        return float(((differences.mean(1) > margin) & (sign_flip_p_values(differences) <= ALPHA)).mean())
 
     low, high = 0.0, 20 * float(error.mean())
     for _ in range(20):

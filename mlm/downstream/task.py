@@ -1,9 +1,10 @@
-"""A task: labelled texts in three splits that share no text, and the classes to be told apart."""
+"""A task: labelled texts in three splits that share no text, and their classes."""
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,8 +17,11 @@ ENDINGS = ("tsv", "csv", "jsonl", "json", "ndjson", "txt", "conll", "bio", "iob"
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "validation", "eval"), "test": ("test",)}
 
 
+Item = TypeVar("Item")
+
+
 class Task(NamedTuple):
-    """What is to be learned, and on what it is tested."""
+    """A classification task, of texts, pairs of texts, or words."""
 
     name: str
     kind: Kind
@@ -28,12 +32,16 @@ class Task(NamedTuple):
     notes: list[str]  # what was left out, and what to beware of, for people
 
     @property
+    def class_ids(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes)}
+
+    @property
     def digest(self) -> str:
         return digest(self.kind, self.classes, self.train, self.dev, self.test)
 
 
 def load_task(config: DownstreamConfig) -> Task:
-    """The task of one file, split by `seed` with each class's share in every split, or of a folder's files.
+    """Reads the task from one file, which is split by `seed` with stratification, or from a folder's files.
 
     Raises UserError where there is too little to train, choose and test on, or nothing to tell apart.
     """
@@ -70,7 +78,7 @@ def load_task(config: DownstreamConfig) -> Task:
 
 
 def _find_files(path: Path) -> dict[str, Path]:
-    """The one file as "all", or the folder's files by split. Raises UserError where there is none."""
+    """Returns the one file as "all", or the folder's files by split. Raises UserError where there is none."""
     if path.is_file():
         return {"all": path}
     if not path.is_dir():
@@ -100,45 +108,46 @@ def _find_files(path: Path) -> dict[str, Path]:
 def _split(
     files: dict[str, LabelledFile], kind: Kind, config: DownstreamConfig
 ) -> tuple[dict[str, list[Example]], dict[str, int]]:
-    """The splits, and how many examples were left out for which reason; what files do not split is split by `seed`."""
+    """Returns the splits, and how many examples were left out for each reason. Splits without a file are drawn."""
     removed = {}
     if "all" in files:
         given = files["all"].examples
-        first = {text_of(example): example for example in reversed(given)}  # of each text
+        first = {normalize_text(example): example for example in reversed(given)}  # of each text
         distinct = list(first.values())[::-1]
         removed["as they repeat an earlier text"] = len(given) - len(distinct)
-        contradictions = sum(first[text_of(example)].labels != example.labels for example in given)
+        contradictions = sum(first[normalize_text(example)].labels != example.labels for example in given)
         removed["among these with another label than the earlier one"] = contradictions
-        rest, test = _hold_out(distinct, config.test_fraction, kind, config.seed)
+        rest, test = _stratified_split(distinct, config.test_fraction, kind, config.seed)
         dev_share = config.dev_fraction / (1 - config.test_fraction)
     else:
         rest, test, dev_share = files["train"].examples, files["test"].examples, config.dev_fraction
     if "dev" in files:
         train, dev = rest, files["dev"].examples
     else:
-        train, dev = _hold_out(rest, dev_share, kind, config.seed + 1)
+        train, dev = _stratified_split(rest, dev_share, kind, config.seed + 1)
 
     # A text in two splits stays in the later one, so that a published test set stays what it is.
-    of_test, of_dev = ({*map(text_of, examples)} for examples in (test, dev))
-    kept_train = [example for example in train if text_of(example) not in of_dev | of_test]
-    kept_dev = [example for example in dev if text_of(example) not in of_test]
+    test_texts = {*map(normalize_text, test)}
+    later_texts = test_texts | {*map(normalize_text, dev)}
+    kept_train = [example for example in train if normalize_text(example) not in later_texts]
+    kept_dev = [example for example in dev if normalize_text(example) not in test_texts]
     removed["as they train on a text of dev or test"] = len(train) - len(kept_train)
     removed["as they are of dev and of test"] = len(dev) - len(kept_dev)
     return {"train": kept_train, "dev": kept_dev, "test": test}, removed
 
 
-def _hold_out(examples: list[Example], share: float, kind: Kind, seed: int) -> tuple[list[Example], list[Example]]:
-    """What is left and what is held out, about `share` of each class; of a class of three or more, one at least.
+def _stratified_split(
+    examples: list[Example], share: float, kind: Kind, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Returns what is left and what is held out, about `share` of each class, both in the examples' order.
 
-    Both in the examples' order. A class keeps one example at least. (scikit-learn's split refuses small classes.)
+    Of a class of three or more one example at least is held out, and one at least is left of every class. (scikit-learn
+    refuses to stratify by a class that has one example.)
     """
-    draw = np.random.default_rng([seed, 1])
-    by_class: dict[str, list[int]] = {}
-    for index in draw.permutation(len(examples)).tolist():
-        by_class.setdefault("" if kind == "entities" else examples[index].labels[0], []).append(index)
+    order = np.random.default_rng([seed, 1]).permutation(len(examples)).tolist()
     held_out: set[int] = set()
     spare = []  # what may be held out beside that, where rounding leaves too few
-    for members in by_class.values():
+    for members in group_by(order, lambda index: stratum(examples[index], kind)).values():
         wanted = round(share * len(members))
         number = min(max(wanted, 1) if len(members) >= 3 else wanted, len(members) - 1)
         held_out.update(members[:number])
@@ -148,31 +157,40 @@ def _hold_out(examples: list[Example], share: float, kind: Kind, seed: int) -> t
     return left, [examples[index] for index in sorted(held_out)]
 
 
-def text_of(example: Example) -> str:
-    """An example's text, by which it is recognised in another split."""
+def normalize_text(example: Example) -> str:
+    """Returns an example's text with plain white space, by which it is recognised in another split."""
     return "\t".join(" ".join(part.split()) for part in example.parts)
 
 
-def draw_few(task: Task, size: str, seed: int) -> list[int]:
-    """The indices of `size` training examples of each class ("all": of all there are), drawn anew for each seed.
+def sample_per_class(task: Task, size: str, seed: int) -> list[int]:
+    """Returns the indices of `size` training examples of each class ("all": of all examples), by the seed.
 
-    Of a task with entities, so many sentences times the kinds of entities.
+    Of a task with entities, `size` sentences times the types of entities.
     """
     if size == "all":
         return list(range(len(task.train)))
     order = np.random.default_rng([seed, 2]).permutation(len(task.train)).tolist()
     if task.kind == "entities":
-        return order[: int(size) * len(entity_kinds(task.classes))]
-    drawn: dict[str, list[int]] = {}
-    for index in order:
-        of_class = drawn.setdefault(task.train[index].labels[0], [])
-        if len(of_class) < int(size):
-            of_class.append(index)
-    return [index for of_class in drawn.values() for index in of_class]
+        return order[: int(size) * len(entity_types(task.classes))]
+    by_class = group_by(order, lambda index: task.train[index].labels[0])
+    return [index for members in by_class.values() for index in members[: int(size)]]
 
 
-def entity_kinds(tags: list[str]) -> list[str]:
-    """The kinds of entities that some tags speak of."""
+def stratum(example: Example, kind: Kind) -> str:
+    """Returns the class that an example is drawn with; sentences with entities are all of one stratum."""
+    return "" if kind == "entities" else example.labels[0]
+
+
+def group_by(items: Iterable[Item], key: Callable[[Item], str]) -> dict[str, list[Item]]:
+    """Returns the items by key, in their order; keys come in the order of their first items."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def entity_types(tags: list[str]) -> list[str]:
+    """Returns the types of entities in some tags: drug for B-drug and I-drug."""
     return sorted({tag.partition("-")[2] for tag in tags if tag != "O"})
 
 

@@ -1,11 +1,15 @@
-"""Labelled files -> examples: TSV, CSV, JSON lines, and CoNLL columns for entities; read with plain errors."""
+"""Labelled files -> examples: TSV, CSV, JSON lines, and CoNLL columns for entities. Errors name the file and line.
+
+The standard library's readers are used, as pandas does not know the line of what is wrong: it fills short rows, takes
+broken quotes, counts rows and not lines behind a cell with line breaks, and makes the label 1 the number 1.0.
+"""
 
 import csv
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,12 +37,26 @@ class Example(NamedTuple):
 
 
 class LabelledFile(NamedTuple):
-    """What a file holds."""
+    """The examples of a file."""
 
     kind: Kind
     examples: list[Example]
     empty: int  # rows without a text or without a label, which are left out
     columns: str  # that were read, and those that were not, for people
+
+
+class Row(NamedTuple):
+    """A row of a table."""
+
+    line: int  # of the file, from 1
+    cells: list[Any]
+
+
+class Table(NamedTuple):
+    """Rows of one width."""
+
+    titles: list[str]  # of the columns; none where the file does not name them
+    rows: list[Row]
 
 
 def read_labelled(path: Path, config: DownstreamConfig) -> LabelledFile:
@@ -49,87 +67,76 @@ def read_labelled(path: Path, config: DownstreamConfig) -> LabelledFile:
     ending = Path(path.name.removesuffix(".gz")).suffix.lower()
     lines = decode_lines([path], "task")
     if ending in (".conll", ".bio", ".iob", ".iob2") or (ending in (".txt", ".tsv", "") and _has_tags(path)):
-        return LabelledFile("entities", list(_sentences(lines, path)), 0, "")
+        return LabelledFile("entities", list(_read_sentences(lines, path)), 0, "")
     if ending in (".json", ".jsonl", ".ndjson"):
         table = _read_json(lines, path)
     else:
         table = _read_table(lines, path, "," if ending == ".csv" else "\t", config)
     columns = _choose_columns(table, config, path)
-    examples, empty = [], 0
-    for number, row in zip(table.line_numbers, table.rows, strict=True):
-        *parts, label = (_cell(row[column], path, number) for column in columns)
+    examples = []
+    for row in table.rows:
+        *parts, label = (_to_text(row.cells[column], path, row.line) for column in columns)
         if all(parts) and label:
             examples.append(Example(tuple(parts), (label,)))
-        else:
-            empty += 1
     _refuse_tags(examples, path)
+    empty = len(table.rows) - len(examples)
     return LabelledFile("text" if len(columns) == 2 else "pair", examples, empty, _describe_columns(table, columns))
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-class Table(NamedTuple):
-    """Rows of cells, as wide as each other."""
-
-    titles: list[str]  # of the columns; none where the file does not name them
-    rows: list[list[Any]]
-    line_numbers: list[int]  # of the rows
-
-
 def _read_table(lines: Iterable[str], path: Path, delimiter: str, config: DownstreamConfig) -> Table:
-    """A TSV, which has no quotes, or a CSV, which has. Blank lines are left out."""
+    """Reads a TSV, which has no quotes, or a CSV, which has. Blank lines are left out."""
     csv.field_size_limit(2**31 - 1)
     with_ends = (line.replace("\r", " ") + "\n" for line in lines)
-    if delimiter == "\t":
-        reader = csv.reader(with_ends, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
+    if delimiter == ",":
         reader = csv.reader(with_ends, strict=True)
-    rows: list[list[str]] = []
-    numbers: list[int] = []
+    else:
+        reader = csv.reader(with_ends, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    rows: list[Row] = []
     try:
-        for row in reader:
-            if not any(cell.strip() for cell in row):
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
                 continue
-            if rows and len(row) != len(rows[0]):
+            rows.append(Row(reader.line_num, cells))
+            width = len(rows[0].cells)
+            if len(cells) != width or width == 1:
+                wanted = "it should have a text and a label" if width == 1 else f"and those above have {width}"
                 raise UserError(
-                    f"task: {path}, line {reader.line_num} has {len(row)} column(s), and those above have "
-                    f"{len(rows[0])}{_other_delimiter(row, delimiter)}"
+                    f"task: {path}, line {reader.line_num} has {len(cells)} column(s), {wanted}"
+                    f"{_suggest_delimiter(cells, delimiter)}"
                 )
-            rows.append(row)
-            numbers.append(reader.line_num)
     except csv.Error as error:
         raise UserError(
             f'task: {path}, line {reader.line_num} is not CSV: {error}. A text that holds " or a comma must stand in '
             'quotes, its own quotes doubled (""); a quote that is not closed runs on to the end'
         ) from error
-    if rows and len(rows[0]) == 1:
-        raise UserError(
-            f"task: {path}, line {numbers[0]} has 1 column; it should have a text and a label"
-            f"{_other_delimiter(rows[0], delimiter)}"
-        )
-    titles = [cell.strip() for cell in rows[0]] if rows else []
-    names_columns = {title.lower() for title in titles} & {*LABEL_NAMES}
-    if names_columns or config.text_column or config.pair_column or config.label_column:
-        return Table(titles, rows[1:], numbers[1:])
-    return Table([], rows, numbers)
+    titles = [cell.strip() for cell in rows[0].cells] if rows else []
+    has_titles = {title.lower() for title in titles} & {*LABEL_NAMES}
+    if has_titles or config.text_column or config.pair_column or config.label_column:
+        return Table(titles, rows[1:])
+    return Table([], rows)
 
 
-def _other_delimiter(row: list[str], delimiter: str) -> str:
-    """A hint, where the columns of a row seem to be separated by something else."""
+def _suggest_delimiter(cells: list[str], delimiter: str) -> str:
+    """Returns a hint where the columns of a row seem to be separated by something else."""
     names = {"\t": "a tab", ",": "a comma", ";": "a semicolon"}
-    for other in names.keys() - {delimiter}:
-        if len(row) == 1 and other in row[0]:
-            return f". Is the separator {names[other]}? {names[delimiter].capitalize()} is read in {FILES[delimiter]}"
-    return ""
+    others = [name for other, name in names.items() if other != delimiter and other in cells[0]]
+    if len(cells) > 1 or not others:
+        return ""
+    return f". Is the separator {others[0]}? {REMEDIES[delimiter]}"
 
 
-FILES = {"\t": "a .tsv or .txt file, a comma in a .csv", ",": "a .csv file, a tab in a .tsv"}
+REMEDIES = {
+    "\t": "A tab is read in a .tsv or .txt file, a comma in a .csv",
+    ",": "A comma is read in a .csv file, a tab in a .tsv",
+}
 
 
 def _read_json(lines: Iterable[str], path: Path) -> Table:
-    """One object a line; its keys are the columns."""
-    objects = []
+    """Reads one object per line; its keys are the columns."""
+    objects: dict[int, dict[str, Any]] = {}  # by line
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -141,19 +148,18 @@ def _read_json(lines: Iterable[str], path: Path) -> Table:
             ) from error
         if not isinstance(content, dict):
             raise UserError(f'task: {path}, line {number} should be an object: {{"text": "...", "label": "..."}}')
-        objects.append((number, content))
-    titles = list(dict.fromkeys(key for _, content in objects for key in content))
-    rows = [[content.get(title) for title in titles] for _, content in objects]
-    return Table(titles, rows, [number for number, _ in objects])
+        objects[number] = content
+    titles = list(dict.fromkeys(key for content in objects.values() for key in content))
+    return Table(titles, [Row(line, [content.get(title) for title in titles]) for line, content in objects.items()])
 
 
 def _choose_columns(table: Table, config: DownstreamConfig, path: Path) -> list[int]:
-    """Where text, second text (if any) and label stand in a row: by the settings, or by usual names, or by order."""
+    """Returns the columns of the text, the second text (if any) and the label: by settings, usual names or order."""
     if not table.rows:
         raise UserError(f"task: {path} holds no labelled text")
     if not table.titles:
         _refuse_other_orders(table, path)
-        return list(range(len(table.rows[0])))
+        return list(range(len(table.rows[0].cells)))
     lower = [title.lower() for title in table.titles]
 
     def find(setting: str, usual_names: tuple[str, ...]) -> int:
@@ -175,11 +181,11 @@ def _choose_columns(table: Table, config: DownstreamConfig, path: Path) -> list[
 
 def _refuse_other_orders(table: Table, path: Path) -> None:
     """Raises UserError where rows without titles are not text and label, or text, second text and label."""
-    rows, width = table.rows, len(table.rows[0])
+    rows, width, first_line_number = table.rows, len(table.rows[0].cells), table.rows[0].line
     remedy = "Name the columns in line 1, text and label among them, or as --text_column and --label_column say"
     if width > 3:
-        raise UserError(f"task: {path}, line {table.line_numbers[0]} has {width} columns. {remedy}")
-    firsts, labels = [row[0].strip() for row in rows], [row[-1].strip() for row in rows]
+        raise UserError(f"task: {path}, line {first_line_number} has {width} columns. {remedy}")
+    firsts, labels = [row.cells[0].strip() for row in rows], [row.cells[-1].strip() for row in rows]
     if len(rows) < 10:  # too few to guess from
         return
     if len({*firsts}) < len(rows) / 4 and len({*labels}) > len(rows) / 2:
@@ -192,7 +198,7 @@ def _refuse_other_orders(table: Table, path: Path) -> None:
     others = labels[1:]
     if labels[0] not in others and len({*others}) < len(others) / 4:
         raise UserError(
-            f"task: line {table.line_numbers[0]} of {path} ends with {labels[0]!r}, the label of no other line. If it "
+            f"task: line {first_line_number} of {path} ends with {labels[0]!r}, the label of no other line. If it "
             f"names the columns, say --text_column {firsts[0]} --label_column {labels[0]}; if it does not, put a line "
             "above it that does"
         )
@@ -217,17 +223,17 @@ def _describe_columns(table: Table, columns: list[int]) -> str:
     return f"read: {', '.join(chosen)}" + (f"; not read: {', '.join(others)}" if others else "")
 
 
-def _cell(value: Any, path: Path, number: int) -> str:
-    """A cell as text, empty where it is missing. Raises UserError where it is no single value, or no text."""
+def _to_text(value: Any, path: Path, line: int) -> str:
+    """Returns a cell as text, empty where it is missing. Raises UserError where it is no single value, or no text."""
     if isinstance(value, list | dict):
-        raise UserError(f"task: {path}, line {number} has a list where one text or label should be")
+        raise UserError(f"task: {path}, line {line} has a list where one text or label should be")
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     text = str(value).strip()
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"task: {path}, line {number} holds a half of a character: {first_line(error)}") from error
+        raise UserError(f"task: {path}, line {line} holds a half of a character: {first_line(error)}") from error
     return text
 
 
@@ -236,33 +242,31 @@ def _cell(value: Any, path: Path, number: int) -> str:
 
 def _has_tags(path: Path) -> bool:
     """Whether the first lines look like CoNLL columns: a word first and a tag last."""
-    lines = (_word_and_tag(line) for line in islice(decode_lines([path], "task"), 100))
-    columns = [line for line in lines if line and line[0] != "-DOCSTART-"]
-    return bool(columns) and all(len(line) > 1 and TAG.fullmatch(line[-1]) for line in columns)
+    lines = map(_split_columns, islice(decode_lines([path], "task"), 100))
+    words = [columns for columns in lines if columns and columns[0] != "-DOCSTART-"]
+    return bool(words) and all(len(columns) > 1 and TAG.fullmatch(columns[-1]) for columns in words)
 
 
-def _word_and_tag(line: str) -> list[str]:
-    """The columns of a line, at tabs if it has any, else at spaces."""
+def _split_columns(line: str) -> list[str]:
+    """Splits a line at its tabs if it has any, else at spaces."""
     return [column.strip() for column in line.split("\t")] if "\t" in line.strip() else line.split()
 
 
-def _sentences(lines: Iterable[str], path: Path) -> Iterator[Example]:
-    """Sentences of CoNLL columns (word first, tag last), which blank lines separate."""
+def _read_sentences(lines: Iterable[str], path: Path) -> Iterator[Example]:
+    """Yields sentences of CoNLL columns (word first, tag last), which blank lines separate."""
     words: list[str] = []
     tags: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        columns = _word_and_tag(line)
+    for number, line in enumerate(chain(lines, [""]), start=1):
+        columns = _split_columns(line)
         if not columns or columns[0] == "-DOCSTART-":
             if words:
                 yield Example(tuple(words), tuple(tags))
             words, tags = [], []
-            continue
-        if len(columns) < 2 or not columns[0] or not TAG.fullmatch(columns[-1]):
+        elif len(columns) < 2 or not columns[0] or not TAG.fullmatch(columns[-1]):
             raise UserError(
                 f"task: {path}, line {number} should hold a word and a tag: O, or B-, I-, E- or S- and the kind of "
                 f"entity; it says {line.strip()[:40]!r}"
             )
-        words.append(columns[0])
-        tags.append(columns[-1])
-    if words:
-        yield Example(tuple(words), tuple(tags))
+        else:
+            words.append(columns[0])
+            tags.append(columns[-1])

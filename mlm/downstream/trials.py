@@ -1,83 +1,90 @@
-"""A comparison and its trials: each a fine-tuning of one model with one seed, each a file, so that none is done twice.
+"""Trials: each a fine-tuning of one model with one seed, each kept in a file, so that none is done twice.
 
-Several processes may be at work on one comparison; each takes trials that no other has taken.
+Several processes may work on one comparison; each takes trials that no other has taken.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from filelock import Timeout
 
 from mlm.storage import digest, lock, write_json
 
-FORMAT = 1  # raise when trials are done in another way
+FORMAT = 2  # raise when trials are done, or written, in another way
 
 
-class Trial(NamedTuple):
-    """What is to be done."""
+@dataclass(frozen=True)
+class Trial:
+    """A fine-tuning, or a linear probe, to be done."""
 
     model: str
     size: str  # of examples_per_class
     seed: int
-    learning_rate: float | None  # None where features are frozen
+    learning_rate: float | None  # None for a linear probe
 
 
 @dataclass
 class Result:
-    """What came of a trial."""
+    """A trial that was done."""
 
-    model: str
-    size: str
-    seed: int
-    learning_rate: float | None  # None where features are frozen
-    penalty: float | None  # logistic regression's C, for frozen features
-    best_step: int | None  # after which dev was best; 0: it diverged before, and the head is as it was drawn
+    trial: Trial
     dev_score: float
+    predictions: list[int]  # the class id of each test text, or of each word
     seconds: float
-    answers: list[int]  # the class of each test text, or of each word
+    best_step: int | None = None  # after which dev was best; 0: it diverged before, and the head is as it was drawn
+    regularization_c: float | None = None  # of a linear probe's logistic regression
 
 
+@dataclass
 class Trials:
-    """The files of trials in a folder, named by all that decides them."""
+    """The files of trials in a folder."""
 
-    def __init__(self, folder: Path, decided_by: dict[str, str], answers: dict[str, int], classes: int):
-        """decided_by: for each model, a digest of all that decides its trials beside what Trial says; answers: how many
-        a model gives on the test, each one of so many classes."""
-        self._folder, self._decided_by, self._answers, self._classes = folder, decided_by, answers, classes
+    folder: Path
+    cache_keys: dict[str, str]  # of each model: a digest of all that decides its results beside what Trial says
+    num_predictions: dict[str, int]  # of each model, on the test
+    num_classes: int
 
     def read(self, trial: Trial) -> Result | None:
-        """The result, under the name by which the model is called now; None where there is none, or it is damaged."""
+        """Returns the result, under the model's present name; None where there is none, or it is damaged."""
         try:
             content = json.loads(self._path(trial).read_text(encoding="utf-8"))
-            result = Result(**content | {"model": trial.model})
-            are_classes = all(type(answer) is int and 0 <= answer < self._classes for answer in result.answers)
-            return result if are_classes and len(result.answers) == self._answers[trial.model] else None
+            result = Result(**content | {"trial": trial})
+            valid = all(type(number) is int and 0 <= number < self.num_classes for number in result.predictions)
+            return result if valid and len(result.predictions) == self.num_predictions[trial.model] else None
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
-    def do(
-        self, trials: list[Trial], do: Callable[[Trial], Result], tell: Callable[[Result, int], None]
+    def run(
+        self, trials: list[Trial], run_trial: Callable[[Trial], Result], report: Callable[[Result, int], None]
     ) -> list[Result]:
-        """The results of the trials, by `do` where they are not there yet; each is told, with how many are left."""
-        results: dict[Trial, Result] = {}
-        for patience_s in (0, -1):  # first those that nobody is at work on, then those that others have done or left
-            for trial in trials:
-                if trial in results:
-                    continue
-                try:
-                    with lock(self._path(trial).with_suffix(".lock"), patience_s):
-                        result = self.read(trial)
-                        if result is None:
-                            result = do(trial)
-                            write_json(self._path(trial), asdict(result))
-                            tell(result, sum(not self._path(other).exists() for other in trials))
-                        results[trial] = result
-                except Timeout:
-                    continue
+        """Returns the results of the trials, done by `run_trial` where there is none yet.
+
+        report: called with each new result and the number of trials that are left. Trials that other processes are at
+        work on come last; once these have done them, or ended, their results are read, or they are done here.
+        """
+
+        def finish(trial: Trial, timeout_s: float) -> Result:
+            path = self._path(trial)
+            with lock(path.with_suffix(".lock"), timeout_s):
+                result = self.read(trial)
+                if result is None:
+                    result = run_trial(trial)
+                    write_json(path, asdict(result))
+                    report(result, sum(not self._path(other).exists() for other in trials))
+                return result
+
+        results, taken = {}, []
+        for trial in trials:
+            try:
+                results[trial] = finish(trial, timeout_s=0)
+            except Timeout:  # another process holds it
+                taken.append(trial)
+        for trial in taken:
+            results[trial] = finish(trial, timeout_s=-1)
         return [results[trial] for trial in trials]
 
     def _path(self, trial: Trial) -> Path:
-        return self._folder / f"{digest(FORMAT, trial[1:], self._decided_by[trial.model])}.json"
+        decides = (FORMAT, trial.size, trial.seed, trial.learning_rate, self.cache_keys[trial.model])
+        return self.folder / f"{digest(*decides)}.json"

@@ -5,7 +5,7 @@ import pytest
 from seqeval import metrics as seqeval_metrics
 from sklearn import metrics as sklearn_metrics
 
-from mlm.downstream.metrics import accuracy, choose_metric, count_answers, macro_f1, micro_f1
+from mlm.downstream.metrics import accuracy, choose_metric, count_predictions, macro_f1, micro_f1
 from mlm.downstream.task import Task
 from mlm.downstream.task_files import Example
 from mlm.errors import UserError
@@ -20,7 +20,7 @@ def test_scores_of_labels_are_scikit_learns():
     classes = ["a", "b", "c", "never"]
     true, given = draw.integers(0, 3, 200), draw.integers(0, 3, 200)
     examples = [Example(("text",), (classes[label],)) for label in true]
-    counts = count_answers(task_of("text", classes, examples), given.tolist(), examples)
+    counts = count_predictions(task_of("text", classes, examples), given.tolist(), examples)
     summed = counts.sum(0)
     assert accuracy(summed) == pytest.approx(sklearn_metrics.accuracy_score(true, given))
     assert macro_f1(summed) == pytest.approx(sklearn_metrics.f1_score(true, given, average="macro"))
@@ -38,7 +38,7 @@ def test_scores_of_entities_are_seqevals():
     given = [draw.choice(tags, len(sentence)).tolist() for sentence in true]
     examples = [Example(("word",) * len(sentence), tuple(sentence)) for sentence in true]
     answers = [tags.index(tag) for sentence in given for tag in sentence]
-    summed = count_answers(task_of("entities", tags, examples), answers, examples).sum(0)
+    summed = count_predictions(task_of("entities", tags, examples), answers, examples).sum(0)
     assert micro_f1(summed) == pytest.approx(seqeval_metrics.f1_score(true, given, average="micro"))
     assert macro_f1(summed) == pytest.approx(seqeval_metrics.f1_score(true, given, average="macro"))
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from Config import DownstreamConfig
-from mlm.downstream.task import draw_few, load_task, text_of
+from mlm.downstream.task import load_task, normalize_text, sample_per_class
 from mlm.downstream.task_files import Example
 from mlm.errors import UserError
 
@@ -107,7 +107,7 @@ def test_a_split_keeps_the_share_of_each_class(tmp_path):
     counts = {split: Counter(example.labels[0] for example in getattr(task, split)) for split in SPLITS}
     assert counts["test"] == {"rare": 4, "common": 36}
     assert counts["dev"] == {"rare": 2, "common": 18}
-    assert len({text_of(example) for example in all_of(task)}) == 200
+    assert len({normalize_text(example) for example in all_of(task)}) == 200
 
 
 SPLITS = ("train", "dev", "test")
@@ -125,7 +125,7 @@ def test_texts_in_two_splits_are_left_out_and_counted(tmp_path):
         write(tmp_path / "task" / f"{split}.tsv", "".join(lines))
     task = load_task(config_of(tmp_path / "task"))
     assert [len(getattr(task, split)) for split in SPLITS] == [28, 5, 7]
-    assert not {*map(text_of, task.train)} & {*map(text_of, [*task.dev, *task.test])}
+    assert not {*map(normalize_text, task.train)} & {*map(normalize_text, [*task.dev, *task.test])}
     assert task.notes[:2] == [
         "left out, as they train on a text of dev or test: 2",
         "left out, as they are of dev and of test: 1",
@@ -166,12 +166,12 @@ def test_a_class_that_nearly_all_have_is_said(tmp_path):
 
 def test_few_examples_of_each_class(tmp_path):
     task = load_task(config_of(write(tmp_path / "t.tsv", TABLES["plain.tsv"])))
-    drawn = [task.train[index].labels[0] for index in draw_few(task, "5", seed=1)]
+    drawn = [task.train[index].labels[0] for index in sample_per_class(task, "5", seed=1)]
     assert Counter(drawn) == {"even": 5, "odd": 5}
-    assert draw_few(task, "5", 1) == draw_few(task, "5", 1) != draw_few(task, "5", 2)
-    assert sorted(draw_few(task, "100", 1)) == draw_few(task, "all", 1) == list(range(len(task.train)))
+    assert sample_per_class(task, "5", 1) == sample_per_class(task, "5", 1) != sample_per_class(task, "5", 2)
+    assert sorted(sample_per_class(task, "100", 1)) == sample_per_class(task, "all", 1) == list(range(len(task.train)))
     sentences = load_task(config_of(write(tmp_path / "n.conll", CONLL)))
-    assert len(draw_few(sentences, "5", 1)) == 5
+    assert len(sample_per_class(sentences, "5", 1)) == 5
 
 
 # ------------------------------------------------------------------------------------------------------- plain errors

@@ -1,0 +1,28 @@
+"""Test texts that a model was pre-trained on are counted."""
+
+import json
+
+from mlm.downstream.contamination import count_contaminated
+from mlm.downstream.task import Task
+from mlm.downstream.task_files import Example
+
+
+def test_test_texts_in_the_pre_training_text_of_a_run_are_counted(tmp_path, settings, text_folder):
+    text_folder.joinpath("train.txt").write_text("The patient took << metformin >>.\nAnother line.\nA third one.\n")
+    output = tmp_path / "output" / "mine"
+    output.mkdir(parents=True)
+    recorded = {"path_datasets": str(text_folder), "path_model_save": str(tmp_path / "output"), "removed_setting": 1}
+    output.joinpath("settings.json").write_text(json.dumps({"settings": recorded}))
+    examples = [Example((text,), ("x",)) for text in ("the patient took metformin", "A third", "a third one", "new")]
+    task = Task("t", "text", ["x"], [], [], examples, [])
+    assert count_contaminated(str(output / "final"), task) == 2
+    pairs = task._replace(kind="pair", test=[Example(("new", "A third one!"), ("x",))])
+    assert count_contaminated(str(output / "final"), pairs) == 1
+    words = task._replace(kind="entities", test=[Example(("another", "line", "."), ("O", "O", "O"))])
+    assert count_contaminated(str(output / "final"), words) == 1
+    assert count_contaminated(str(tmp_path), task) is None
+    text_folder.joinpath("train.txt").unlink()
+    assert count_contaminated(str(output / "final"), task) is None
+    for damaged in ("[]", '{"settings": []}', '{"settings": null}', "{"):
+        output.joinpath("settings.json").write_text(damaged)
+        assert count_contaminated(str(output / "final"), task) is None

@@ -1,0 +1,58 @@
+"""The words on screen: verdicts to be repeated, warnings about models that learned nothing."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from comparisons import make_rows, read_csv, save_model, write_rows
+from runs import ROOT
+
+import downstream
+from mlm.downstream.results import describe_verdict
+from mlm.downstream.significance import Difference
+from mlm.downstream.trials import Result
+
+
+def test_models_that_learned_nothing_are_named(tmp_path, compare, monkeypatch, capsys):
+    """To this model every word is [UNK]; all rates score alike on dev, so the middle one is taken."""
+    rows = [(text, "yes" if n % 3 else "no") for n, (text, _) in enumerate(make_rows(90, 6))]
+    model, task = save_model(tmp_path / "blind", ["other"]), write_rows(tmp_path / "task.tsv", rows)
+
+    def always_yes(comparison, trial):
+        predictions = [comparison.task.classes.index("yes")] * len(comparison.task.test)
+        return Result(trial, dev_score=0.5, predictions=predictions, seconds=1.0, best_step=1)
+
+    monkeypatch.setattr(downstream, "fine_tune_once", always_yes)
+    folder = compare(task, model, num_seeds=3, learning_rates=(1e-5, 2e-5, 4e-5))
+    assert {row["learning_rate"] for row in read_csv(folder / "results.csv")} == {"2e-05"}
+    said = capsys.readouterr().out
+    assert "warning: 100% of them are [UNK]" in said and "hint" not in said
+    assert "warning: 3 of 3 seed(s) of blind did not learn" in said
+    [row] = [line.split() for line in said.splitlines() if line.startswith("(always yes)")]
+    assert row[2] == "66.7"  # accuracy: two thirds of the test texts
+
+
+@pytest.mark.slow
+def test_a_terminal_that_lacks_characters_shows_their_numbers(tmp_path):
+    model = save_model(tmp_path / "model")
+    task = write_rows(tmp_path / "任务.tsv", make_rows(40, 1))
+    flags = ["--task", str(task), "--models", model, "--frozen", "--num_seeds", "1"]
+    flags += ["--path_model_save", str(tmp_path / "output")]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "downstream.py", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert rb"\u4efb\u52a1: texts of 2 classes" in result.stdout
+
+
+def test_each_verdict_is_a_sentence_to_repeat():
+    assert describe_verdict(Difference(0.019, 0.007, 0.03, 0.03, 0.02)) == "better by 1.9 (0.7 to 3.0)"
+    assert describe_verdict(Difference(-0.019, -0.03, -0.007, 0.03, 0.02)) == "worse by 1.9 (0.7 to 3.0)"
+    assert (
+        describe_verdict(Difference(0.004, -0.003, 0.01, 0.3, 0.012))
+        == "cannot tell: a difference below 1.2 would not reliably show"
+    )
+    assert "the seeds do not agree" in describe_verdict(Difference(0.385, 0.18, 0.59, 0.0625, 0.353))
+    assert "fewer than 6 seeds" in describe_verdict(Difference(0.1, 0.05, 0.15, 0.25, np.inf))

@@ -2,6 +2,8 @@
 
 import math
 import sys
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from accelerate import PartialState
@@ -57,3 +59,16 @@ def figure(value: float) -> str:
 def with_error(value: float, standard_error: float) -> str:
     """A perplexity with its standard error, where it has one."""
     return f"{figure(value)} ± {figure(standard_error)}" if math.isfinite(standard_error) else figure(value)
+
+
+def table(rows: Sequence[Sequence[str]], align: str) -> str:
+    """Returns rows of cells as lines, each column as wide as its widest cell and two spaces from the next.
+
+    align: "<" (left) or ">" (right) for each column. A row may have fewer cells than there are columns.
+    """
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    lines = []
+    for row in rows:
+        cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=False))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlm.data.text_stats import SplitStats, histogram, splits_of, text_warnings
 from mlm.evaluation.loss import compare, load_evaluation, perplexity
-from mlm.report.plots import Chart, Curve, Point, Reference, draw_curves, draw_histogram
+from mlm.report.plots import Chart, Curve, Point, draw_curves, draw_histogram
 from mlm.report.summary import SCORES, Summary, read_summary
 from mlm.report.templates import template
 from mlm.report.wording import describe_change, notes, score_rows, verdict
@@ -110,18 +110,16 @@ def _draw_charts(run: Summary) -> list[Chart]:
             f"Test perplexity went from {figure(first['perplexity'])} to {figure(last['perplexity'])} {span}.",
             [
                 Curve("training text", "faint", training),
-                Curve("test text with 95% intervals", "one", perplexities, dots=True),
-            ],
-            [
-                Reference("before training", "soft", first["perplexity"]),
-                Reference("word frequencies alone", "three", run.text.unigram_perplexity, "dotted"),
+                Curve("test text with 95% intervals", "one", perplexities),
+                Curve("before training", "soft", _level(run, first["perplexity"]), "dashed"),
+                Curve("word frequencies alone", "three", _level(run, run.text.unigram_perplexity), "dotted"),
             ],
             logarithmic=True,
         ),
         draw_curves(
             "Masked accuracy",
             f"From {first['masked_accuracy']:.1%} to {last['masked_accuracy']:.1%} {span}.",
-            [Curve("test text", "one", _points(run, "masked_accuracy"), dots=True)],
+            [Curve("test text", "one", _points(run, "masked_accuracy"))],
             label=_percent,
         ),
         draw_curves("Learning rate", _describe_range(rates), [Curve("", "one", rates)], label="{:.3g}".format),
@@ -133,6 +131,11 @@ def _draw_charts(run: Summary) -> list[Chart]:
 def _points(run: Summary, column: str) -> list[Point]:
     """Returns what metrics.csv has in a column, by step."""
     return [Point(row["step"], row[column]) for row in run.rows if column in row]
+
+
+def _level(run: Summary, value: float) -> list[Point]:
+    """Returns a value that is the same at all steps of a run, to compare with."""
+    return [Point(0, value), Point(run.rows[-1]["step"], value)]
 
 
 def _percent(share: float) -> str:
@@ -204,11 +207,8 @@ def _draw_beside(
     runs: list[Summary], title: str, column: str, label: Callable[[float], str], logarithmic: bool = False
 ) -> Chart | None:
     """Draws a column of metrics.csv, a curve for each run."""
-    curves = [
-        Curve(run.folder.name, color, _points(run, column), dots=True)
-        for run, color in zip(runs, RUN_COLORS, strict=False)
-    ]
-    return draw_curves(title, f"{title} on the test text, a curve for each run.", curves, (), logarithmic, label)
+    curves = [Curve(run.folder.name, color, _points(run, column)) for run, color in zip(runs, RUN_COLORS, strict=False)]
+    return draw_curves(title, f"{title} on the test text, a curve for each run.", curves, logarithmic, label)
 
 
 def _run_row(run: Summary, first: Summary) -> dict[str, str]:

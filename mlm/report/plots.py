@@ -1,7 +1,6 @@
 """Curves and histograms of a page: matplotlib's SVG, in colours and a font that the page's style sheet decides."""
 
 import io
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 
 WIDTH, HEIGHT = 400, 230  # in units that are about pixels on a page
 MOST_POINTS = 250  # of a curve; more are averaged, as the picture shows no more and the page must stay small
-MOST_DOTS = 40  # of a curve that has them; more would run together
+MOST_DOTS = 20  # of a curve; more would run together
 ROUND_STEPS = [1, 2, 5, 10]  # between ticks, times a power of ten
 
 # The names of the page's colours, each with the value that stands for it until the SVG is written: the page knows its
@@ -27,22 +26,6 @@ ROUND_STEPS = [1, 2, 5, 10]  # between ticks, times a power of ten
 COLORS = {
     name: f"#0000{number:02x}"
     for number, name in enumerate(("soft", "line", "faint", "one", "two", "three", "four"), start=1)
-}
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text
-    "font.sans-serif": "DejaVu Sans",  # which matplotlib brings along, to measure text by
-    "font.size": 13,
-    "lines.linewidth": 1.8,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": COLORS["line"],
-    "xtick.color": COLORS["soft"],
-    "ytick.color": COLORS["soft"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.major.pad": 7,
-    "ytick.major.pad": 8,
-    "axes.axisbelow": True,  # the grid lies below bars and curves
 }
 
 
@@ -55,37 +38,26 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Measured values in the order of steps."""
+    """Values in the order of steps."""
 
     name: str  # in the legend; "" where it needs none
     color: str  # of `COLORS`
     points: list[Point]
-    dots: bool = False
-
-
-class Reference(NamedTuple):
-    """A value to compare curves with, drawn across the whole picture."""
-
-    name: str
-    color: str  # of `COLORS`
-    value: float
-    style: str = "dashed"  # a word that matplotlib and CSS both know
+    style: str = "solid"  # a word that matplotlib and CSS both know
 
 
 class Chart(NamedTuple):
-    """A picture with its title and legend."""
+    """A picture with its title and the curves of its legend."""
 
     title: str
     svg: Markup
-    legend: list[tuple[str, str, str]]  # name, colour, style of the line
+    legend: list[Curve]
 
 
-@matplotlib.rc_context(STYLE)
 def draw_curves(
     title: str,
     description: str,
     curves: Sequence[Curve],
-    references: Sequence[Reference] = (),
     logarithmic: bool = False,
     label: Callable[[float], str] = "{:,.10g}".format,
 ) -> Chart | None:
@@ -95,31 +67,25 @@ def draw_curves(
     """
     arrays = [_drawable(curve.points, logarithmic) for curve in curves]
     drawn = [(curve, array) for curve, array in zip(curves, arrays, strict=True) if array.size]
-    references = [each for each in references if _is_drawable(each.value, logarithmic)]
     if not drawn:
         return None
     figure, axes = _new_figure()
     for curve, (steps, values, _) in drawn:
-        marker = "o" if curve.dots and len(steps) <= MOST_DOTS else ""
-        axes.plot(steps, values, color=COLORS[curve.color], marker=marker, clip_on=False)
-    for reference in references:
-        axes.axhline(reference.value, color=COLORS[reference.color], linestyle=reference.style)
+        marker = "o" if curve.style == "solid" and len(steps) <= MOST_DOTS else ""
+        color = COLORS[curve.color]
+        axes.plot(steps, values, color=color, linestyle=curve.style, linewidth=1.8, marker=marker, clip_on=False)
     _scale(axes, logarithmic, label)
     for curve, (steps, values, margins) in drawn:  # a wide interval must not squeeze the curve
         if margins.any():
             axes.fill_between(steps, values - margins, values + margins, color=COLORS[curve.color], alpha=0.3, lw=0)
-    legend = [(curve.name, curve.color, "solid") for curve, _ in drawn if curve.name]
-    legend += [(each.name, each.color, each.style) for each in references]
-    return Chart(title, _to_svg(figure, title, description), legend)
+    return Chart(title, _to_svg(figure, title, description), [curve for curve, _ in drawn if curve.name])
 
 
-@matplotlib.rc_context(STYLE)
 def draw_histogram(title: str, description: str, counts: list[tuple[str, int]]) -> Chart:
     """Draws a bar for each label and its count; the last bar is set apart by its colour."""
     figure, axes = _new_figure()
-    colors = [COLORS["one"]] * (len(counts) - 1) + [COLORS["two"]]
-    axes.bar(range(len(counts)), [count for _, count in counts], color=colors)
     last = len(counts) - 1
+    axes.bar(range(last + 1), [count for _, count in counts], color=[COLORS["one"]] * last + [COLORS["two"]])
     labelled = [*range(0, last - 3, 4), last]  # not every label has room
     axes.set_xticks(labelled, [counts[index][0] for index in labelled])
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND_STEPS, integer=True))
@@ -133,23 +99,23 @@ def _drawable(points: list[Point], logarithmic: bool) -> np.ndarray:
     Of more points it keeps the first and the last, and means of neighbours between.
     """
     array = np.array(points, dtype=float).reshape(-1, 3)
-    array = array[_is_drawable(array[:, 1], logarithmic)]
-    array[~_is_drawable(array[:, 2], False), 2] = 0
+    array[~(np.abs(array) < 1e100)] = np.nan  # axes cannot be computed for what is larger
+    array = array[array[:, 1] > (1e-100 if logarithmic else -np.inf)]
+    array = np.nan_to_num(array)  # a margin that is not finite is not drawn
     if len(array) > MOST_POINTS:
         means = [part.mean(axis=0) for part in np.array_split(array[1:-1], MOST_POINTS - 2)]
         array = np.stack([array[0], *means, array[-1]])
     return array.T
 
 
-def _is_drawable(values: Any, logarithmic: bool) -> Any:
-    """Whether numbers are finite, of a size that axes can be computed for, and above 0 where the axis needs it."""
-    return (np.abs(values) < 1e100) & (values > (1e-100 if logarithmic else -np.inf))
-
-
 def _new_figure() -> tuple[Figure, Axes]:
     """Returns a figure without frame and background, and its axes, with room for labels at the left and below."""
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), frameon=False)  # SVG's unit is a 72nd of an inch
-    return figure, figure.add_axes((0.15, 0.11, 0.77, 0.85), frameon=False)
+    axes = figure.add_axes((0.15, 0.11, 0.77, 0.85), frameon=False)
+    axes.grid(axis="y", color=COLORS["line"])
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=8, labelsize=13, labelcolor=COLORS["soft"])
+    return figure, axes
 
 
 def _scale(axes: Axes, logarithmic: bool, label: Callable[[float], str]) -> None:
@@ -161,7 +127,7 @@ def _scale(axes: Axes, logarithmic: bool, label: Callable[[float], str]) -> None
     locator: Locator = MaxNLocator(5, steps=ROUND_STEPS)
     if logarithmic:
         axes.set_yscale("log")
-        low, high = map(math.log10, axes.get_ylim())
+        low, high = np.log10(axes.get_ylim())
         if high - low > 1:
             locator = LogLocator(subs=(1.0,) if high - low > 3 else (1.0, 2.0, 5.0))
     axes.yaxis.set_major_locator(locator)
@@ -176,10 +142,12 @@ def _scale(axes: Axes, logarithmic: bool, label: Callable[[float], str]) -> None
 def _to_svg(figure: Figure, title: str, description: str) -> Markup:
     """Writes a picture as an element of a page, coloured by the page's variables.
 
-    Its ids are hashes salted with the title, so that pictures of one page share none.
+    Text stays text, measured by the font that matplotlib brings along. Ids are hashes salted with the title, so that
+    pictures of one page share none.
     """
     written = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": title}):
+    options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.sans-serif": "DejaVu Sans"}
+    with matplotlib.rc_context(options):
         figure.savefig(written, format="svg")
     _, group, rest = written.getvalue().partition("<g ")
     drawing = re.sub(r'<g id="[^"]*"', "<g", group + rest)

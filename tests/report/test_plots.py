@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from runs import ROOT
 
-from mlm.report.plots import HEIGHT, MOST_POINTS, Curve, Point, Reference, draw_curves, draw_histogram
+from mlm.report.plots import HEIGHT, MOST_POINTS, Curve, Point, draw_curves, draw_histogram
 
 NUMBER = r"-?[\d.]+"
 
@@ -22,9 +22,8 @@ class Drawing:
     def __init__(self, svg: str):
         root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
         self.paths = [(path.get("style") or "", self.places(path)) for path in root.iter("path")]
-        self.bands = [
-            self.places(path) + np.array([0, HEIGHT]) for path in root.findall(".//defs/path")
-        ]  # the <use> moves them
+        bands = [path for path in root.findall(".//defs/path") if not path.get("style")]
+        self.bands = [self.places(path) + np.array([0, HEIGHT]) for path in bands]  # their <use> moves them down
         self.texts = [(text.text, float(text.get("x")), text.get("style")) for text in root.iter("text")]
 
     @staticmethod
@@ -33,7 +32,9 @@ class Drawing:
         return np.array([place.split() for place in re.findall(f"[ML] ({NUMBER} {NUMBER})", path.get("d"))], float)
 
     def stroked(self, color: str) -> list[np.ndarray]:
-        return [places for style, places in self.paths if f"stroke: var(--{color})" in style and len(places)]
+        """The lines of a colour: of each its places."""
+        stroke = f"stroke: var(--{color})"
+        return [places for style, places in self.paths if style.startswith("fill: none") and stroke in style]
 
     def x_ticks(self) -> list[tuple[float, float]]:
         """Label and place of each tick below."""
@@ -49,11 +50,11 @@ def as_number(label: str) -> float:
     return float(label.replace(",", "").replace("\N{MINUS SIGN}", "-"))
 
 
-def draw(values, margins=None, references=(), **options):
+def draw(values, margins=None, **options):
     """The drawing of one curve with a value at each step."""
     margins = np.zeros(len(values)) if margins is None else margins
     points = [Point(step, *each) for step, each in enumerate(zip(values, margins, strict=True))]
-    return Drawing(draw_curves("t", "d", [Curve("c", "one", points)], references, **options).svg)
+    return Drawing(draw_curves("t", "d", [Curve("c", "one", points)], **options).svg)
 
 
 @pytest.mark.parametrize(("last", "high"), [(12, 0.0204), (7, 0.5), (3040, 33_000.0), (1, 3e-5)])
@@ -77,11 +78,13 @@ def test_a_logarithmic_axis_has_equal_factors_at_equal_distances():
     assert len(labels) >= 3 and labels == sorted(labels)
 
 
-def test_references_are_drawn_at_their_values():
-    drawing = draw([0.0, 10.0], references=[Reference("r", "two", 5.0), Reference("none", "three", math.nan)])
+def test_curves_share_their_axes():
+    values = {"one": (0.0, 10.0), "two": (5.0, 5.0), "three": (math.nan, math.nan)}
+    curves = [Curve("c", color, [Point(*each) for each in enumerate(pair)], "dashed") for color, pair in values.items()]
+    drawing = Drawing(draw_curves("t", "d", curves).svg)
     [[(_, low), (_, high)]] = drawing.stroked("one")
-    [reference] = drawing.stroked("two")
-    assert reference[:, 1] == pytest.approx((low + high) / 2, abs=0.1)
+    [level] = drawing.stroked("two")
+    assert level[:, 1] == pytest.approx((low + high) / 2, abs=0.1)
     assert drawing.stroked("three") == []
 
 
@@ -118,7 +121,7 @@ def test_of_many_points_the_ends_stay_and_neighbours_are_averaged():
 @pytest.mark.filterwarnings("error")
 def test_a_chart_takes_what_runs_bring(values, logarithmic):
     points = [Point(step, value, math.inf) for step, value in enumerate(values)]
-    chart = draw_curves("t", "d", [Curve("c", "one", points, dots=True)], logarithmic=logarithmic)
+    chart = draw_curves("t", "d", [Curve("c", "one", points)], logarithmic=logarithmic)
     if chart:
         assert not re.search(r"[ \"](nan|inf)", chart.svg)
         Drawing(chart.svg)
@@ -131,9 +134,9 @@ def test_nothing_to_draw_makes_no_chart():
 
 
 def test_the_legend_names_what_is_drawn():
-    curves = [Curve("a", "one", [Point(0, 1.0)]), Curve("", "two", [Point(0, 1.0)]), Curve("none", "three", [])]
-    chart = draw_curves("t", "d", curves, [Reference("r", "soft", 2.0)])
-    assert chart.legend == [("a", "one", "solid"), ("r", "soft", "dashed")]
+    named, unnamed = Curve("a", "one", [Point(0, 1.0)], "dashed"), Curve("", "two", [Point(0, 1.0)])
+    empty = Curve("none", "three", [])
+    assert draw_curves("t", "d", [named, unnamed, empty]).legend == [named]
 
 
 def test_pictures_are_described_and_their_text_is_text():

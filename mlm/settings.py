@@ -94,12 +94,13 @@ def repeat_command(program: str, settings: Any, default: Any, without: Iterable[
 
 
 def describe_settings(settings: Any, given: Any) -> str:
-    """The settings, one per line; starred where `given`, of the same class, differs from the class's defaults."""
-    width = max(len(field.name) for field in fields(settings))
-    lines = []
+    """Returns the settings, one per line; starred where `given`, of the same class, differs from the defaults."""
+    from mlm.terminal import table  # here, so that whoever builds settings in code does without torch
+
+    rows = []
     for field in fields(settings):
         value = getattr(settings, field.name)
         star = " " if getattr(given, field.name) == field.default else "*"
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        lines.append(f" {star} {field.name:<{width}}  {'unset' if shown is None or shown == '' else shown}")
-    return "\n".join(lines)
+        rows.append((f" {star} {field.name}", "unset" if shown is None or shown == "" else str(shown)))
+    return table(rows, "<<")

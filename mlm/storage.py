@@ -134,6 +134,12 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         writer.writerows(rows)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Reads a CSV file with a header: a dict for each row, by column."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def digest(*parts: object) -> str:
     """32 hexadecimal digits that name a combination of values, for what is cached by it."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

@@ -18,6 +18,7 @@ from runs import reset_process_state, run
 from Config import Config
 from mlm.data.text_files import Text, read_lines
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
+from mlm.report.summary import read_summary
 
 ENGLISH = [
     "the",
@@ -115,6 +116,12 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     write_text(folder / "text")
     return run(long_settings_in(folder, run_name="whole"))
+
+
+@pytest.fixture(scope="session")
+def finished(whole):
+    """The summary of `whole`."""
+    return read_summary(whole)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from mlm.errors import UserError, plain_errors
-from mlm.report.page import MOST_RUNS, page_of_several, write_page, write_report
+from mlm.report.page import MOST_RUNS, render_runs, write_page, write_report
 from mlm.report.summary import read_summary
 
 
@@ -21,7 +21,7 @@ def main() -> None:
         write_report(runs[0])
     else:
         path = folders[0].parent / f"report-of-{len(runs)}-runs.html"
-        write_page(path, page_of_several(runs))
+        write_page(path, render_runs(runs))
     print(path)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
+from mlm.data.words import HAN_CHARACTER
 from mlm.report.summary import Summary
 from mlm.report.templates import template
 from mlm.report.wording import score_rows, verdict
@@ -18,13 +19,16 @@ STOP_WORD_SHARE = 0.2  # of the words: English
 
 
 def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
-    """The card of a finished run; lines: of the test text, to tell its language by. No text is quoted in it."""
-    start, last = run.settings["initial_pretrain_model"], run.evaluations[-1]
+    """Returns the card of a finished run, which quotes no text.
+
+    lines: of the test text, to tell its language by.
+    """
+    base_model, last = run.settings["initial_pretrain_model"], run.evaluations[-1]
     language, name = language_of(lines), run.folder.name
     scores = {"perplexity": last["perplexity"], "accuracy": last["masked_accuracy"]}
     data = ModelCardData(
         language=language,
-        base_model=start if is_hub_name(start) else None,
+        base_model=base_model if _is_hub_name(base_model) else None,
         library_name="transformers",
         pipeline_tag="fill-mask",
         tags=["bert", "masked-language-modeling", "domain-adaptation"],
@@ -40,10 +44,11 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
             for metric, value in scores.items()
         ],
     )
+    is_public = _is_hub_name(base_model) or base_model.startswith("scratch:")
     body = template("card.md").render(
         run=run,
         name=name,
-        start=start if is_hub_name(start) or start.startswith("scratch:") else "a local checkpoint",
+        base_model=base_model if is_public else "a local checkpoint",
         language={"zh": "Chinese", "en": "English"}.get(language or "", "not determined"),
         scores=score_rows(run),
         verdict=verdict(run),
@@ -51,16 +56,16 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def is_hub_name(name: str) -> bool:
+def _is_hub_name(name: str) -> bool:
     """Whether a model's name is one that the Hub could have, and no local folder."""
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(name).exists()
 
 
 def language_of(lines: Iterable[str]) -> str | None:
-    """zh or en, by the letters and the words of some lines; None for what is neither."""
+    """Returns zh or en, by the letters and the words of some lines; None for what is neither."""
     text = "\n".join(islice(lines, READ_LINES)).lower()
     letters = [character for character in text if character.isalpha()]
-    if sum("\u4e00" <= letter <= "\u9fff" for letter in letters) > HAN_SHARE * len(letters):
+    if sum(bool(HAN_CHARACTER.match(letter)) for letter in letters) > HAN_SHARE * len(letters):
         return "zh"
     words = re.findall(r"[^\W\d_]+", text)
     return "en" if sum(word in ENGLISH_STOP_WORDS for word in words) > STOP_WORD_SHARE * len(words) else None

@@ -1,27 +1,27 @@
 """The page that says whether a run worked, in one file: report.html; and the one that sets several side by side."""
 
-import csv
+from collections.abc import Callable
 from pathlib import Path
 
 from mlm.data.text_stats import SplitStats, histogram, splits_of, text_warnings
 from mlm.evaluation.loss import compare, load_evaluation, perplexity
-from mlm.report.plots import FRAME, Chart, Curve, Point, Reference, bars, chart
+from mlm.report.plots import Chart, Curve, Point, draw_curves, draw_histogram
 from mlm.report.summary import SCORES, Summary, read_summary
 from mlm.report.templates import template
-from mlm.report.wording import notes, of_change, score_rows, verdict
-from mlm.storage import atomic_write
+from mlm.report.wording import describe_change, notes, score_rows, verdict
+from mlm.storage import atomic_write, read_csv
 from mlm.terminal import figure, with_error
 from mlm.training.run import Ending
 
 MASK = "[MASK]"
-STYLES = ("one", "two", "three", "four")  # of runs beside each other
-MOST_RUNS = len(STYLES)
+RUN_COLORS = ("one", "two", "three", "four")  # of runs beside each other
+MOST_RUNS = len(RUN_COLORS)
 MOODS = {"Better": "good", "Worse": "bad"}
 
 
 def write_report(summary: Summary) -> None:
     """Writes report.html into the run's folder."""
-    write_page(summary.folder / "report.html", page_of(summary))
+    write_page(summary.folder / "report.html", render_run(summary))
 
 
 def redraw(folder: Path) -> None:
@@ -39,45 +39,45 @@ def write_page(path: Path, page: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- one run
 
 
-def page_of(run: Summary) -> str:
-    """The page of one run, as HTML."""
-    answer = verdict(run)
+def render_run(run: Summary) -> str:
+    """Returns the page of one run, as HTML."""
     stats, only_test = run.text, run.settings["evaluate_only"]
     splits = splits_of(stats, only_test)
     warnings = text_warnings(stats, run.settings["initial_pretrain_tokenizer"], only_test)
     if run.skipped_steps:
         warnings.append(f"warning: {run.skipped_steps:,} steps skipped, as their loss or gradient was not finite")
-    counts = histogram(next(iter(splits.values())), run.settings["sen_max_length"])
-    last = run.evaluations[-1]
     return template("run.html").render(
         run=run,
-        state=_state_of(run),
-        answer=answer,
-        trained="change" in last,
-        mood=MOODS.get(answer.partition(":")[0], ""),
-        notes=[*notes(run), *forgetting_of(run.folder)],
+        state=_describe_state(run),
+        verdict=verdict(run),
+        mood=_mood(verdict(run)),
+        notes=[*notes(run), *_general_text_notes(run.folder)],
         warnings=warnings,
         scores=score_rows(run),
-        chunks=f"{last['test_chunks']:,.0f} chunks of {stats.test.chunks:,}",
-        charts=charts_of(run),
-        frame=FRAME,
+        chunks=f"{run.evaluations[-1]['test_chunks']:,.0f} chunks of {stats.test.chunks:,}",
+        charts=_draw_charts(run),
         mask=MASK,
-        tasks=tasks_of(run.folder),
+        tasks=_task_results(run.folder),
         splits=splits,
-        text_rows=_rows_of_text(list(splits.values())),
-        lengths=bars(counts),
-        lengths_alt="Histogram of the tokens of a line: " + ", ".join(f"{label}: {n:,}" for label, n in counts if n),
+        text_rows=_text_rows(list(splits.values())),
+        lengths=_draw_lengths(next(iter(splits.values())), run.settings["sen_max_length"]),
     )
 
 
-def _state_of(run: Summary) -> str:
-    """Whether a run goes on, or how it ended."""
+def _describe_state(run: Summary) -> str:
+    """Says that a run goes on, or how it ended."""
     if run.state == "running":
         return f"running: step {run.evaluations[-1]['step']:,.0f} of {run.settings['max_steps']:,}"
     return f"{run.state}: {Ending[run.state.upper()].value}"
 
 
-def _rows_of_text(splits: list[SplitStats]) -> list[list[str]]:
+def _mood(verdict: str) -> str:
+    """Returns the style of a verdict: good, bad, or none."""
+    return MOODS.get(verdict.partition(":")[0], "")
+
+
+def _text_rows(splits: list[SplitStats]) -> list[list[str]]:
+    """Returns the table of what was found in the text: a title, and a cell for each split."""
     names = {
         "lines": "lines", "blank": "blank", "duplicate": "repeat an earlier one", "dropped": "without a token",
         "chunks": "chunks", "tokens": "tokens",
@@ -88,80 +88,87 @@ def _rows_of_text(splits: list[SplitStats]) -> list[list[str]]:
     return rows
 
 
-def charts_of(run: Summary) -> list[Chart]:
-    """Perplexity with the start and the words' frequencies drawn in, accuracy, learning rate and speed."""
+def _draw_lengths(split: SplitStats, sen_max_length: int) -> Chart:
+    """Draws the histogram of the tokens per line."""
+    counts = histogram(split, sen_max_length)
+    description = ", ".join(f"{label}: {count:,} lines" for label, count in counts if count)
+    return draw_histogram("Tokens per line", f"Tokens per line: {description}.", counts)
+
+
+def _draw_charts(run: Summary) -> list[Chart]:
+    """Draws perplexity beside the baseline's and that of word frequencies, accuracy, learning rate and speed."""
     if len(run.rows) < 2:
         return []
-    tested, first, last = run.evaluations, run.evaluations[0], run.evaluations[-1]
-    perplexities = [Point(row["step"], row["perplexity"], 1.96 * row["perplexity_se"]) for row in tested]
-    accuracies = [Point(row["step"], row["masked_accuracy"]) for row in tested]
-    losses = [Point(row["step"], perplexity(row["train_loss"])) for row in run.rows if "train_loss" in row]
-    rates = [Point(row["step"], row["lr"]) for row in run.rows if "lr" in row]
-    speeds = [Point(row["step"], row["tokens_per_s"]) for row in run.rows if "tokens_per_s" in row]
+    first, last = run.evaluations[0], run.evaluations[-1]
+    perplexities = [Point(row["step"], row["perplexity"], 1.96 * row["perplexity_se"]) for row in run.evaluations]
+    training = [Point(step, perplexity(loss)) for step, loss, _ in _points(run, "train_loss")]
+    rates, speeds = _points(run, "lr"), _points(run, "tokens_per_s")
     span = f"over {last['step']:,.0f} steps"
-    references = [
-        Reference("before training", "plain", first["perplexity"]),
-        Reference("word frequencies alone", "three", run.text.unigram_perplexity),
-    ]
-    made = [
-        chart(
+    charts = [
+        draw_curves(
             "Perplexity",
             f"Test perplexity went from {figure(first['perplexity'])} to {figure(last['perplexity'])} {span}.",
             [
-                Curve("training text", "thin", losses),
-                Curve("test text with 95% intervals", "one", perplexities, dots=True),
+                Curve("training text", "faint", training),
+                Curve("test text with 95% intervals", "one", perplexities),
+                Curve("before training", "soft", _level(run, first["perplexity"]), "dashed"),
+                Curve("word frequencies alone", "three", _level(run, run.text.unigram_perplexity), "dotted"),
             ],
-            references,
             logarithmic=True,
         ),
-        chart(
-            "Hidden tokens guessed right",
+        draw_curves(
+            "Masked accuracy",
             f"From {first['masked_accuracy']:.1%} to {last['masked_accuracy']:.1%} {span}.",
-            [Curve("test text", "one", accuracies, dots=True)],
+            [Curve("test text", "one", _points(run, "masked_accuracy"))],
             label=_percent,
         ),
-        chart("Learning rate", _range("The learning rate", rates), [Curve("", "one", rates)], label="{:.3g}".format),
-        chart("Tokens a second", _range("Training speed", speeds), [Curve("", "one", speeds)]),
+        draw_curves("Learning rate", _describe_range(rates), [Curve("", "one", rates)], label="{:.3g}".format),
+        draw_curves("Tokens per second", _describe_range(speeds), [Curve("", "one", speeds)]),
     ]
-    return [each for each in made if each]
+    return [chart for chart in charts if chart]
+
+
+def _points(run: Summary, column: str) -> list[Point]:
+    """Returns what metrics.csv has in a column, by step."""
+    return [Point(row["step"], row[column]) for row in run.rows if column in row]
+
+
+def _level(run: Summary, value: float) -> list[Point]:
+    """Returns a value that is the same at all steps of a run, to compare with."""
+    return [Point(0, value), Point(run.rows[-1]["step"], value)]
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def _range(what: str, points: list[Point]) -> str:
+def _describe_range(points: list[Point]) -> str:
     values = [point.value for point in points]
-    return f"{what} was between {min(values):,.3g} and {max(values):,.3g}." if values else ""
+    return f"Between {min(values):,.3g} and {max(values):,.3g} in training." if values else ""
 
 
-def tasks_of(folder: Path) -> list[dict[str, str]]:
-    """What downstream.py found of the run's models, a row for each comparison."""
-    found = []
-    for file in sorted(folder.parent.glob("downstream/*/comparison.csv")):
-        for row in _read_csv(file):
-            if "sentence" in row and _is_of(row["model"], folder):
-                found.append(row | {"task": file.parent.name})
-    return found
+def _task_results(folder: Path) -> list[dict[str, str]]:
+    """Returns what downstream.py found of the run's models, a row for each comparison."""
+    return [
+        row | {"task": file.parent.name}
+        for file in sorted(folder.parent.glob("downstream/*/comparison.csv"))
+        for row in read_csv(file)
+        if "sentence" in row and _is_model_of_run(row["model"], folder)
+    ]
 
 
-def forgetting_of(folder: Path) -> list[str]:
-    """What downstream.py found the run's models to know of general text, beside the models they were compared with."""
+def _general_text_notes(folder: Path) -> list[str]:
+    """Returns a sentence for each task: the perplexities that downstream.py measured on general text."""
     found = []
     for file in sorted(folder.parent.glob("downstream/*/general_text.csv")):
-        rows = _read_csv(file)
-        if any(_is_of(row["model"], folder) for row in rows):
+        rows = read_csv(file)
+        if any(_is_model_of_run(row["model"], folder) for row in rows):
             known = ", ".join(f"{row['model']} {figure(float(row['perplexity']))}" for row in rows)
             found.append(f"Perplexity on general text ({file.parent.name}): {known}.")
     return found
 
 
-def _read_csv(file: Path) -> list[dict[str, str]]:
-    with open(file, newline="", encoding="utf-8") as opened:
-        return list(csv.DictReader(opened))
-
-
-def _is_of(model: str, folder: Path) -> bool:
+def _is_model_of_run(model: str, folder: Path) -> bool:
     """Whether a model, by the name that downstream.py was given, is one of the run's."""
     return Path(model).parent.name == folder.name and Path(model).name in ("final", "best")
 
@@ -169,61 +176,62 @@ def _is_of(model: str, folder: Path) -> bool:
 # --------------------------------------------------------------------------------------------------------- several runs
 
 
-def page_of_several(runs: list[Summary]) -> str:
-    """The page that sets runs side by side, as HTML."""
+def render_runs(runs: list[Summary]) -> str:
+    """Returns the page that sets runs side by side, as HTML."""
     first = runs[0]
     differing = [
         (name, [run.settings.get(name) for run in runs])
         for name in first.settings
         if name not in ("run_name", "resume") and len({str(run.settings.get(name)) for run in runs}) > 1
     ]
-    hidden = [(guessed.line, guessed.word) for guessed in first.guesses]
-    same_words = all([(guessed.line, guessed.word) for guessed in run.guesses] == hidden for run in runs)
-    curves = {
-        "Perplexity on the test text": ("perplexity", True, "{:,.10g}".format),
-        "Hidden tokens guessed right": ("masked_accuracy", False, _percent),
-    }
-    made = []
-    for title, (column, logarithmic, label) in curves.items():
-        lines = [
-            Curve(run.folder.name, style, [Point(row["step"], row[column]) for row in run.evaluations], dots=True)
-            for run, style in zip(runs, STYLES, strict=False)
-        ]
-        made.append(chart(title, f"{title}, a curve for each run.", lines, logarithmic=logarithmic, label=label))
+    hidden_words = [[(guessed.line, guessed.word) for guessed in run.guesses] for run in runs]
+    guesses = []
+    if all(words == hidden_words[0] for words in hidden_words):
+        by_word = zip(*(run.guesses for run in runs), strict=True)
+        guesses = [(same_word[0], [guessed.after for guessed in same_word]) for same_word in by_word]
+    charts = [
+        _draw_beside(runs, "Perplexity", "perplexity", "{:,.10g}".format, logarithmic=True),
+        _draw_beside(runs, "Masked accuracy", "masked_accuracy", _percent),
+    ]
     return template("runs.html").render(
         runs=runs,
-        rows=[_row_of(run, first) for run in runs],
-        charts=[each for each in made if each],
-        frame=FRAME,
+        rows=[_run_row(run, first) for run in runs],
+        charts=[chart for chart in charts if chart],
         mask=MASK,
         differing=differing,
-        guesses=[(guessed, [run.guesses[index].after for run in runs]) for index, guessed in enumerate(first.guesses)]
-        if same_words
-        else [],
+        guesses=guesses,
     )
 
 
-def _row_of(run: Summary, first: Summary) -> dict[str, str]:
-    """A run in the table, and how it compares with the first one."""
+def _draw_beside(
+    runs: list[Summary], title: str, column: str, label: Callable[[float], str], logarithmic: bool = False
+) -> Chart | None:
+    """Draws a column of metrics.csv, a curve for each run."""
+    curves = [Curve(run.folder.name, color, _points(run, column)) for run, color in zip(runs, RUN_COLORS, strict=False)]
+    return draw_curves(title, f"{title} on the test text, a curve for each run.", curves, logarithmic, label)
+
+
+def _run_row(run: Summary, first: Summary) -> dict[str, str]:
+    """Returns a run's scores, and how it compares with the first one."""
     before, after = run.evaluations[0], run.evaluations[-1]
-    sentence = "" if run is first else _against(run, first)
+    sentence = "" if run is first else _compare(run, first)
     return {
         "name": run.folder.name,
-        "start": run.settings["initial_pretrain_model"],
+        "base_model": run.settings["initial_pretrain_model"],
         "before": with_error(before["perplexity"], before["perplexity_se"]),
         "after": with_error(after["perplexity"], after["perplexity_se"]),
         "nats": f"{run.nats_per_character[-1]:.3f}",
-        "against": sentence,
-        "mood": MOODS.get(sentence.partition(":")[0], ""),
+        "verdict": sentence,
+        "mood": _mood(sentence),
     }
 
 
-def _against(run: Summary, first: Summary) -> str:
-    """The paired difference of two runs' last evaluations, in a sentence."""
+def _compare(run: Summary, first: Summary) -> str:
+    """Returns the paired difference of two runs' last evaluations, in a sentence."""
     try:
         if run.text.test != first.text.test:
             raise ValueError("they are of other texts")
         change = compare(*(load_evaluation(each.folder / SCORES) for each in (first, run)))
     except (ValueError, OSError):
         return "Not comparable: another test text, tokenizer or sen_max_length."
-    return of_change(change.loss, change.low, change.high, "is lower", "is higher")
+    return describe_change(change.loss, change.low, change.high, "is lower", "is higher")

@@ -1,30 +1,32 @@
-"""Curves and bars as the numbers that a page's inline SVG is drawn from: places in a picture, ticks, labels."""
+"""Curves and histograms of a page: matplotlib's SVG, in colours and a font that the page's style sheet decides."""
 
-import math
+import io
 import os
+import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from markupsafe import Markup
 
 os.environ["MPLBACKEND"] = "agg"  # nothing is shown; a notebook names a backend that may be missing here
 
-from matplotlib.ticker import LogLocator, MaxNLocator
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 
-
-class Frame(NamedTuple):
-    """The picture and its margins, in units that are about pixels on a page."""
-
-    width: int = 400
-    height: int = 230
-    left: int = 54
-    right: int = 14
-    top: int = 12
-    bottom: int = 32
-
-
-FRAME = Frame()
-INNER_WIDTH = FRAME.width - FRAME.left - FRAME.right
-INNER_HEIGHT = FRAME.height - FRAME.top - FRAME.bottom
+WIDTH, HEIGHT = 400, 230  # in units that are about pixels on a page
 MOST_POINTS = 250  # of a curve; more are averaged, as the picture shows no more and the page must stay small
+MOST_DOTS = 20  # of a curve; more would run together
+ROUND_STEPS = [1, 2, 5, 10]  # between ticks, times a power of ten
+
+# The names of the page's colours, each with the value that stands for it until the SVG is written: the page knows its
+# own colours in light and in dark.
+COLORS = {
+    name: f"#0000{number:02x}"
+    for number, name in enumerate(("soft", "line", "faint", "one", "two", "three", "four"), start=1)
+}
 
 
 class Point(NamedTuple):
@@ -32,168 +34,124 @@ class Point(NamedTuple):
 
     step: float
     value: float
-    error: float = 0.0  # half the length of its bar
+    margin: float = 0.0  # half the width of its interval
 
 
 class Curve(NamedTuple):
-    """Measured values in the order of steps; `style` is a class of the page's style sheet."""
+    """Values in the order of steps."""
 
-    name: str
-    style: str
+    name: str  # in the legend; "" where it needs none
+    color: str  # of `COLORS`
     points: list[Point]
-    dots: bool = False
-
-
-class Reference(NamedTuple):
-    """A value to compare curves with, drawn across the whole picture."""
-
-    name: str
-    style: str
-    value: float
-
-
-class Drawn(NamedTuple):
-    """A curve in places of the picture."""
-
-    name: str
-    style: str
-    path: str  # SVG's
-    dots: list[tuple[float, float, float, float, str]]  # x, y, upper and lower end of the bar, what it says
+    style: str = "solid"  # a word that matplotlib and CSS both know
 
 
 class Chart(NamedTuple):
-    """A picture: what is to be drawn where."""
+    """A picture with its title and the curves of its legend."""
 
     title: str
-    alt: str
-    curves: list[Drawn]
-    references: list[tuple[str, str, float]]  # name, style, y
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
+    svg: Markup
+    legend: list[Curve]
 
 
-def chart(
+def draw_curves(
     title: str,
-    alt: str,
+    description: str,
     curves: Sequence[Curve],
-    references: Sequence[Reference] = (),
     logarithmic: bool = False,
     label: Callable[[float], str] = "{:,.10g}".format,
 ) -> Chart | None:
-    """A picture of curves over steps, or None where there is nothing to draw.
+    """Draws curves over steps. Returns None where there is nothing to draw.
 
-    label: writes a value of the vertical axis.
+    description: what the picture shows, for who cannot see it. label: writes a value of the vertical axis.
     """
-    curves = [curve._replace(points=_thinned(_finite(curve.points, logarithmic))) for curve in curves]
-    references = [each for each in references if math.isfinite(each.value) and (each.value > 0 or not logarithmic)]
-    points = [point for curve in curves for point in curve.points]
-    if not points:
+    arrays = [_drawable(curve.points, logarithmic) for curve in curves]
+    drawn = [(curve, array) for curve, array in zip(curves, arrays, strict=True) if array.size]
+    if not drawn:
         return None
-    values = [point.value for point in points] + [each.value for each in references]
-    y_of, y_ticks = _vertical_axis(min(values), max(values), logarithmic, label)
-    last_step = max(point.step for point in points)
-    x_ticks = [step for step in _ticks(0, last_step) if step == int(step)] if last_step else [0]
-
-    def x_of(step: float) -> float:
-        return round(FRAME.left + INNER_WIDTH * (step / last_step if last_step else 0.5), 1)
-
-    drawn = []
-    for curve in curves:
-        places = [(x_of(point.step), y_of(point.value)) for point in curve.points]
-        path = "M" + "L".join(f"{x} {y}" for x, y in places) if places else ""
-        dots = [
-            (*place, y_of(point.value + point.error), y_of(point.value - point.error), _say(point, label))
-            for place, point in zip(places, curve.points, strict=True)
-            if curve.dots
-        ]
-        drawn.append(Drawn(curve.name, curve.style, path, dots))
-    return Chart(
-        title=title,
-        alt=alt,
-        curves=drawn,
-        references=[(each.name, each.style, y_of(each.value)) for each in references],
-        x_ticks=[(x_of(step), f"{step:,.0f}") for step in x_ticks],
-        y_ticks=[(y_of(value), label(value)) for value in y_ticks],
-    )
+    figure, axes = _new_figure()
+    for curve, (steps, values, _) in drawn:
+        marker = "o" if curve.style == "solid" and len(steps) <= MOST_DOTS else ""
+        color = COLORS[curve.color]
+        axes.plot(steps, values, color=color, linestyle=curve.style, linewidth=1.8, marker=marker, clip_on=False)
+    _scale(axes, logarithmic, label)
+    for curve, (steps, values, margins) in drawn:  # a wide interval must not squeeze the curve
+        if margins.any():
+            axes.fill_between(steps, values - margins, values + margins, color=COLORS[curve.color], alpha=0.3, lw=0)
+    return Chart(title, _to_svg(figure, title, description), [curve for curve, _ in drawn if curve.name])
 
 
-def _say(point: Point, label: Callable[[float], str]) -> str:
-    error = f" ± {label(point.error)}" if point.error else ""
-    return f"step {point.step:,.0f}: {label(point.value)}{error}"
+def draw_histogram(title: str, description: str, counts: list[tuple[str, int]]) -> Chart:
+    """Draws a bar for each label and its count; the last bar is set apart by its colour."""
+    figure, axes = _new_figure()
+    last = len(counts) - 1
+    axes.bar(range(last + 1), [count for _, count in counts], color=[COLORS["one"]] * last + [COLORS["two"]])
+    labelled = [*range(0, last - 3, 4), last]  # not every label has room
+    axes.set_xticks(labelled, [counts[index][0] for index in labelled])
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND_STEPS, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    return Chart(title, _to_svg(figure, title, description), [])
 
 
-def _finite(points: list[Point], logarithmic: bool) -> list[Point]:
-    return [
-        point._replace(error=point.error if math.isfinite(point.error) else 0.0)
-        for point in points
-        if math.isfinite(point.value) and (point.value > 0 or not logarithmic)
-    ]
+def _drawable(points: list[Point], logarithmic: bool) -> np.ndarray:
+    """Returns (3, points): the steps, values and margins that a picture can show, at most `MOST_POINTS`.
+
+    Of more points it keeps the first and the last, and means of neighbours between.
+    """
+    array = np.array(points, dtype=float).reshape(-1, 3)
+    array[~(np.abs(array) < 1e100)] = np.nan  # axes cannot be computed for what is larger
+    array = array[array[:, 1] > (1e-100 if logarithmic else -np.inf)]
+    array = np.nan_to_num(array)  # a margin that is not finite is not drawn
+    if len(array) > MOST_POINTS:
+        means = [part.mean(axis=0) for part in np.array_split(array[1:-1], MOST_POINTS - 2)]
+        array = np.stack([array[0], *means, array[-1]])
+    return array.T
 
 
-def _thinned(points: list[Point]) -> list[Point]:
-    """At most `MOST_POINTS`: the first and the last, and means of equally many neighbours between."""
-    if len(points) <= MOST_POINTS:
-        return points
-    size = math.ceil((len(points) - 2) / (MOST_POINTS - 2))
-    inner = points[1:-1]
-    groups = [inner[start : start + size] for start in range(0, len(inner), size)]
-    means = [Point(*(sum(part) / len(group) for part in zip(*group, strict=True))) for group in groups]
-    return [points[0], *means, points[-1]]
+def _new_figure() -> tuple[Figure, Axes]:
+    """Returns a figure without frame and background, and its axes, with room for labels at the left and below."""
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), frameon=False)  # SVG's unit is a 72nd of an inch
+    axes = figure.add_axes((0.15, 0.11, 0.77, 0.85), frameon=False)
+    axes.grid(axis="y", color=COLORS["line"])
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=8, labelsize=13, labelcolor=COLORS["soft"])
+    return figure, axes
 
 
-def _vertical_axis(
-    low: float, high: float, logarithmic: bool, label: Callable[[float], str]
-) -> tuple[Callable[[float], float], list[float]]:
-    """Where a value is drawn, and which are labelled."""
+def _scale(axes: Axes, logarithmic: bool, label: Callable[[float], str]) -> None:
+    """Sets the axes for what they show by now: limits, ticks at round values, labels."""
+    last_step = max(1, axes.dataLim.x1)
+    axes.set_xlim(0, last_step)
+    axes.xaxis.set_major_locator(MaxNLocator(5 if last_step < 10_000 else 4, steps=ROUND_STEPS, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    locator: Locator = MaxNLocator(5, steps=ROUND_STEPS)
     if logarithmic:
-        low, high = low / 1.1, high * 1.1
-    else:
-        margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-        low, high = (0.0 if 0 <= low < (high - low) else low - margin), high + margin
-    scale: Callable[[float], float] = math.log if logarithmic else float
-
-    def y_of(value: float) -> float:
-        share = (scale(min(max(value, low), high)) - scale(low)) / (scale(high) - scale(low))
-        return round(FRAME.height - FRAME.bottom - INNER_HEIGHT * share, 1)
-
-    return y_of, _ticks(low, high, logarithmic)
-
-
-def _ticks(low: float, high: float, logarithmic: bool = False) -> list[float]:
-    """Round numbers from low to high; on a logarithmic axis 1, 2 and 5 times powers of ten, or the powers alone."""
-    ticks: list[float] = []
-    if logarithmic:
-        for factors in ((1.0,), (1.0, 2.0, 5.0)):
-            if len(ticks) < 3:
-                ticks = _between(low, high, LogLocator(subs=factors, numticks=10**3).tick_values(low, high))
-    return ticks if len(ticks) > 1 else _between(low, high, MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high))
+        axes.set_yscale("log")
+        low, high = np.log10(axes.get_ylim())
+        if high - low > 1:
+            locator = LogLocator(subs=(1.0,) if high - low > 3 else (1.0, 2.0, 5.0))
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_major_formatter(lambda value, _: label(value))
+    axes.yaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    axes.set_autoscaley_on(False)  # what is drawn from now on is cut off
+    if not logarithmic and 0 < low < high - low:
+        axes.set_ylim(bottom=0)
 
 
-def _between(low: float, high: float, ticks: Sequence[float]) -> list[float]:
-    return [float(tick) for tick in ticks if low <= tick <= high]
+def _to_svg(figure: Figure, title: str, description: str) -> Markup:
+    """Writes a picture as an element of a page, coloured by the page's variables.
 
-
-class Bar(NamedTuple):
-    """A bar of a histogram, in places of the picture."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    label: str
-    number: int
-    is_labelled: bool  # on the axis, where not every label has room
-
-
-def bars(counts: list[tuple[str, int]]) -> list[Bar]:
-    """A histogram: a bar for each label and how often it occurs."""
-    most = max(1, max(number for _, number in counts))
-    room = INNER_WIDTH / len(counts)
-    drawn = []
-    for index, (label, number) in enumerate(counts):
-        height = INNER_HEIGHT * number / most
-        is_last = index == len(counts) - 1
-        is_labelled = is_last or (index % 4 == 0 and index < len(counts) - 4)
-        x, y = FRAME.left + room * index, FRAME.height - FRAME.bottom - height
-        drawn.append(Bar(round(x, 1), round(y, 1), round(room - 2, 1), round(height, 1), label, number, is_labelled))
-    return drawn
+    Text stays text, measured by the font that matplotlib brings along. Ids are hashes salted with the title, so that
+    pictures of one page share none.
+    """
+    written = io.StringIO()
+    options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.sans-serif": "DejaVu Sans"}
+    with matplotlib.rc_context(options):
+        figure.savefig(written, format="svg")
+    _, group, rest = written.getvalue().partition("<g ")
+    drawing = re.sub(r'<g id="[^"]*"', "<g", group + rest)
+    for name, color in COLORS.items():
+        drawing = drawing.replace(color, f"var(--{name})")
+    start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, description)
+    return start + Markup(drawing)

@@ -48,6 +48,11 @@ class Summary:
         return [row for row in self.rows if "eval_loss" in row]
 
     @property
+    def has_trained(self) -> bool:
+        """Whether the last evaluation is of a trained model: it has a change from the baseline."""
+        return "change" in self.evaluations[-1]
+
+    @property
     def nats_per_character(self) -> list[float]:
         """Of the first and the last evaluation: the loss per masked token times the tokens per character."""
         tokens_per_character = self.text.test.tokens / self.text.test.characters

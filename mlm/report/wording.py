@@ -1,27 +1,27 @@
-"""The sentences and tables that the log, the report and the model card say of a run."""
+"""Sentences and tables about a run, for its log, its page and its model card."""
 
 import math
 
 from mlm.evaluation.hidden_words import Guess
 from mlm.evaluation.loss import SAMPLE_ERROR, perplexity
 from mlm.report.summary import Summary
-from mlm.terminal import figure, with_error
+from mlm.terminal import figure, table, with_error
 
 GUESSES_IN_LOG = 5
 
 
 def verdict(summary: Summary) -> str:
-    """Whether the model guesses the test text better than the one that it started from, in a sentence."""
+    """Returns a sentence: whether the model guesses the test text better than the baseline that it started from."""
     last = summary.evaluations[-1]
     if summary.settings["evaluate_only"]:
         return "Not trained: these are the scores of the model as it is."
-    if "change" not in last:
+    if not summary.has_trained:
         return "Not evaluated yet since training began: these are the scores of the starting model."
-    return of_change(last["change"], last["change_low"], last["change_high"], "fell", "rose")
+    return describe_change(last["change"], last["change_low"], last["change_high"], "fell", "rose")
 
 
-def of_change(loss: float, low: float, high: float, fell: str, rose: str) -> str:
-    """A change of the test loss with its 95% interval, in a sentence that says better, worse or that it cannot tell."""
+def describe_change(loss: float, low: float, high: float, fell: str, rose: str) -> str:
+    """Returns a sentence on a change of the test loss and its 95% interval: better, worse, or that it cannot tell."""
     if not math.isfinite(loss):
         return "Worse: the test loss is not finite; training diverged."
     if not math.isfinite(low):
@@ -37,7 +37,7 @@ def of_change(loss: float, low: float, high: float, fell: str, rose: str) -> str
 
 
 def trend(summary: Summary) -> str:
-    """Whether the test loss still falls, in a sentence; empty where too few evaluations were made to say."""
+    """Returns a sentence: whether the test loss still falls; empty where too few evaluations were made to say."""
     trained = [row for row in summary.evaluations if "change" in row]
     if trained and not math.isfinite(trained[-1]["change_low"]):
         return ""
@@ -57,7 +57,7 @@ def trend(summary: Summary) -> str:
 
 
 def notes(summary: Summary) -> list[str]:
-    """What else to know of the scores: whether the loss still falls, and whether words' frequencies do as well."""
+    """Returns what else to know of the scores: the trend of the loss, and whether word frequencies do as well."""
     unigram, last = summary.text.unigram_perplexity, summary.evaluations[-1]
     found = [trend(summary)] if trend(summary) else []
     upper = last["perplexity"] + 1.96 * last["perplexity_se"]  # of its 95% interval
@@ -70,14 +70,13 @@ def notes(summary: Summary) -> list[str]:
 
 
 def score_rows(summary: Summary) -> list[tuple[str, ...]]:
-    """The table of scores: name, before, after, a note; of a run that did not train yet both are the start's."""
+    """Returns the table of scores: name, before, after, a note. Where nothing has trained, both are the baseline's."""
     both = summary.evaluations[0], summary.evaluations[-1]
     last, unigram = both[-1], summary.text.unigram_perplexity
     divided = ""
-    if "change" in last:
+    if summary.has_trained and math.isfinite(last["change_low"]):
         factor, least, most = (perplexity(-last[name]) for name in ("change", "change_high", "change_low"))
-        if math.isfinite(last["change_low"]):
-            divided = f"divided by {figure(factor)} (95%: {figure(least)} to {figure(most)})"
+        divided = f"divided by {figure(factor)} (95%: {figure(least)} to {figure(most)})"
     rows: list[tuple[str, ...]] = [
         ("perplexity", *(with_error(row["perplexity"], row["perplexity_se"]) for row in both), divided),
         ("masked accuracy", *(f"{row['masked_accuracy']:.1%}" for row in both), ""),
@@ -90,28 +89,30 @@ def score_rows(summary: Summary) -> list[tuple[str, ...]]:
 
 
 def closing_words(summary: Summary) -> str:
-    """The end of the log: the scores before and after, some hidden words with their guesses, where the model is."""
-    trained = "change" in summary.evaluations[-1]
-    rows = [("", "before", "after", ""), *score_rows(summary)]
-    if not trained:  # both are the same
-        rows = [(name, "", score, note) for name, _, score, note in score_rows(summary)]
-    lines = [f"{name:<20}{before:>20}{after:>20}    {note}".rstrip() for name, before, after, note in rows]
+    """Returns the end of the log: scores before and after, some hidden words and their guesses, where the model is."""
+    rows = score_rows(summary)
+    if summary.has_trained:
+        lines = [table([("", "before", "after"), *rows], "<>><")]
+    else:  # both scores are the same
+        lines = [table([(name, score, note) for name, _, score, note in rows], "<><")]
     lines.append("(Perplexities compare between runs with the same tokenizer and sen_max_length; else compare nats.)")
     lines += ["", verdict(summary), *notes(summary)]
     for guessed in summary.guesses[:GUESSES_IN_LOG]:
         lines += ["", f"  {guessed.line}   ({guessed.word})"]
-        lines += [f"    before  {_list(guessed.before)}"] if trained else []
-        lines.append(f"    {'after   ' if trained else ''}{_list(guessed.after)}")
+        if summary.has_trained:
+            lines += [f"    before  {_join(guessed.before)}", f"    after   {_join(guessed.after)}"]
+        else:
+            lines.append(f"    {_join(guessed.after)}")
     if summary.skipped_steps:
         warning = "warning: steps skipped, as their loss or gradient was not finite"
         lines += ["", f"{warning}: {summary.skipped_steps:,}"]
     lines += ["", f"The report: {summary.folder / 'report.html'}"]
-    if trained:
+    if summary.has_trained:
         model = summary.folder / "final"
         call = f"""print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))"""
         lines += [f"The model: {model}", f"  python -c 'from transformers import pipeline; {call}'"]
     return "\n".join(lines)
 
 
-def _list(guesses: list[Guess]) -> str:
+def _join(guesses: list[Guess]) -> str:
     return "   ".join(f"{guess.word} {guess.chance}" for guess in guesses)

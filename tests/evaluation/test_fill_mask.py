@@ -1,0 +1,68 @@
+"""What a model fills in: predictions.csv, and the words that are hidden for the page."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from mlm.data.chunks import Chunks
+from mlm.data.masking import BERT_RULE, content_keys, mask
+from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
+from mlm.evaluation.hidden_words import HIDDEN_WORDS, hide_words
+
+
+@pytest.fixture
+def predictions(whole):
+    with open(whole / "predictions.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_are_of_test_lines_and_differ_from_them_at_masks_alone(whole, predictions):
+    test_lines = (whole.parent.parent / "text" / "test.txt").read_text(encoding="utf-8").splitlines()
+    assert list(predictions[0]) == ["src", "mask", "pred"] and len(predictions) > 10
+    for row in predictions:
+        assert row["src"] in test_lines
+        kept = ".+".join(map(re.escape, row["mask"].split("[MASK]")))
+        assert re.fullmatch(kept, row["src"]) and re.fullmatch(kept, row["pred"])
+
+
+def test_predictions_mask_the_tokens_that_an_evaluation_masks(whole, predictions):
+    tokenizer = AutoTokenizer.from_pretrained(whole / "final")
+    vocabulary = read_vocabulary(tokenizer)
+    for row in predictions:
+        encoded = tokenizer(row["src"], add_special_tokens=False, return_offsets_mapping=True)
+        tokens, lengths = np.array(encoded["input_ids"]), np.array([len(encoded["input_ids"])])
+        _, masked, _ = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, BERT_RULE)
+        assert row["mask"].count("[MASK]") == len(masked)
+        assert row["mask"].index("[MASK]") == encoded["offset_mapping"][masked[0]][0]
+
+
+def test_predictions_are_the_likeliest_tokens(whole, predictions):
+    tokenizer = AutoTokenizer.from_pretrained(whole / "final")
+    model = AutoModelForMaskedLM.from_pretrained(whole / "final").eval()
+    row = next(row for row in predictions if row["mask"].count("[MASK]") == 1)
+    inputs = tokenizer(row["mask"], return_tensors="pt")
+    place = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
+    likeliest = tokenizer.convert_ids_to_tokens(model(**inputs).logits[0, place].argmax().item()).removeprefix("##")
+    assert row["pred"] == row["mask"].replace("[MASK]", likeliest)
+
+
+def test_hidden_words_are_content_words_that_a_neighbour_foretells():
+    lines = [
+        f"the nurse measured blood pressure of the {kind} patient and then of the other" for kind in ("first", "second")
+    ]
+    lines += ["the doctor wrote kidney disease on the form and then on the other form"]
+    train = lines * 20
+    tokenizer = learn_tokenizer(lambda: iter(train), 300)
+    vocabulary = read_vocabulary(tokenizer)
+    encoded = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in train]
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded])])
+    chunks = Chunks(np.concatenate(encoded).astype(np.uint16), offsets)
+    hidden = hide_words(iter([*lines, "too short", *lines]), chunks, tokenizer, vocabulary)
+    words = [word for _, word in hidden]
+    assert words == list(dict.fromkeys(words)) and 1 <= len(words) <= HIDDEN_WORDS
+    assert not {"the", "then", "other", "form"} & set(words)
+    assert all(line.replace("[MASK]", word) in lines for line, word in hidden)
+    assert hide_words(iter([]), chunks, tokenizer, vocabulary) == []

@@ -1,0 +1,57 @@
+"""The model card: what the run measured, in the form that the Hub takes, and no word of the user's text or paths."""
+
+import dataclasses
+
+import pytest
+from huggingface_hub import ModelCard
+
+from mlm.report.model_card import language_of, make_card
+from mlm.report.wording import verdict
+
+
+@pytest.fixture
+def card(finished):
+    return ModelCard.load(finished.folder / "final" / "README.md")
+
+
+def card_of_base_model(finished, base_model, lines=()):
+    settings = finished.settings | {"initial_pretrain_model": str(base_model)}
+    return make_card(dataclasses.replace(finished, settings=settings), lines)
+
+
+def test_the_card_has_the_scores_that_the_run_measured(finished, card):
+    assert (card.data.pipeline_tag, card.data.library_name) == ("fill-mask", "transformers")
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    last = finished.evaluations[-1]
+    assert measured["perplexity"] == pytest.approx(last["perplexity"], abs=1e-4)
+    assert measured["accuracy"] == pytest.approx(last["masked_accuracy"], abs=1e-4)
+    assert verdict(finished) in card.text
+    for heading in ("## Scores", "## Data", "## Training", "## How to load", "## Limits"):
+        assert heading in card.text
+
+
+def test_the_card_quotes_no_text(finished, card):
+    starts = [guessed.line.partition("[MASK]")[0][:20] for guessed in finished.guesses if len(guessed.line) >= 20]
+    assert any(starts)
+    assert not any(start in card.text for start in starts if start)
+
+
+def test_the_card_names_no_path(finished, card, tmp_path):
+    """A path is nobody else's business."""
+    assert str(finished.folder.parent) not in card.content
+    local = card_of_base_model(finished, tmp_path)
+    assert local.data.base_model is None and "from a local checkpoint" in local.text
+    assert str(tmp_path) not in local.content
+
+
+def test_the_hub_is_told_base_model_and_language(finished):
+    card = card_of_base_model(finished, "bert-base-uncased", ["the text of the day is here"])
+    assert (card.data.base_model, card.data.language) == ("bert-base-uncased", "en")
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
+def test_the_language_is_told_where_it_is_known():
+    assert language_of(["患者服用二甲双胍治疗糖尿病 500mg"]) == "zh"
+    assert language_of(["The patient was given insulin and then was followed up by the doctors"]) == "en"
+    assert language_of(["Der Patient erhielt Insulin und wurde danach beobachtet", "12 345"]) is None
+    assert language_of([]) is None

@@ -257,9 +257,9 @@ def load_bert_config(name: str, setting: str) -> BertConfig:
 def _load(kind, name, setting="initial_pretrain_model", **options):
     if kind is not AutoConfig:
         options |= {"dtype": torch.float32, "attn_implementation": "sdpa"}  # not the dtype the checkpoint was saved in
-    offline = locate(name, setting)
+    is_local = locate(name, setting) != "hub"
     try:
-        return kind.from_pretrained(name, local_files_only=offline, trust_remote_code=False, **options)
+        return kind.from_pretrained(name, local_files_only=is_local, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
         raise UserError(f"{setting}: {name} cannot be loaded as BERT: {first_line(error)}") from error
 

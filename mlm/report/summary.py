@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlm.data.text_stats import SHOWN_BROKEN_WORDS, TextStats
+from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats
 from mlm.errors import UserError
 from mlm.evaluation.fill_mask import guess
 from mlm.evaluation.hidden_words import Guess
@@ -76,7 +76,7 @@ def publish(
         command=run.command,
         rows=progress.rows,
         state=ending.name.lower() if ending else "running",
-        text=replace(run.data.stats, broken_words=run.data.stats.broken_words[:SHOWN_BROKEN_WORDS]),
+        text=replace(run.data.stats, split_words=run.data.stats.split_words[:SHOWN_SPLIT_WORDS]),
         skipped_steps=progress.skipped,
         guesses=[GuessedWord(*hidden, before, after) for hidden, before, after in guesses],
     )

@@ -21,7 +21,7 @@ def assert_share(hits: int, trials: int, share: float) -> None:
 
 def chunks_of(length: int, number: int, vocabulary, seed: int = 0):
     """Random ordinary tokens: `number` chunks of `length`."""
-    tokens = np.random.default_rng(seed).choice(vocabulary.ordinary_ids, length * number)
+    tokens = np.random.default_rng(seed).choice(vocabulary.regular_ids, length * number)
     return tokens, np.full(number, length)
 
 
@@ -54,19 +54,19 @@ def test_eighty_ten_ten_and_what_random_tokens_are(vocabulary):
     assert np.array_equal(input_ids[~chosen], tokens[~chosen])
     masked = chosen & (input_ids == vocabulary.mask_id)
     replaced = chosen & ~masked & (input_ids != tokens)
-    ordinary = len(vocabulary.ordinary_ids)
+    ordinary = len(vocabulary.regular_ids)
     assert_share(int(masked.sum()), int(chosen.sum()), 0.8)
     assert_share(int(replaced.sum()), int(chosen.sum()), 0.1 * (1 - 1 / ordinary))  # one draw hits the token itself
     counts = np.bincount(input_ids[replaced], minlength=vocabulary.size)
-    assert set(np.flatnonzero(counts)) <= set(vocabulary.ordinary_ids.tolist())
-    for token in vocabulary.ordinary_ids:  # all drawn alike
+    assert set(np.flatnonzero(counts)) <= set(vocabulary.regular_ids.tolist())
+    for token in vocabulary.regular_ids:  # all drawn alike
         assert_share(int(counts[token]), int(replaced.sum()), 1 / ordinary)
 
 
 def test_special_and_unused_tokens_are_never_drawn_and_unknown_may_be_chosen(tokenizer, vocabulary):
     never = {tokenizer.convert_tokens_to_ids(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
-    assert not never & set(vocabulary.ordinary_ids.tolist())
-    assert len(vocabulary.ordinary_ids) == vocabulary.size - len(never)
+    assert not never & set(vocabulary.regular_ids.tolist())
+    assert len(vocabulary.regular_ids) == vocabulary.size - len(never)
     tokens, lengths = np.full(10_000, vocabulary.unk_id), np.array([10_000])
     _, labels = labelled(*mask(tokens, lengths, random_bits(4, np.arange(1)), vocabulary, BERT_RULE))
     assert_share(int((labels == vocabulary.unk_id).sum()), 10_000, 0.15)
@@ -90,7 +90,7 @@ def random_words(vocabulary, words_a_chunk: int, number: int):
     starts a word (tokens,)."""
     draw = np.random.default_rng(0)
     word_lengths = draw.integers(1, 5, number * words_a_chunk)
-    tokens = draw.choice(vocabulary.ordinary_ids, word_lengths.sum())
+    tokens = draw.choice(vocabulary.regular_ids, word_lengths.sum())
     lengths = np.add.reduceat(word_lengths, np.arange(0, len(word_lengths), words_a_chunk))
     first = np.cumsum(word_lengths) - word_lengths
     return tokens, lengths, word_lengths, np.isin(np.arange(len(tokens)), first)
@@ -119,10 +119,10 @@ def test_whole_words_share_their_fate(vocabulary):
     assert_share(int(masked.sum()), int(chosen.sum()), 0.8)
     unmasked = np.repeat((word_lengths > 1) & chosen & ~masked, word_lengths)
     changed = unmasked & (input_ids != tokens)
-    assert len(np.unique(input_ids[changed])) > 0.9 * len(vocabulary.ordinary_ids)  # pieces are replaced one by one
+    assert len(np.unique(input_ids[changed])) > 0.9 * len(vocabulary.regular_ids)  # pieces are replaced one by one
     words = np.repeat(np.arange(len(word_lengths)), word_lengths)
     of_words = np.bincount(words[changed], minlength=len(word_lengths)) > 0
-    ordinary = len(vocabulary.ordinary_ids)  # a word stays as it is by chance where each draw hits its token
+    ordinary = len(vocabulary.regular_ids)  # a word stays as it is by chance where each draw hits its token
     replaced = chosen & ~masked & (word_lengths > 1)
     assert_share(int(of_words.sum()), int((chosen & (word_lengths > 1)).sum()), 0.1 * (1 - ordinary**-2.0))
     assert of_words.sum() < replaced.sum()
@@ -212,7 +212,7 @@ def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
 
 def test_steps_are_the_same_wherever_they_begin_and_however_many_are_masked_at_once(vocabulary, monkeypatch):
     lengths = np.random.default_rng(0).integers(1, 60, 100)
-    tokens = np.random.default_rng(1).choice(vocabulary.ordinary_ids, lengths.sum()).astype(np.uint16)
+    tokens = np.random.default_rng(1).choice(vocabulary.regular_ids, lengths.sum()).astype(np.uint16)
     chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
 
     def steps(number, **more):

@@ -12,9 +12,10 @@ from runs import metrics, run
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer, pipeline
 
 from data_process import prepare
+from mlm.data.chinese import HAN_CHARACTER, make_segmenter
 from mlm.data.chunks import take
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
-from mlm.data.words import HAN_CHARACTER, WordCounts, add_words, make_encoders, make_segmenter, read_words, tokenize
+from mlm.data.words import WordCounts, add_words, make_encoders, read_words, tokenize
 from mlm.errors import UserError
 from mlm.training.checkpoint import save_model
 from model import load_model
@@ -188,7 +189,7 @@ def test_broken_words_are_counted_by_hand():
     ):
         ids, _, _, words = tokenize(lines, make_encoders(tokenizer), vocabulary.continues_word, segmenter)
         counts.update(ids, vocabulary.continues_word, words)
-    broken = counts.broken(tokenizer.backend_tokenizer, 10)
+    broken = counts.split_words(tokenizer.backend_tokenizer, 10)
     kana = ["ひ", "##ら", "##か", "##な"]
     assert sorted(broken, key=lambda word: word[0]) == [
         ("metformin", 2, ["met", "##form", "##in"]),
@@ -198,7 +199,7 @@ def test_broken_words_are_counted_by_hand():
         ("饕餮", 1, ["[UNK]", "[UNK]"]),
     ]
     assert [count for _, count, _ in broken] == [2, 2, 1, 1, 1]
-    assert counts.broken(tokenizer.backend_tokenizer, 1) == broken[:1]
+    assert counts.split_words(tokenizer.backend_tokenizer, 1) == broken[:1]
 
 
 def test_word_counts_stay_small_and_keep_the_frequent(monkeypatch):
@@ -241,7 +242,7 @@ def test_added_words_are_one_token_wherever_they_stand_alone(tmp_path, tokenizer
         assert ids == again
     assert tokenizer.decode(new[1]) == tokenizer.convert_ids_to_tokens(new[1]) == "二甲双胍"
     vocabulary = read_vocabulary(loaded)
-    assert vocabulary.size == before + 5 and set(new) <= set(vocabulary.ordinary_ids.tolist())
+    assert vocabulary.size == before + 5 and set(new) <= set(vocabulary.regular_ids.tolist())
 
 
 @pytest.mark.parametrize("spare", [0, 2, 64])

@@ -114,4 +114,4 @@ def closing_words(summary: Summary) -> str:
 
 
 def _list(guesses: list[Guess]) -> str:
-    return "   ".join(f"{guess.word} {guess.chance}" for guess in guesses)
+    return "   ".join(f"{guess.word} {guess.percent}" for guess in guesses)

@@ -130,7 +130,7 @@ def attend(module, query, key, value, attention_mask, starts=None, longest=None,
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
     def of_one_row(states):  # (1, heads, width, head size) to (width, heads, head size)
-        return states.squeeze(0).transpose(0, 1)  # squeeze's backward is a view; indexing's would allocate zeros
+        return states.squeeze(0).transpose(0, 1)  # whose backward is a view; that of states[0] fills a copy with zeros
 
     output = varlen_attn(of_one_row(query), of_one_row(key), of_one_row(value), starts, starts, longest, longest)
     return output[None], None

@@ -89,22 +89,8 @@ def test_user_words_are_kept_whole_but_never_with_punctuation():
 def random_lines(number: int) -> list[str]:
     """Snippets of several scripts, joined with and without spaces."""
     draw = random.Random(5)
-    snippets = [*ENGLISH, *CHINESE, "二甲双胍", "高血压", "T恤", "B超", "3.5%", "500mg", "日本語を", "안녕"]
-    snippets += [
-        "é",
-        "e\u0301",
-        "😀",
-        "\u200b",
-        "\x00",
-        "·",
-        "https://a.cn",
-        "C++",
-        "Ａ",
-        "\u3000",
-        "𠮷",
-        "豈",
-        "[MASK]",
-    ]
+    snippets = [*ENGLISH, *CHINESE, "二甲双胍", "高血压", "T恤", "B超", "3.5%", "500mg", "日本語を", "안녕", "[MASK]"]
+    snippets += ["é", "e\u0301", "😀", "\u200b", "\x00", "·", "https://a.cn", "C++", "Ａ", "\u3000", "𠮷", "豈"]
     return ["".join(draw.choice(snippets) + draw.choice(["", "", " "]) for _ in range(30)) for _ in range(number)]
 
 

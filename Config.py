@@ -19,7 +19,7 @@ class Size(NamedTuple):
 
     layers: int
     hidden: int
-    learning_rate: float  # peak, that suits a batch of 32 chunks
+    learning_rate: float  # peak, for a batch of 32 chunks
 
 
 # Layers and hidden sizes: Turc et al., Well-Read Students Learn Better (arXiv 1908.08962).
@@ -31,7 +31,7 @@ SCRATCH_SIZES = {
     "base": Size(12, 768, 1e-4),
 }
 
-MOST_AUTOMATIC_WORDS = 10_000  # that add_words=auto:N can ask for
+MOST_AUTOMATIC_WORDS = 10_000  # the largest N of add_words=auto:N
 
 RENAMED_FLAGS = {"seeds": "num_seeds", "least_steps": "min_steps"}  # of downstream.py, which takes the old ones too
 
@@ -65,7 +65,7 @@ class Config:
     num_epochs: int = 3  # times every line is seen
     max_steps: int | None = None  # optimizer steps, whatever num_epochs says; unset: num_epochs decides
     batch_size: int = 32  # chunks per optimizer step, over all devices
-    learning_rate: float | None = None  # peak; unset: 3e-5, or what suits the size when training from scratch
+    learning_rate: float | None = None  # peak; unset: 3e-5, or that of the size when training from scratch
     num_warmup_steps: float = 0.1  # linear warm-up: below 1 a share of all steps, else a count; then linear decay
     weight_decay: float = 0.01  # AdamW's, not on biases and LayerNorm
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
@@ -82,14 +82,14 @@ class Config:
     run_name: str | None = None  # name of this run's folder; unset: date, time and model
     log_every: int = 50  # steps between lines in the log and in metrics.csv
     eval_every: int | None = None  # steps between evaluations; unset: once an epoch
-    max_test_chunks: int | None = None  # that an evaluation scores, a sample of the test text; unset: all
-    save_every: int | None = None  # steps between checkpoints, also saved at epochs' ends; unset: the latter if cheap
-    keep_checkpoints: int = 2  # how many stay on disk: the newest
+    max_test_chunks: int | None = None  # size of the random sample of test chunks that an evaluation scores; unset: all
+    save_every: int | None = None  # steps between checkpoints, and epoch ends; unset: epoch ends, up to 5% of the time
+    keep_checkpoints: int = 2  # number of checkpoints that stay on disk, the newest
     push_to_hub: str | None = None  # name on the Hugging Face Hub that the finished model is uploaded to, privately
     tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
 
     # --- mode
-    dry_run: bool = False  # say what time, memory and disk the run will take, by some seconds of it; keep nothing
+    dry_run: bool = False  # predict the run's time, memory and disk space from some seconds of it; keep nothing
     evaluate_only: bool = False  # score initial_pretrain_model on the test text, then stop; needs no training text
     resume: bool = False  # resume the last unfinished run, or run_name's, from its newest checkpoint
     demo: bool = False  # train a small BERT on the documentation of your own Python; downloads nothing
@@ -257,7 +257,7 @@ def _wrong_in_comparison(config: DownstreamConfig) -> Iterator[str]:
 
 
 def demo_config() -> Config:
-    """The defaults of `--demo`: a small BERT from scratch that learns in under three minutes on two CPU cores."""
+    """Returns the settings of `--demo`: a small BERT, trained from scratch in under three minutes on two CPU cores."""
     return replace(
         Config(),
         demo=True,
@@ -269,7 +269,7 @@ def demo_config() -> Config:
 
 
 def parse_flags(arguments: list[str] | None = None) -> Config:
-    """The configuration from Config.py's defaults and the command line's flags (None: sys.argv).
+    """Returns the configuration by Config.py's defaults and the command line's flags (None: sys.argv).
 
     `--help` and unknown or ill-typed flags are answered by tyro, with exit status 0 and 2. Raises UserError.
     """

@@ -18,6 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from Config import MOST_AUTOMATIC_WORDS, Config
+from mlm.data.chinese import make_segmenter
 from mlm.data.chunks import Chunks, Corpus, WrittenSplit, steps_per_epoch, take, write_chunks
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
 from mlm.data.packing import Batch, MaskedChunks, chunk_bounds, frame, slice_chunks
@@ -25,10 +26,10 @@ from mlm.data.randomness import epoch_order, evaluation_order, mask_keys
 from mlm.data.text_files import Text, find_text
 from mlm.data.text_stats import SplitStats, TextStats
 from mlm.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
-from mlm.data.words import BrokenWord, add_words, make_encoders, make_segmenter, read_words
+from mlm.data.words import SplitWord, add_words, make_encoders, read_words
 from mlm.storage import digest, once
 
-CACHE_FORMAT = 4  # raise when what the cache holds changes
+CACHE_FORMAT = 5  # raise when what the cache holds changes
 MASKED_AT_ONCE = 1 << 15  # tokens: enough that numpy's calls cost little, few enough for the processor's cache
 EVALUATION_CHUNKS = 256  # chunks masked and packed together in an evaluation
 
@@ -37,7 +38,7 @@ EVALUATION_CHUNKS = 256  # chunks masked and packed together in an evaluation
 
 
 def load_corpus(config: Config) -> Corpus:
-    """Finds the text and the tokenizer, and makes chunks of tokens. Raises UserError where that cannot be."""
+    """Finds the text and the tokenizer, and cuts the text into chunks of tokens. Raises UserError where it cannot."""
     text = find_text(config)
     tokenizer = load_tokenizer(config, text.train, text.digest)
     added_words = add_words(tokenizer, words_to_add(config, text, tokenizer))
@@ -49,10 +50,10 @@ def load_corpus(config: Config) -> Corpus:
 def prepare(
     config: Config, text: Text, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> tuple[Chunks, Chunks, TextStats]:
-    """The chunks of the training and the test text, and what was found in them.
+    """Returns the chunks of the training and the test text, and their statistics.
 
-    Made once for each text, tokenizer, words and `sen_max_length`, and kept on disk. Raises UserError where a split
-    holds no token.
+    They are made once for each text, tokenizer, words and `sen_max_length`, and kept on disk. Raises UserError where a
+    split holds no token.
     """
     encoders = make_encoders(tokenizer)
     user_words = read_words(config.user_words, "user_words")
@@ -65,8 +66,8 @@ def prepare(
         rest = (body_length, encoders, make_segmenter(user_words), vocabulary)
         train = write_chunks(text.train(), folder / "train.arrow", *rest)
         test = write_chunks(text.test(), folder / "test.arrow", *rest)
-        broken_words = train.words.broken(encoders.any_line, MOST_AUTOMATIC_WORDS)
-        (folder / "stats.json").write_text(json.dumps(asdict(_compare(train, test, broken_words))))
+        split_words = train.words.split_words(encoders.any_line, MOST_AUTOMATIC_WORDS)
+        (folder / "stats.json").write_text(json.dumps(asdict(_compare(train, test, split_words))))
 
     folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)
     train, test = (Chunks.read(folder / f"{split}.arrow") for split in ("train", "test"))
@@ -85,7 +86,7 @@ def temporary_chunks(
         yield Chunks.read(path), stats
 
 
-def _compare(train: WrittenSplit, test: WrittenSplit, broken_words: list[BrokenWord]) -> TextStats:
+def _compare(train: WrittenSplit, test: WrittenSplit, split_words: list[SplitWord]) -> TextStats:
     """The statistics of both splits; the unigram perplexity with each count of the training text raised by one."""
     log_shares = np.log((train.occurrences + 1) / (train.occurrences + 1).sum())  # (vocabulary,)
     return TextStats(
@@ -93,16 +94,16 @@ def _compare(train: WrittenSplit, test: WrittenSplit, broken_words: list[BrokenW
         test=test.stats,
         test_lines_in_train=int(np.isin(test.line_hashes, train.line_hashes).sum()),
         unigram_perplexity=math.exp(-(test.occurrences @ log_shares) / test.occurrences.sum()),
-        broken_words=broken_words,
+        split_words=split_words,
     )
 
 
 def words_to_add(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The words that `add_words` names: a file's, or those of the text that the tokenizer breaks most often."""
+    """Returns the words that `add_words` names: a file's, or those of the text most often split into subwords."""
     if config.automatic_words is None:
         return read_words(config.add_words, "add_words")
     _, _, stats = prepare(config, text, tokenizer, read_vocabulary(tokenizer))
-    return [broken.word for broken in stats.broken_words[: config.automatic_words]]
+    return [split.word for split in stats.split_words[: config.automatic_words]]
 
 
 # ------------------------------------------------------------------------------------------ chunks -> masked batches

@@ -1,6 +1,6 @@
-"""Starting model -> BertForMaskedLM; logits at the masked positions alone; packed chunks kept apart in attention.
+"""BERT on packed chunks: block-diagonal or variable-length attention, and logits at the masked positions alone.
 
-And, for downstream.py, a classifier of texts or words on the same packed chunks.
+The starting model is loaded as BertForMaskedLM; for downstream.py also as a classifier of texts or of words.
 """
 
 import math
@@ -32,11 +32,11 @@ from mlm.runtime.hub import locate
 
 
 class PackedBert(nn.Module):
-    """A BERT whose forward takes packed rows; the heads follow below. A module, as DistributedDataParallel hooks
+    """A BERT whose forward takes packed rows; subclasses add a head. A module, as DistributedDataParallel wraps
     `forward` alone."""
 
     def __init__(self, bert: BertPreTrainedModel, sep_id: int | None = None):
-        """sep_id: that of [SEP], where a chunk may hold two texts."""
+        """sep_id: the id of [SEP], where a chunk may hold two texts."""
         super().__init__()
         self.bert, self.sep_id = bert, sep_id
         bert.set_attn_implementation("packed")
@@ -71,8 +71,10 @@ class PackedBert(nn.Module):
         return self.head(hidden.flatten(0, 1)[masked])
 
     def _token_types(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """(rows, width): 0 up to a chunk's first [SEP], 1 behind it, where a second text may stand; or (1, 1), 0 for
-        all, whose gradient is a sum, and not a row added for each position."""
+        """Returns token type ids (rows, width): 0 up to a chunk's first [SEP], 1 behind it, where a second text may be.
+
+        Where chunks hold one text: (1, 1), broadcast, so that the gradient is one sum and not a row added per token.
+        """
         if self.sep_id is None:
             return torch.zeros((1, 1), dtype=torch.long, device=input_ids.device)
         separators = (input_ids == self.sep_id).long()
@@ -81,18 +83,18 @@ class PackedBert(nn.Module):
         return (before - before.gather(1, chunk_starts)).clamp(max=1)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """The hidden states (masked, hidden) themselves: features."""
+        """Returns the hidden states (masked, hidden) themselves, as features."""
         return hidden
 
 
 class PackedMaskedLM(PackedBert):
-    """BertForMaskedLM. The vocabulary projection, the largest product of a small BERT, runs where a token is predicted
-    and nowhere else."""
+    """BertForMaskedLM. The projection to the vocabulary, the largest matrix product of a small BERT, runs only where a
+    token is predicted."""
 
     bert: BertForMaskedLM
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (masked, vocabulary)."""
+        """Returns logits (masked, vocabulary)."""
         return self.bert.cls(hidden)
 
 
@@ -102,7 +104,7 @@ class PackedClassifier(PackedBert):
     bert: BertForSequenceClassification | BertForTokenClassification
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (masked, classes), in float32: in 16 bits the likeliest classes would often be equally likely."""
+        """Returns logits (masked, classes) in float32: in 16 bits the likeliest classes would often tie."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, pooler = hidden.float(), self.bert.bert.pooler
             pooled = pooler(hidden[:, None]) if pooler else hidden  # a pooler takes the first of (masked, 1, hidden)
@@ -110,7 +112,7 @@ class PackedClassifier(PackedBert):
 
 
 def _cast_once(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Casts the input of query, key and value before it branches: under autocast each would keep a copy of its own."""
+    """Casts the input of query, key and value once: under autocast each of them would keep a copy of its own."""
     hidden, *others = inputs  # (rows, width, hidden)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -140,10 +142,10 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on the CPU with 16 random bits an element (so `p` in steps of 2**-16), in a third of the time."""
+    """nn.Dropout; on the CPU with 16 random bits per element (so `p` in steps of 2**-16), in a third of the time."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: of any shape, returned in that shape."""
+        """Returns `hidden`, of any shape, in that shape."""
         if hidden.device.type != "cpu" or not (self.training and self.p):
             return super().forward(hidden)
         dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2**16 possible draws
@@ -155,12 +157,13 @@ class Dropout(nn.Dropout):
 def load_model(
     config: Config, vocabulary_size: int, pad_id: int, checkpoint: Path | None = None, added: Sequence[list[int]] = ()
 ) -> tuple[BertForMaskedLM, list[str]]:
-    """The model in the folder `checkpoint`, or else the one that `initial_pretrain_model` names; and warnings about it.
+    """Loads the model in the folder `checkpoint`, or else the one that `initial_pretrain_model` names, in float32.
 
-    added: the ids of the pieces of each word that was added to the end of the vocabulary; a checkpoint knows them.
-    In float32. Its pooler comes along untrained, so that a fine-tuned task starts from it. The dropouts of Config.py
-    are set on the modules; the model's config, which is saved, keeps the model's own for whoever fine-tunes it.
-    Raises UserError where the checkpoint is missing or not BERT, or does not fit the tokenizer or `sen_max_length`.
+    added: the ids of the subwords of each word that was added to the end of the vocabulary; a checkpoint knows them.
+    The pooler comes along untrained, so that a fine-tuned task starts from it. The dropouts of Config.py are set on the
+    modules; the model's config, which is saved, keeps the model's own for whoever fine-tunes it.
+    Returns the model and warnings about it. Raises UserError where the checkpoint is missing or not BERT, or does not
+    fit the tokenizer or `sen_max_length`.
     """
     warnings: list[str] = []
     if config.scratch_size and not checkpoint:
@@ -181,7 +184,7 @@ def load_model(
 
 
 def _new_bert(config, size, vocabulary_size, pad_id):
-    """Random weights."""
+    """Makes a BERT of a size with random weights."""
     bert_config = BertConfig(
         vocab_size=vocabulary_size,
         num_hidden_layers=size.layers,
@@ -196,7 +199,7 @@ def _new_bert(config, size, vocabulary_size, pad_id):
 
 
 def _pretrained_bert(config, name, known_tokens):
-    """The weights in a folder or on the Hub, and a warning where the head for masked tokens is missing."""
+    """Loads weights from a folder or the Hub. Returns the model, and a warning where its masked-token head is new."""
     bert_config = load_bert_config(name, "initial_pretrain_model")
     _check_fit(config, bert_config, known_tokens)
     torch.manual_seed(config.seed)  # of a head that the checkpoint lacks
@@ -216,14 +219,14 @@ def _pretrained_bert(config, name, known_tokens):
 
 
 def _own_memory(model):
-    """Copies loaded weights: they are views of the file, at any address, and matrix products round by their inputs'
-    alignment, so that a resumed run would drift from the uninterrupted one."""
+    """Copies loaded weights out of the file that they are views of. Matrix products round by the alignment of their
+    inputs, which is arbitrary in the file, so that a resumed run would drift from the uninterrupted one."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
 def _set_dropouts(model, hidden_dropout, attention_dropout):
-    """The dropouts, in the modules alone: inside attention, and outside, in the faster kind; None: the model's own."""
+    """Sets dropout in the modules alone: inside attention, and outside, by the faster kind; None: the model's own."""
     for module in list(model.modules()):
         for child_name, child in module.named_children():
             if isinstance(child, nn.Dropout):
@@ -236,18 +239,18 @@ def _set_dropouts(model, hidden_dropout, attention_dropout):
 
 @torch.no_grad()
 def _add_embeddings(model, vocabulary_size, added):
-    """Gives each added word the mean of its pieces' embeddings and output biases; the rows of the others stay."""
+    """Gives each added word the mean of its subwords' embeddings and output biases; the rows of the others stay."""
     if vocabulary_size > model.config.vocab_size:  # else the model has rows to spare
         model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
     embeddings = model.get_input_embeddings().weight  # (vocabulary, hidden); the output's as well, which is tied to it
     bias = model.cls.predictions.bias  # (vocabulary,)
-    for row, pieces in enumerate(added, start=vocabulary_size - len(added)):
-        embeddings[row] = embeddings[pieces].mean(0)
-        bias[row] = bias[pieces].mean()
+    for row, subwords in enumerate(added, start=vocabulary_size - len(added)):
+        embeddings[row] = embeddings[subwords].mean(0)
+        bias[row] = bias[subwords].mean()
 
 
 def load_bert_config(name: str, setting: str) -> BertConfig:
-    """The config of a checkpoint. Raises UserError, which names the setting, where it is not that of a BERT encoder."""
+    """Loads a checkpoint's config. Raises UserError, which names the setting, where it is not a BERT encoder's."""
     bert_config = _load(AutoConfig, name, setting)
     if bert_config.model_type != "bert" or bert_config.is_decoder:
         kind = "a decoder" if bert_config.model_type == "bert" else f"of type {bert_config.model_type}"
@@ -256,16 +259,18 @@ def load_bert_config(name: str, setting: str) -> BertConfig:
 
 
 def _load(kind, name, setting="initial_pretrain_model", **options):
+    """Calls from_pretrained of a class, without code from the checkpoint. Raises UserError where that fails."""
     if kind is not AutoConfig:
         options |= {"dtype": torch.float32, "attn_implementation": "sdpa"}  # not the dtype the checkpoint was saved in
-    offline = locate(name, setting)
+    is_local = locate(name, setting) != "hub"
     try:
-        return kind.from_pretrained(name, local_files_only=offline, trust_remote_code=False, **options)
+        return kind.from_pretrained(name, local_files_only=is_local, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
         raise UserError(f"{setting}: {name} cannot be loaded as BERT: {first_line(error)}") from error
 
 
 def _check_fit(config, bert_config, vocabulary_size):
+    """Raises UserError where a model does not fit the tokenizer or `sen_max_length`."""
     spare = bert_config.vocab_size - vocabulary_size
     if not 0 <= spare < 128:  # some models round their vocabulary up to a multiple of 64 or 128
         raise UserError(
@@ -284,9 +289,9 @@ def _check_fit(config, bert_config, vocabulary_size):
 
 
 def load_encoder(name: str) -> BertModel:
-    """The model that `models` names, without a head. Its pooler, where the checkpoint has none, is always the same.
+    """Loads a model that `models` names, without a head. Its pooler, where the checkpoint has none, is always the same.
 
-    Raises UserError where it is no BERT, or lacks weights, or has some that are not finite.
+    Raises UserError where it is no BERT, or lacks weights.
     """
     load_bert_config(name, "models")
     torch.manual_seed(0)
@@ -301,7 +306,7 @@ def load_encoder(name: str) -> BertModel:
 def load_classifier(
     name: str, classes: int, seed: int, of_words: bool
 ) -> BertForSequenceClassification | BertForTokenClassification:
-    """The model that `models` names, with a new head for so many classes, of each text or of each word.
+    """Loads a model that `models` names, with a new head for the classes of each text or of each word.
 
     The head is drawn from the seed, so that models of one width start from the same one; so is a pooler that the
     checkpoint lacks. Dropout is the checkpoint's own, but for none inside attention, which rules out fast kernels.
@@ -319,6 +324,6 @@ def load_classifier(
 
 
 def _init_linear(linear: nn.Linear) -> None:
-    """As BERT does, whatever the checkpoint's config says: all models' heads start alike."""
+    """Draws weights as BERT does, whatever the checkpoint's config says: all models' heads start alike."""
     nn.init.normal_(linear.weight, std=0.02)
     nn.init.zeros_(linear.bias)

@@ -28,11 +28,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM, logging
 
+from mlm.data.chinese import make_segmenter
 from mlm.data.masking import MaskRule, content_keys, mask
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.packing import frame
 from mlm.data.tokenizer import read_vocabulary
-from mlm.data.words import make_encoders, make_segmenter, tokenize
+from mlm.data.words import make_encoders, tokenize
 from model import PackedMaskedLM
 
 ROOT = Path(__file__).parent.parent

@@ -26,9 +26,10 @@ import numpy as np
 from Config import Config
 from data_process import prepare
 from mlm.data import chunks
+from mlm.data.chinese import HAN_CHARACTER, make_segmenter
 from mlm.data.text_files import Text, read_lines
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
-from mlm.data.words import HAN_CHARACTER, TokenizedLines, make_encoders, make_segmenter, tokenize
+from mlm.data.words import TokenizedLines, make_encoders, tokenize
 
 
 def check(lines: list[str], tokenizer) -> tuple[int, int, Counter, dict[str, list[str]]]:

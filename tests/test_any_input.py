@@ -7,22 +7,26 @@ import math
 import os
 import re
 from dataclasses import asdict, fields
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, event, example, given, settings, strategies
+from hypothesis import HealthCheck, assume, event, example, given, settings, strategies
 from reference import IGNORED, labelled, pad, score
 from runs import micro_batcher_of
 from transformers import BertConfig, BertForMaskedLM
 
 from Config import SCRATCH_SIZES, Config
 from data_process import prepare, training_batches
-from mlm.data.chunks import take
+from mlm.data.chunks import Chunks, take
 from mlm.data.masking import BERT_RULE, MaskRule
+from mlm.data.packing import Batch
 from mlm.data.text_files import find_text
+from mlm.data.text_stats import TextStats
 from mlm.errors import UserError
 from mlm.settings import describe_settings
 from mlm.training.plan import learning_rate_at, resolve
@@ -64,56 +68,103 @@ def reference_lines(content: bytes) -> list[str]:
     return [line.removesuffix("\r").strip() for line in content.decode("utf-8-sig").split("\n")]
 
 
+class Prepared(NamedTuple):
+    """What the files were made into."""
+
+    train: Chunks
+    test: Chunks
+    stats: TextStats
+
+
+@pytest.fixture(scope="module")
+def prepare_files(tmp_path_factory, tokenizer, vocabulary):
+    """Prepares files of such contents, for chunks of at most 14 tokens. No test file for None. Raises UserError."""
+
+    def prepare_files(train: bytes, test: bytes | None) -> Prepared:
+        folder = tmp_path_factory.mktemp("any")
+        (folder / "train.txt").write_bytes(train)
+        if test is not None:
+            (folder / "test.txt").write_bytes(test)
+        config = Config(path_datasets=str(folder), path_model_save=str(folder / "output"), sen_max_length=16)
+        return Prepared(*prepare(config, find_text(config), tokenizer, vocabulary))
+
+    return prepare_files
+
+
 @settings(max_examples=EXAMPLES, **unhurried)
-@given(train=CONTENTS, test=strategies.none() | CONTENTS, rule=strategies.sampled_from(RULES))
-@example(train=b"", test=None, rule=BERT_RULE)
-@example(train=b"one line in all", test=None, rule=BERT_RULE)
-@example(train=b"the same\n", test=b"the same\n", rule=BERT_RULE)
-@example(train=b"fine\n", test=b"\n \n\x00\n", rule=BERT_RULE)
-@example(train=b"[MASK] [SEP]\r[UNK]\n\n", test=b"\xe2\x80\xa8 \xc2\x85x\n", rule=BERT_RULE)
-def test_any_text_trains_or_is_refused(tmp_path_factory, tokenizer, vocabulary, bert, train, test, rule):
-    folder = tmp_path_factory.mktemp("any")
-    for name, content in (("train", train), ("test", test)):
-        if content is not None:
-            (folder / f"{name}.txt").write_bytes(content)
-    config = Config(path_datasets=str(folder), path_model_save=str(folder / "output"), sen_max_length=16)
-    given_files = {"train": train} | ({} if test is None else {"test": test})
+@given(train=CONTENTS, test=strategies.none() | CONTENTS)
+@example(train=b"", test=None)
+@example(train=b"one line in all", test=None)
+@example(train=b"the same\n", test=b"the same\n")
+@example(train=b"fine\n", test=b"\n \n\x00\n")
+@example(train=b"[MASK] [SEP]\r[UNK]\n\n", test=b"\xe2\x80\xa8 \xc2\x85x\n")
+def test_any_text_is_kept_or_refused(prepare_files, tokenizer, train, test):
+    """Laws 2 and 8: each split has all tokens of its lines, or what is wrong is said."""
+    files = {"train": train} | ({} if test is None else {"test": test})
     try:
-        chunks, test_chunks, found = prepare(config, find_text(config), tokenizer, vocabulary)
+        found = prepare_files(train, test)
     except UserError as refused:
-        assert is_right_to_refuse(str(refused), given_files, tokenizer), refused
+        assert is_right_to_refuse(str(refused), files, tokenizer), refused
         return event("refused")
-    event("trained")
-    lines = {name: [line for line in reference_lines(content) if line] for name, content in given_files.items()}
+    event("kept")
+    lines = {name: [line for line in reference_lines(content) if line] for name, content in files.items()}
     tokens = {name: tokens_of(tokenizer, of_split) for name, of_split in lines.items()}
     if test is None:  # some distinct lines are held out
-        assert sorted(stored(chunks) + stored(test_chunks)) == sorted(tokens["train"])
-        assert not found.test_lines_in_train
+        assert sorted(stored(found.train) + stored(found.test)) == sorted(tokens["train"])
+        assert not found.stats.test_lines_in_train
     else:
-        assert stored(chunks) == tokens["train"] and stored(test_chunks) == tokens["test"]
-        assert bool(found.test_lines_in_train) == bool(set(lines["train"]) & set(lines["test"]))
+        assert stored(found.train) == tokens["train"] and stored(found.test) == tokens["test"]
+        assert bool(found.stats.test_lines_in_train) == bool(set(lines["train"]) & set(lines["test"]))
 
-    seen = []
+
+def first_epoch(prepare_files, vocabulary, content: bytes, rule: MaskRule) -> tuple[Chunks, list[Batch]]:
+    """The chunks of a training text, and the batches of an epoch, of four chunks each. A text that is refused is no
+    case for the test that asks."""
+    try:
+        chunks = prepare_files(content, b"some test text").train
+    except UserError:
+        assume(False)
     steps = training_batches(chunks, vocabulary, rule, 0, batch_size=4)
-    for _ in range(-(-len(chunks) // 4)):
-        step = next(steps)
-        of_chunk = np.cumsum(step.chunks.position_ids == 0)
-        input_ids, labels = labelled(step.chunks.input_ids, step.chunks.masked, step.chunks.targets)
-        chosen = labels != IGNORED
-        original = np.where(chosen, labels, input_ids)
-        assert set(of_chunk[chosen]) == set(of_chunk)  # law 1: every chunk teaches
-        ends = np.flatnonzero(np.diff(of_chunk, append=0))
-        assert (original[ends] == vocabulary.sep_id).all() and not chosen[ends].any()
-        assert (original[step.chunks.position_ids == 0] == vocabulary.cls_id).all()
-        text = np.setdiff1d(np.arange(len(original)), [*ends, *np.flatnonzero(step.chunks.position_ids == 0)])
-        assert step.chunks.lengths.max() <= 16 and len(text) == step.tokens and chosen.sum() == step.masked_tokens
-        seen.extend(original[text].tolist())
-        hidden = input_ids[text], np.flatnonzero(chosen[text]), labels[chosen]
+    return chunks, list(islice(steps, math.ceil(len(chunks) / 4)))
+
+
+@settings(max_examples=EXAMPLES, **unhurried)
+@given(content=CONTENTS, rule=strategies.sampled_from(RULES))
+def test_every_chunk_of_any_text_teaches_and_an_epoch_has_every_token_once(prepare_files, vocabulary, content, rule):
+    """Laws 1 and 2."""
+    chunks, batches = first_epoch(prepare_files, vocabulary, content, rule)
+    seen = []
+    for batch in batches:
+        input_ids, labels = labelled(batch.chunks.input_ids, batch.chunks.masked, batch.chunks.targets)
+        originals, is_chosen = np.where(labels != IGNORED, labels, input_ids), labels != IGNORED
+        tokens_before = len(seen)
+        ends = np.cumsum(batch.chunks.lengths)
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            assert originals[[start, end - 1]].tolist() == [vocabulary.cls_id, vocabulary.sep_id]
+            assert not is_chosen[[start, end - 1]].any() and is_chosen[start:end].any()
+            assert batch.chunks.position_ids[start:end].tolist() == [*range(end - start)]
+            assert end - start <= 16
+            seen += originals[start + 1 : end - 1].tolist()
+        assert batch.tokens == len(seen) - tokens_before and batch.masked_tokens == is_chosen.sum()
+    assert sorted(seen) == sorted(stored(chunks))
+
+
+@settings(max_examples=EXAMPLES, **unhurried)
+@given(content=CONTENTS, rule=strategies.sampled_from(RULES))
+def test_chunks_of_any_text_never_see_each_other(prepare_files, vocabulary, bert, content, rule):
+    """Law 3: packed, their loss is that of the stock model on padded chunks."""
+    _, batches = first_epoch(prepare_files, vocabulary, content, rule)
+    for batch in batches:
+        ends = np.cumsum(batch.chunks.lengths)
+        is_text = np.ones(ends[-1], dtype=bool)
+        is_text[ends - 1] = is_text[ends - batch.chunks.lengths] = False
+        masked = (np.cumsum(is_text) - 1)[batch.chunks.masked]
+        lengths = batch.chunks.lengths - 2
         with torch.no_grad():
-            expected = score(bert, pad(*hidden, step.chunks.lengths - 2, vocabulary))
+            padded = pad(batch.chunks.input_ids[is_text], masked, batch.chunks.targets, lengths, vocabulary)
+            expected = score(bert, padded)
         padded_loss = expected.loss.item() * expected.masked_tokens
-        assert packed_loss(bert, step.chunks, vocabulary) == pytest.approx(padded_loss, abs=1e-4)  # law 3
-    assert sorted(seen) == sorted(stored(chunks))  # law 2: every token exactly once an epoch
+        assert packed_loss(bert, batch.chunks, vocabulary) == pytest.approx(padded_loss, abs=1e-4)
 
 
 def stored(chunks) -> list[int]:

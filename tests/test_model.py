@@ -78,7 +78,7 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
     ours.load_state_dict(stock.state_dict())
     draw = np.random.default_rng(0)
     lengths = draw.integers(1, 60, 40)
-    tokens = draw.choice(vocabulary.ordinary_ids, lengths.sum())
+    tokens = draw.choice(vocabulary.regular_ids, lengths.sum())
     hidden = mask(tokens, lengths, random_bits(0, np.arange(40)), vocabulary, BERT_RULE)
     padded = pad(*hidden, lengths, vocabulary)
     expected = score(stock, padded)
@@ -106,7 +106,7 @@ def test_a_chunk_cannot_see_its_neighbour(vocabulary):
     model = PackedMaskedLM(BertForMaskedLM(bert_config(vocabulary)).eval())
     draw = np.random.default_rng(1)
     lengths = np.array([10, 8])
-    tokens = draw.choice(vocabulary.ordinary_ids, 18)
+    tokens = draw.choice(vocabulary.regular_ids, 18)
 
     def logits(tokens):
         chunks = frame(tokens, np.arange(10), tokens[:10], lengths, vocabulary)  # predict the first
@@ -114,14 +114,14 @@ def test_a_chunk_cannot_see_its_neighbour(vocabulary):
         assert not rest and inputs["input_ids"].shape == (1, 22)
         return model(**inputs)
 
-    changed = np.concatenate([tokens[:10], draw.choice(vocabulary.ordinary_ids, 8)])
+    changed = np.concatenate([tokens[:10], draw.choice(vocabulary.regular_ids, 8)])
     torch.testing.assert_close(logits(tokens), logits(changed), atol=1e-6, rtol=0)
 
 
 def test_pack_places_every_chunk_once_between_its_own_cls_and_sep(vocabulary):
     draw = np.random.default_rng(2)
     lengths = draw.integers(1, 120, 300)
-    tokens = draw.choice(vocabulary.ordinary_ids, lengths.sum())
+    tokens = draw.choice(vocabulary.regular_ids, lengths.sum())
     batch = pack(frame(tokens, np.arange(len(tokens)), tokens, lengths, vocabulary), 256, vocabulary)
     _, labels = labelled(batch.input_ids, batch.masked, batch.targets)
     found = []

@@ -7,7 +7,7 @@ A *chunk* is a line, or a part of a line too long for `sen_max_length`. Stored t
 import math
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mlm.data.chinese import Segmenter
 from mlm.data.text_files import Text, line_hash
 from mlm.data.text_stats import SplitStats, TextStats, length_bins
 from mlm.data.tokenizer import Vocabulary
-from mlm.data.words import Encoders, Segmenter, WordCounts, tokenize
+from mlm.data.words import Encoders, TokenizedLines, WordCounts, tokenize
 from mlm.errors import UserError
 
 
@@ -31,7 +32,7 @@ class Chunks:
 
     @classmethod
     def read(cls, path: Path) -> "Chunks":
-        """What `write_chunks` wrote."""
+        """Memory-maps what `write_chunks` wrote."""
         from datasets import Dataset  # here, as it takes a second
 
         column = Dataset.from_file(str(path)).data.column("tokens").chunk(0)
@@ -42,25 +43,28 @@ class Chunks:
         return len(self.offsets) - 1
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """The tokens in each of the chunks at `indices` (n,): (n,)."""
+        """Returns how many tokens the chunks at `indices` (n,) have: (n,)."""
         return self.offsets[indices + 1] - self.offsets[indices]
 
 
+def chunk_starts(lengths: np.ndarray) -> np.ndarray:
+    """Returns where each chunk starts, (n,) int64, if chunks of these lengths (n,) lie end to end."""
+    return np.cumsum(lengths) - lengths
+
+
 def take(chunks: Chunks, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens (tokens,) int64 of some chunks end to end, the chunks' lengths (n,), and whether each token starts a
-    word (tokens,) bool."""
+    """Returns the tokens (tokens,) int64 of the chunks at `indices` (n,) end to end, the chunks' lengths (n,), and
+    whether each token starts a word (tokens,) bool."""
     lengths = chunks.lengths(indices)
-    skipped = chunks.offsets[indices] - (np.cumsum(lengths) - lengths)
+    skipped = chunks.offsets[indices] - chunk_starts(lengths)
     marked = chunks.tokens[np.arange(lengths.sum()) + np.repeat(skipped, lengths)]
     word_bit = _word_bit(marked.dtype)
     return (marked & ((1 << word_bit) - 1)).astype(np.int64), lengths, (marked >> word_bit).astype(bool)
 
 
 def _word_bit(dtype: Any) -> int:
+    """Returns the number of the highest bit."""
     return 8 * np.dtype(dtype).itemsize - 1
-
-
-# ------------------------------------------------------------------------------------------------- what is in the text
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -71,13 +75,46 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 # -------------------------------------------------------------------------------------------------- lines -> chunks
 
 
-class WrittenSplit(NamedTuple):
-    """What `write_chunks` leaves beside the file."""
+@dataclass
+class WrittenSplit:
+    """Side results of `write_chunks`: counts of one split, added up block by block."""
 
-    stats: SplitStats
-    line_hashes: array  # (lines that are not blank,) uint64
-    occurrences: np.ndarray  # (vocabulary,) int64: how often each token occurs
-    words: WordCounts
+    body_length: int
+    vocabulary: Vocabulary
+    lines: int = 0
+    characters: int = 0
+    chunks: int = 0
+    line_hashes: array = field(default_factory=lambda: array("Q"))  # (lines that are not blank,) uint64
+    words: WordCounts = field(default_factory=WordCounts)
+
+    def __post_init__(self):
+        self.occurrences = np.zeros(self.vocabulary.size, dtype=np.int64)  # how often each token occurs
+        self._bins = [*length_bins(self.body_length), math.inf]
+        self._line_lengths = np.zeros(len(self._bins) - 1, dtype=np.int64)  # lines with a token, by their tokens
+
+    def add(self, lines: list[str], tokenized: TokenizedLines, chunks: int) -> None:
+        """Counts lines, blank ones too, the tokens of the others, and their chunks."""
+        self.lines += len(lines)
+        self.characters += sum(map(len, lines))
+        self.chunks += chunks
+        self.line_hashes.extend(map(line_hash, filter(None, lines)))
+        self.words.update(tokenized.tokens, self.vocabulary.continues_word, tokenized.segmented)
+        self.occurrences += np.bincount(tokenized.tokens, minlength=self.vocabulary.size)
+        self._line_lengths += np.histogram(tokenized.lengths, self._bins)[0]
+
+    @property
+    def stats(self) -> SplitStats:
+        return SplitStats(
+            lines=self.lines,
+            blank=self.lines - len(self.line_hashes),
+            duplicate=len(self.line_hashes) - len(np.unique(self.line_hashes)),
+            dropped=len(self.line_hashes) - int(self._line_lengths.sum()),
+            characters=self.characters,
+            tokens=int(self.occurrences.sum()),
+            unknown=int(self.occurrences[self.vocabulary.unk_id]),
+            chunks=self.chunks,
+            line_lengths=self._line_lengths.tolist(),
+        )
 
 
 def write_chunks(
@@ -90,61 +127,29 @@ def write_chunks(
 ) -> WrittenSplit:
     """Tokenizes the lines, cuts them into chunks of at most `body_length` tokens and writes these to an Arrow file.
 
-    The file has one column, one list of tokens per chunk, all in one record batch, which makes one flat array to index.
     The tokens go to a plain file first, so that memory stays small for any text. Raises UserError where there is none.
     """
-    dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit is the words'
-    counts = dict.fromkeys(("lines", "blank", "dropped", "characters"), 0)
-    line_hashes, chunk_lengths = array("Q"), array("q")
-    bins = [*length_bins(body_length), math.inf]
-    line_lengths = np.zeros(len(bins) - 1, dtype=np.int64)
-    occurrences, words = np.zeros(vocabulary.size, dtype=np.int64), WordCounts()
+    dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit tells where words start
+    chunk_lengths = array("q")
+    written = WrittenSplit(body_length, vocabulary)
     tokens_file = path.with_suffix(".tokens")
     with open(tokens_file, "wb") as file:
         for block in _blocks(lines):
-            texts = [line for line in block if line]
-            counts["lines"] += len(block)
-            counts["blank"] += len(block) - len(texts)
-            counts["characters"] += sum(map(len, texts))
-            line_hashes.extend(map(line_hash, texts))
-            tokenized = tokenize(texts, encoders, vocabulary.continues_word, segmenter)
+            tokenized = tokenize(list(filter(None, block)), encoders, vocabulary.continues_word, segmenter)
             word_bits = np.left_shift(tokenized.starts_word.astype(dtype), _word_bit(dtype))
             (tokenized.tokens.astype(dtype) | word_bits).tofile(file)
-            occurrences += np.bincount(tokenized.tokens, minlength=vocabulary.size)
-            words.update(tokenized.tokens, vocabulary.continues_word, tokenized.segmented)
-            line_lengths += np.histogram(tokenized.lengths, bins)[0]
-            line_ends = np.cumsum(tokenized.lengths)
-            for length, end in zip(tokenized.lengths.tolist(), line_ends.tolist(), strict=True):
-                if length > body_length:
-                    chunk_lengths.extend(cut_line(tokenized.starts_word[end - length : end], body_length))
-                elif length:
-                    chunk_lengths.append(length)
-                else:
-                    counts["dropped"] += 1
+            new_chunk_lengths = list(_cut_lines(tokenized, body_length))
+            chunk_lengths.extend(new_chunk_lengths)
+            written.add(block, tokenized, len(new_chunk_lengths))
     if not chunk_lengths:
         raise UserError(f"path_datasets: no line of {path.stem}*.txt holds a token to train or test on")
-
-    import pyarrow as pa  # here, so that a GPU can be checked without it
-
-    offsets = np.concatenate([[0], np.cumsum(chunk_lengths)])
-    column = pa.LargeListArray.from_arrays(offsets, np.memmap(tokens_file, dtype, mode="r"))
-    table = pa.table({"tokens": column})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
+    _write_arrow(path, np.memmap(tokens_file, dtype, mode="r"), np.concatenate([[0], np.cumsum(chunk_lengths)]))
     tokens_file.unlink()
-    stats = SplitStats(
-        **counts,
-        duplicate=len(line_hashes) - len(np.unique(line_hashes)),
-        tokens=int(offsets[-1]),
-        unknown=int(occurrences[vocabulary.unk_id]),
-        chunks=len(chunk_lengths),
-        line_lengths=line_lengths.tolist(),
-    )
-    return WrittenSplit(stats, line_hashes, occurrences, words)
+    return written
 
 
 def _blocks(lines: Iterator[str], characters: int = 1 << 19) -> Iterator[list[str]]:
-    """Groups lines into blocks of about so many characters, enough to keep every core busy and memory small."""
+    """Yields the lines in blocks of about so many characters, enough to keep every core busy and memory small."""
     block, size = [], 0
     for line in lines:
         block.append(line)
@@ -156,8 +161,24 @@ def _blocks(lines: Iterator[str], characters: int = 1 << 19) -> Iterator[list[st
         yield block
 
 
+def _write_arrow(path: Path, tokens: np.ndarray, offsets: np.ndarray) -> None:
+    """Writes one column, one list of tokens per chunk, all in one record batch: one flat array to index."""
+    import pyarrow as pa  # here, so that a GPU can be checked without it
+
+    table = pa.table({"tokens": pa.LargeListArray.from_arrays(offsets, tokens)})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _cut_lines(tokenized: TokenizedLines, limit: int) -> Iterator[int]:
+    """Yields the lengths of the chunks that the lines are cut into."""
+    starts = chunk_starts(tokenized.lengths)
+    for start, length in zip(starts.tolist(), tokenized.lengths.tolist(), strict=True):
+        yield from cut_line(tokenized.starts_word[start : start + length], limit)
+
+
 def cut_line(starts_word: np.ndarray, limit: int) -> list[int]:
-    """The lengths of the chunks that a line is cut into.
+    """Returns the lengths of the chunks that a line is cut into.
 
     starts_word: (tokens,) bool, whether a token starts a word. A chunk has at most `limit` tokens and ends where a word
     does; only a word that is longer than `limit` by itself is cut inside.
@@ -174,11 +195,11 @@ def cut_line(starts_word: np.ndarray, limit: int) -> list[int]:
 
 
 class Corpus(NamedTuple):
-    """The text, and what was made of it."""
+    """The text of a run, its tokenizer, its chunks and its statistics."""
 
     text: Text
     tokenizer: PreTrainedTokenizerBase
-    added_words: dict[str, list[int]]  # to the tokenizer, each with the ids of its pieces
+    added_words: dict[str, list[int]]  # to the tokenizer, each with the ids of its subwords
     vocabulary: Vocabulary
     train: Chunks
     test: Chunks

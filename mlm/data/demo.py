@@ -10,12 +10,12 @@ from platform import python_version
 
 from Config import Config
 
-TEST_SHARE = 20  # one paragraph in so many is held out
+HELD_OUT_EVERY = 20  # paragraphs: one of them is held out
 ENOUGH_PARAGRAPHS = 5000  # fewer mean that this Python ships without its documentation
 
 
 def demo_folder(config: Config) -> Path:
-    """Where the demo's corpus is kept; each version of Python has other documentation."""
+    """Returns the folder of the demo's corpus; each version of Python has other documentation."""
     return Path(config.path_model_save) / ".cache" / f"demo-{python_version()}"
 
 
@@ -30,8 +30,8 @@ def write_corpus(folder: Path) -> None:
         source = "pandas' docstrings, as this Python ships without its own documentation"
         paragraphs = _distinct_paragraphs(_docstrings(Path(pandas.__file__).parent))
     folder.mkdir(parents=True)
-    test = paragraphs[::TEST_SHARE]
-    train = [paragraph for index, paragraph in enumerate(paragraphs) if index % TEST_SHARE]
+    test = paragraphs[::HELD_OUT_EVERY]
+    train = [paragraph for index, paragraph in enumerate(paragraphs) if index % HELD_OUT_EVERY]
     for name, split in (("test", test), ("train", train)):
         text = "".join(f"{paragraph}\n" for paragraph in split)
         (folder / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
@@ -44,6 +44,7 @@ def _distinct_paragraphs(texts: Iterator[str]) -> list[str]:
 
 
 def _topics(path):
+    """Yields the texts of `help()`'s topics, where this Python has them."""
     if path.is_file():
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Dict):
@@ -51,6 +52,7 @@ def _topics(path):
 
 
 def _docstrings(folder):
+    """Yields the docstrings of the modules under a folder."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(folder.rglob("*.py")):
         if {"test", "tests", "site-packages"} & set(path.relative_to(folder).parts):

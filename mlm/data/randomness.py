@@ -11,10 +11,10 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What random numbers are for. Hashed after the run's seed."""
+    """A stream of random numbers for each use. Hashed after the run's seed."""
 
     ORDER = 1  # of the chunks in an epoch
-    MASKS = 2  # which tokens are chosen, and what becomes of them
+    MASKS = 2  # which tokens are chosen, and what replaces them
     DROPOUT = 3
     EVALUATION = 4  # which test chunks are scored where not all are
 
@@ -22,9 +22,9 @@ class Stream(IntEnum):
 class Draw(IntEnum):
     """Further random bits, derived from a token's bits of Stream.MASKS, which decide whether it is chosen."""
 
-    FATE = 1  # of a chosen token: [MASK], a random token, or kept
-    REPLACEMENT = 2  # which random token
-    NOT_CHOSEN = 3  # bits for a word that no span covers
+    REPLACEMENT = 1  # of a chosen token: [MASK], a random token, or the token itself
+    RANDOM_TOKEN = 2
+    NOT_CHOSEN = 3  # bits of a word outside spans, the smallest of which is chosen where no other is
 
 
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -38,7 +38,7 @@ def _mix(bits: np.ndarray) -> np.ndarray:
 
 
 def random_bits(*counters: int | np.ndarray, after: np.ndarray | None = None) -> np.ndarray:
-    """64 random bits (uint64) for each tuple of counters, which broadcast against each other: a chained hash of them.
+    """Returns 64 random bits (uint64) for each tuple of counters, which broadcast: a chained hash of them.
 
     random_bits(a, b) is random_bits(b, after=random_bits(a)).
     """
@@ -49,28 +49,28 @@ def random_bits(*counters: int | np.ndarray, after: np.ndarray | None = None) ->
 
 
 def threshold(probability: float) -> np.uint64:
-    """The number that 64 random bits are below with this probability: comparing integers is faster than fractions."""
+    """Returns what 64 random bits are below with this probability: integers compare faster than fractions."""
     return np.uint64(min(round(probability * 2**64), 2**64 - 1))
 
 
 def epoch_order(seed: int, epoch: int, chunks: int) -> np.ndarray:
-    """The order in which an epoch visits the chunks: a permutation (chunks,) int64 of their indices."""
+    """Returns the order in which an epoch visits the chunks: a permutation (chunks,) int64 of their indices."""
     return np.argsort(random_bits(seed, Stream.ORDER, epoch, np.arange(chunks)), kind="stable")
 
 
 def evaluation_order(chunks: int) -> np.ndarray:
-    """The order in which test chunks are taken for evaluations: (chunks,) int64. The same in every run: it has no seed.
+    """Returns the order in which evaluations take test chunks: (chunks,) int64, the same for every seed of a run.
 
-    The first n of it are the sample of n chunks, so that a smaller sample is a part of a larger one.
+    Its first n are the sample of n chunks, so that a smaller sample is a part of a larger one.
     """
     return np.argsort(random_bits(0, Stream.EVALUATION, np.arange(chunks)), kind="stable")
 
 
 def mask_keys(seed: int, epoch: int, chunks: np.ndarray) -> np.ndarray:
-    """What decides the masks of the chunks with these indices (n,) in an epoch: (n,) uint64."""
+    """Returns the keys, (n,) uint64, that decide the masks in an epoch of the chunks with these indices (n,)."""
     return random_bits(seed, Stream.MASKS, epoch, chunks)
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """What torch is seeded with before a micro-batch of a step, so that repeating it drops the same units."""
+    """Returns torch's seed for a micro-batch of a step, so that repeating it drops the same units."""
     return int(random_bits(seed, Stream.DROPOUT, step, micro_batch, rank)[0])

@@ -1,4 +1,4 @@
-"""Text files -> lines, one line an example: found, fetched or held out, and decoded with plain errors."""
+"""Text files to lines, one example per line: found, fetched or held out, and decoded with readable error messages."""
 
 import codecs
 import gzip
@@ -15,18 +15,19 @@ import numpy as np
 from tqdm import tqdm
 
 from Config import Config
+from mlm.data.chinese import HAN_CHARACTER
 from mlm.data.demo import demo_folder, write_corpus
 from mlm.errors import UserError, first_line
 from mlm.runtime.hub import WIKITEXT, locate, wants_wikitext
 from mlm.storage import atomic_write, digest, lock, once
 from mlm.terminal import progress_bar
 
-LINES_BETWEEN_UPDATES = 500  # of a bar
+LINES_BETWEEN_UPDATES = 500  # of a progress bar
 BINARY = "a binary file, such as a Word document"
 
 
 class Text(NamedTuple):
-    """The lines of both splits, each call reading them anew, and a digest of all that decides them."""
+    """The lines of both splits, read anew by each call, and a digest of all that decides them."""
 
     train: Callable[[], Iterator[str]]
     test: Callable[[], Iterator[str]]
@@ -34,12 +35,12 @@ class Text(NamedTuple):
 
 
 def text_folder(config: Config) -> Path:
-    """The folder that the text is read from."""
+    """Returns the folder that the text is read from."""
     return demo_folder(config) if config.demo else Path(config.path_datasets)
 
 
 def find_text(config: Config) -> Text:
-    """The lines under `path_datasets`: train*.txt, and test*.txt or a seeded random share of the distinct lines.
+    """Finds the lines under `path_datasets`: train*.txt, and test*.txt or a seeded share of the distinct lines.
 
     A held-out line is held out wherever it is repeated. The demo first writes its text; the default folder, if it has
     none, first receives WikiText-2 from the Hub. Raises UserError where there is no text, or too little to hold some
@@ -57,30 +58,48 @@ def find_text(config: Config) -> Text:
     if folder.is_file():
         raise UserError(f"path_datasets: {folder} is a file; give the folder, and name the file train.txt")
     if not train:
-        raise UserError(f"path_datasets: no train*.txt in {folder}; put your text there, one example a line")
+        raise UserError(f"path_datasets: no train*.txt in {folder}; put your text there, one example per line")
     digests = [[_file_digest(path) for path in paths] for paths in (train, test)]
     if test:
         return Text(partial(read_lines, train), partial(read_lines, test), digest(digests))
-
-    salt = config.seed.to_bytes(8, "little")  # lines whose salted hash is below a limit are held out
+    key = digest(digests, config.seed, config.test_fraction)
+    cached = Path(config.path_model_save) / ".cache" / f"held-out-{key}"
+    salt = config.seed.to_bytes(8, "little")
 
     def write_limit(path: Path) -> None:
-        hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(train) if line)))
-        if len(hashes) < 2:
-            state = "holds one line only" if len(hashes) else "is empty"
-            raise UserError(
-                f"path_datasets: train*.txt in {folder} {state}; two are needed to train on one and test on one"
-            )
-        held_out = min(max(1, round(len(hashes) * config.test_fraction)), len(hashes) - 1)
-        path.write_text(str(hashes[held_out]))
+        path.write_text(str(_held_out_limit(train, salt, config.test_fraction)))
 
-    key = digest(digests, config.seed, config.test_fraction)
-    limit = int(once(Path(config.path_model_save) / ".cache" / f"held-out-{key}", write_limit).read_text())
+    once(cached, write_limit)
+    split = SplitByHash(train, salt, limit=int(cached.read_text()))
+    return Text(split.train, split.test, digest(digests, config.seed, split.limit))
 
-    def lines(of_test: bool) -> Iterator[str]:
-        return (line for line in read_lines(train) if (line_hash(line, salt) < limit) == of_test)
 
-    return Text(partial(lines, False), partial(lines, True), digest(digests, config.seed, limit))
+class SplitByHash(NamedTuple):
+    """Files some of whose lines are held out: those whose salted hash is below a limit, wherever they are repeated."""
+
+    files: list[Path]
+    salt: bytes
+    limit: int
+
+    def train(self) -> Iterator[str]:
+        return (line for line in read_lines(self.files) if line_hash(line, self.salt) >= self.limit)
+
+    def test(self) -> Iterator[str]:
+        return (line for line in read_lines(self.files) if line_hash(line, self.salt) < self.limit)
+
+
+def _held_out_limit(files: list[Path], salt: bytes, test_fraction: float) -> int:
+    """Returns the limit below which the salted hashes of that share of the distinct lines are, at least of one.
+
+    Raises UserError where there are not two lines, one for each split.
+    """
+    hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(files) if line)))
+    if len(hashes) < 2:
+        state = "holds one line only" if len(hashes) else "is empty"
+        raise UserError(
+            f"path_datasets: train*.txt in {files[0].parent} {state}; two are needed to train on one and test on one"
+        )
+    return int(hashes[min(max(1, round(len(hashes) * test_fraction)), len(hashes) - 1)])
 
 
 def _files(folder, split):
@@ -93,17 +112,17 @@ def _file_digest(path):
 
 
 def line_hash(line: str, salt: bytes = b"") -> int:
-    """64 bits that stand for a line, the same in every run."""
+    """Returns a 64-bit hash of a line, the same in every run."""
     return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8, salt=salt).digest(), "little")
 
 
 def read_lines(files: list[Path], setting: str = "path_datasets") -> Iterator[str]:
-    """The lines of UTF-8 files (.gz too), stripped of surrounding white space. Raises UserError as `decode_lines`."""
+    """Returns the lines of UTF-8 files (.gz too), stripped of surrounding white space. Raises as `decode_lines`."""
     return (line.strip() for line in decode_lines(files, setting))
 
 
-def read_sample(path: Path, setting: str, most: int) -> list[str]:
-    """At most so many lines that are not blank, spread evenly over a file or over a folder's *.txt and *.txt.gz.
+def read_sample(path: Path, setting: str, limit: int) -> list[str]:
+    """Returns at most `limit` lines that are not blank, spread evenly over a file, or over a folder's *.txt(.gz) files.
 
     Raises UserError, which names the setting, where there is none.
     """
@@ -111,12 +130,12 @@ def read_sample(path: Path, setting: str, most: int) -> list[str]:
     lines = [line for line in read_lines(files, setting) if line]
     if not lines:
         raise UserError(f"{setting}: {path} is no file or folder of .txt files with a line of text in it")
-    every = max(1, len(lines) // most)
-    return lines[::every][:most]
+    every = max(1, len(lines) // limit)
+    return lines[::every][:limit]
 
 
 def decode_lines(files: list[Path], setting: str) -> Iterator[str]:
-    r"""The lines of UTF-8 files (.gz too), without their ends.
+    r"""Yields the lines of UTF-8 files (.gz too), without their ends.
 
     Only \n and \r\n end a line; a lone \r stays inside it and is white space to the tokenizer.
 
@@ -141,11 +160,12 @@ def decode_lines(files: list[Path], setting: str) -> Iterator[str]:
 
 
 def _reading_bar(path: Path) -> tqdm:
-    """By bytes of the file as it is stored; whatever is made of its lines is made while they are read."""
+    """Returns a progress bar by the bytes of the stored file; its lines are processed while they are read."""
     return progress_bar(f"reading {path.name}", path.stat().st_size, "B")
 
 
 def _likely_encoding(sample: bytes) -> str:
+    """Returns the encoding that bytes which are no UTF-8 most likely have, by a name that iconv knows, or BINARY."""
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
     if b"\0" in sample:
@@ -154,13 +174,13 @@ def _likely_encoding(sample: bytes) -> str:
         foreign = [c for c in codecs.getincrementaldecoder("gb18030")().decode(sample) if c > "\x7f"]
     except UnicodeDecodeError:
         return "WINDOWS-1252"
-    chinese = sum("\u3000" <= c <= "\u9fff" or "\uff00" <= c <= "\uffef" for c in foreign)
+    chinese = sum(bool(HAN_CHARACTER.match(c)) for c in foreign)
     return "GBK" if chinese * 2 > len(foreign) else "WINDOWS-1252"
 
 
 @contextmanager
 def _readable(path, setting="path_datasets"):
-    """Raises UserError where the block cannot read the file."""
+    """Raises UserError, which names the setting, where the block cannot read the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -168,11 +188,12 @@ def _readable(path, setting="path_datasets"):
 
 
 def _fetch_wikitext(folder):
+    """Downloads WikiText-2 (raw) into train.txt and test.txt. Raises UserError where that fails."""
     from datasets import DownloadConfig, load_dataset  # here, as it takes a second
 
-    offline = locate(**WIKITEXT)
+    is_local = locate(**WIKITEXT) != "hub"
     print(f"{folder} holds no text: fetching WikiText-2 (raw) into it from the Hub", flush=True)
-    options = DownloadConfig(local_files_only=offline)
+    options = DownloadConfig(local_files_only=is_local)
     name, subset = WIKITEXT["name"], "wikitext-2-raw-v1"
     try:
         test = load_dataset(name, subset, split="test", download_config=options)

@@ -1,19 +1,19 @@
-"""What was found in the text while it was prepared, and what looks wrong with it."""
+"""Statistics of the text, collected while it is prepared, and warnings by them."""
 
 import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from mlm.data.words import BrokenWord
+from mlm.data.words import SplitWord
 
 MANY_UNKNOWN = 0.05  # share of [UNK] that is worth a warning
-SHOWN_BROKEN_WORDS = 30  # the most frequent
+SHOWN_SPLIT_WORDS = 30  # the most frequent
 
 
 @dataclass(frozen=True)
 class SplitStats:
-    """What one split of the text holds."""
+    """Counts of one split of the text."""
 
     lines: int
     blank: int  # lines
@@ -28,41 +28,41 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class TextStats:
-    """What was found in the text while it was prepared."""
+    """Statistics of both splits."""
 
     train: SplitStats
     test: SplitStats
     test_lines_in_train: int
-    unigram_perplexity: float  # of guessing each test token by its frequency in the training text
-    broken_words: list[BrokenWord]  # words that the vocabulary has no token for, the most frequent first
+    unigram_perplexity: float  # on the test tokens, each predicted by its frequency in the training text
+    split_words: list[SplitWord]  # words that the vocabulary has no token for, the most frequent first
 
     @classmethod
     def of_dict(cls, content: dict[str, Any]) -> "TextStats":
-        """From what dataclasses.asdict made of it, and JSON."""
+        """Reads what dataclasses.asdict and JSON made of it."""
         splits = {name: SplitStats(**content[name]) for name in ("train", "test")}
-        return cls(**content | splits | {"broken_words": [BrokenWord(*word) for word in content["broken_words"]]})
+        return cls(**content | splits | {"split_words": [SplitWord(*word) for word in content["split_words"]]})
 
 
 def length_bins(body_length: int) -> list[int]:
-    """The bounds of at most 16 bins of equal width for the tokens of a line that fits a chunk: 1 is the first."""
+    """Returns the bounds of at most 16 bins of equal width, from 1 on, for the tokens of a line that fits a chunk."""
     width = math.ceil(body_length / 16)
     return [*range(1, body_length + 1, width), body_length + 1]
 
 
 def histogram(split: SplitStats, sen_max_length: int) -> list[tuple[str, int]]:
-    """Lines by their tokens: the label of each bin, and how many lines are in it; the last are too long for a chunk."""
+    """Returns each bin of lines by their tokens: label and lines. Those of the last are too long for a chunk."""
     bounds = length_bins(sen_max_length - 2)
     labels = [f"{first} to {after - 1}" if after - 1 > first else str(first) for first, after in pairwise(bounds)]
     return list(zip([*labels, f"over {bounds[-1] - 1}"], split.line_lengths, strict=True))
 
 
 def splits_of(stats: TextStats, only_test: bool) -> dict[str, SplitStats]:
-    """The splits that a run uses, by name."""
+    """Returns the splits that a run uses, by name."""
     return {"test": stats.test} if only_test else {"train": stats.train, "test": stats.test}
 
 
 def text_warnings(stats: TextStats, tokenizer_name: str, only_test: bool) -> list[str]:
-    """What is wrong with the text, or with the tokenizer for it."""
+    """Returns a line for each thing that looks wrong with the text, or with the tokenizer for it."""
     warnings = []
     for name, split in splits_of(stats, only_test).items():
         unknown_share = split.unknown / split.tokens

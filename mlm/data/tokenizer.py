@@ -1,4 +1,4 @@
-"""The tokenizer: from a checkpoint, or learned from the text; and its ids, as masking and packing need them."""
+"""The tokenizer, from a checkpoint or learned from the text, and its ids as masking and packing need them."""
 
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -20,7 +20,7 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 def load_tokenizer(
     config: Config, train_lines: Callable[[], Iterator[str]], text_digest: str
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that `initial_pretrain_tokenizer` names, or a WordPiece one learned from the training lines.
+    """Returns the tokenizer that `initial_pretrain_tokenizer` names, or WordPiece learned from the training lines.
 
     Raises UserError where it is missing, or is not one that BERT's masking and packing can work with.
     """
@@ -37,10 +37,10 @@ def load_tokenizer(
 
 
 def load_pretrained_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or of a Hub name. Raises UserError, which names the setting, as `load_tokenizer`."""
-    offline = locate(name, setting)
+    """Loads a tokenizer from a folder or from the Hub. Raises UserError, naming `setting`, as `load_tokenizer`."""
+    is_local = locate(name, setting) != "hub"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_local, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file at fault made it raise
         raise UserError(f"{setting}: {name} cannot be loaded as a tokenizer: {first_line(error)}") from error
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, models.WordPiece):
@@ -48,13 +48,13 @@ def load_pretrained_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBas
     missing = [kind for kind in ("pad", "unk", "cls", "sep", "mask") if getattr(tokenizer, f"{kind}_token_id") is None]
     if missing:
         raise UserError(f"{setting}: {name} has no {' and no '.join(missing)} token; BERT needs one")
-    if not len(read_vocabulary(tokenizer).ordinary_ids):  # transformers makes one up where the files are missing
+    if not len(read_vocabulary(tokenizer).regular_ids):  # transformers makes one up where the files are missing
         raise UserError(f"{setting}: {name} has no vocabulary; vocab.txt or tokenizer.json is missing")
     return tokenizer
 
 
 def learn_tokenizer(lines: Callable[[], Iterator[str]], size: int) -> BertTokenizer:
-    """A WordPiece tokenizer like BERT's uncased one, of about `size` entries, learned from the lines.
+    """Learns a WordPiece tokenizer like BERT's uncased one, of about `size` entries, from the lines.
 
     The first pass collects the characters alone; the second receives them sorted. In the library's own order, which
     decides ties, the vocabulary would differ from run to run. More characters than `size` make it larger.
@@ -75,15 +75,15 @@ def learn_tokenizer(lines: Callable[[], Iterator[str]], size: int) -> BertTokeni
 
 
 class Vocabulary(NamedTuple):
-    """What cutting, masking and packing need to know of a tokenizer."""
+    """The ids of a tokenizer, as cutting, masking and packing need them."""
 
     cls_id: int
     sep_id: int
     pad_id: int
     unk_id: int
     mask_id: int
-    ordinary_ids: np.ndarray  # (ordinary,) int64, in order: what may replace a chosen token; no special or unused ones
-    continues_word: np.ndarray  # (size,) bool: pieces such as ##ing
+    regular_ids: np.ndarray  # (regular,) int64, ascending: neither special nor unused; may replace a chosen token
+    continues_word: np.ndarray  # (size,) bool: subwords such as ##ing
 
     @property
     def size(self) -> int:
@@ -91,13 +91,13 @@ class Vocabulary(NamedTuple):
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """The ids and tables of a WordPiece tokenizer."""
+    """Returns the ids of a WordPiece tokenizer."""
     ids = tokenizer.get_vocab()
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
-    ordinary = sorted(i for token, i in ids.items() if i not in special and not token.startswith("[unused"))
+    regular = sorted(i for token, i in ids.items() if i not in special and not token.startswith("[unused"))
     continues_word = np.zeros(max(ids.values()) + 1, dtype=bool)
     prefix = tokenizer.backend_tokenizer.model.continuing_subword_prefix
     continues_word[[i for token, i in ids.items() if token.startswith(prefix)]] = True
     named = {f"{kind}_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("cls", "sep", "pad", "unk", "mask")}
-    return Vocabulary(**named, ordinary_ids=np.array(ordinary), continues_word=continues_word)
+    return Vocabulary(**named, regular_ids=np.array(regular), continues_word=continues_word)

@@ -1,52 +1,35 @@
-"""Words: where they start, as the raw text shows; those that the vocabulary breaks; new ones for the vocabulary."""
+"""Words: where they start in the raw text, which are split into subwords, and new ones for the vocabulary."""
 
-import re
 from collections import Counter
 from itertools import chain, compress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from transformers import PreTrainedTokenizerBase
 
+from mlm.data.chinese import ASCII_ALPHANUMERIC, HAN, HAN_CHARACTER, Segmenter, is_common, is_in
 from mlm.data.text_files import read_lines
 from mlm.errors import UserError
 
-HAN = (("\u3400", "\u4dbf"), ("\u4e00", "\u9fff"), ("\uf900", "\ufaff"), ("\U00020000", "\U0003ffff"))
-HAN_CHARACTER = re.compile(f"[{''.join(f'{first}-{last}' for first, last in HAN)}]")
-ASCII = (("0", "9"), ("A", "Z"), ("a", "z"))
-MANY_PIECES = 3  # a word of so many is broken
+MANY_SUBWORDS = 3  # a word of so many is worth a token of its own
 COUNTED_WORDS = 1 << 18  # of more distinct ones the rarer half is dropped, so that memory stays small
 
 # ---------------------------------------------------------------------------------------------- where words start
 
 
 def read_words(path: str | None, setting: str) -> list[str]:
-    """The distinct lines that are not blank, none where there is no path. Raises UserError, which names `setting`."""
+    """Returns a file's distinct lines that are not blank, none where there is no path.
+
+    Raises UserError, which names `setting`, where there is no such file.
+    """
     if path is None:
         return []
     if not Path(path).is_file():
-        raise UserError(f"{setting}: there is no file {path}; it should hold one word a line, in UTF-8")
+        raise UserError(f"{setting}: there is no file {path}; it should hold one word per line, in UTF-8")
     return list(dict.fromkeys(filter(None, read_lines([Path(path)], setting))))
-
-
-class Segmenter(Protocol):
-    """Cuts text into words, which joined are the text again: `rjieba.Jieba`."""
-
-    def cut(self, text: str, /) -> list[str]: ...
-
-
-def make_segmenter(user_words: list[str]) -> Segmenter:
-    """A segmenter for Chinese that keeps the given words whole. A frequency and a tag behind a word, as in jieba's own
-    files, are ignored."""
-    import rjieba  # here, so that what needs no words does without it
-
-    segmenter = rjieba.Jieba()
-    for line in user_words:
-        segmenter.add_word(line.split()[0], None, None)
-    return segmenter
 
 
 class Encoders(NamedTuple):
@@ -57,7 +40,7 @@ class Encoders(NamedTuple):
 
 
 def make_encoders(tokenizer: PreTrainedTokenizerBase) -> Encoders:
-    """Encoders without limit or padding, to which text that spells [MASK] is text."""
+    """Returns encoders without limit or padding, to which text that spells [MASK] is text."""
     description = tokenizer.backend_tokenizer.to_str()
     encoders = Encoders(any_line=Tokenizer.from_str(description), ascii_line=Tokenizer.from_str(description))
     for encoder in encoders:
@@ -84,18 +67,18 @@ def tokenize(lines: list[str], encoders: Encoders, continues_word: np.ndarray, s
 
     Words are what the tokenizer's own pre-tokenizer cuts, at spaces and punctuation. Beside a Chinese character the
     segmenter decides instead: characters, ASCII letters and digits that it leaves together are one word. No token is
-    cut or joined for it. continues_word: (vocabulary,) bool, for pieces such as ##ing.
+    cut or joined for it. continues_word: (vocabulary,) bool, True for subwords such as ##ing.
     """
     kinds = ["ascii" if line.isascii() else "chinese" if HAN_CHARACTER.search(line) else "other" for line in lines]
     encode_by_kind = {
         "ascii": encoders.ascii_line.encode_batch_fast,
         "other": encoders.any_line.encode_batch_fast,
-        "chinese": encoders.any_line.encode_batch,  # which says where a token stands in its line, too
+        "chinese": encoders.any_line.encode_batch,  # which also tells where a token stands in its line
     }
     encoded = {}
     for kind, encode_batch in encode_by_kind.items():
-        of_kind = [line for line, kind_of_line in zip(lines, kinds, strict=True) if kind_of_line == kind]
-        encoded[kind] = encode_batch(of_kind, add_special_tokens=False)
+        selected = [line for line, kind_of_line in zip(lines, kinds, strict=True) if kind_of_line == kind]
+        encoded[kind] = encode_batch(selected, add_special_tokens=False)
     remaining = {kind: iter(encodings) for kind, encodings in encoded.items()}
     ids = [next(remaining[kind]).ids for kind in kinds]  # in the order of the lines again
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
@@ -114,93 +97,94 @@ def tokenize(lines: list[str], encoders: Encoders, continues_word: np.ndarray, s
 def _starts_by_segmenter(
     starts_word: np.ndarray, text: str, segmented: list[str], located: list[Encoding]
 ) -> np.ndarray:
-    """`starts_word` (tokens,) of the lines of `text`, corrected beside Chinese characters by the segmenter's words."""
+    """Returns `starts_word` (tokens,) of the lines of `text`, corrected beside Chinese characters by the segmenter's
+    words. Where the segmenter cuts 买|T恤|ok|。:
+
+        characters          买   T    恤   o    k    。
+        is_word_character   1    1    1    1    1    0
+        is_boundary         1    1    0    1    0    1     before the character
+        tokens              买   t    恤   ok        。
+        spans               0,1  1,2  2,3  3,5       5,6
+        beside_chinese           1    1    1         0     a token, or the one before it
+        together                 0    1    0         0     with the one before it
+        starts_word         1    1    0    1         1
+    """
     characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)  # (characters,)
-    line_starts = np.flatnonzero(np.concatenate([[True], characters[:-1] == ord("\n")]))  # (lines,)
+    is_han = is_in(HAN, characters)
+    is_word_character = is_han | is_in(ASCII_ALPHANUMERIC, characters)
+    is_boundary = np.zeros(len(characters) + 1, dtype=bool)
+    is_boundary[np.cumsum(np.fromiter(map(len, segmented), np.int64, len(segmented)))] = True
+
     flat_spans = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in located))
     spans = np.fromiter(flat_spans, np.int64, 2 * len(starts_word)).reshape(-1, 2)  # (tokens, 2): first, past the last
+    line_starts = np.flatnonzero(np.concatenate([[True], characters[:-1] == ord("\n")]))  # (lines,)
     spans += np.repeat(line_starts, [len(encoding) for encoding in located])[:, None]
-    is_boundary = np.zeros(len(characters) + 1, dtype=bool)  # whether a word of the segmenter's ends before a character
-    is_boundary[np.cumsum(np.fromiter(map(len, segmented), np.int64, len(segmented)))] = True
-    before, after = spans[:-1, 1] - 1, spans[1:, 0]  # the characters on either side of a token's start
-    han = _is_in(HAN, characters)
-    joins = han | _is_in(ASCII, characters)
-    together = joins[before] & joins[after] & ~is_boundary[after]
-    beside_chinese = han[before] | han[after]
+
+    before, after = spans[:-1, 1] - 1, spans[1:, 0]  # (tokens - 1,) the characters on either side of a token's start
+    beside_chinese = is_han[before] | is_han[after]
+    together = is_word_character[before] & is_word_character[after] & ~is_boundary[after]
     return np.append(starts_word[:1], np.where(beside_chinese, ~together, starts_word[1:]))
 
 
-def _is_in(ranges, characters):
-    return np.logical_or.reduce([(characters >= ord(low)) & (characters <= ord(high)) for low, high in ranges])
+# ------------------------------------------------------------------------------------------ words split into subwords
 
 
-# ---------------------------------------------------------------------------------- words that the vocabulary breaks
-
-
-class BrokenWord(NamedTuple):
+class SplitWord(NamedTuple):
     """A word that the vocabulary has no token for."""
 
     word: str  # as the vocabulary spells it
     occurrences: int
-    pieces: list[str]
+    subwords: list[str]
 
 
 class WordCounts:
-    """How often words occur that may be broken. A word that was rare at first may be counted low."""
+    """Counts words that may be split into subwords. A word that was rare at first may be counted low."""
 
     def __init__(self):
-        self.pieces = Counter()  # words by the bytes of their ids (pieces,) int64
+        self.subwords = Counter()  # words by the bytes of their ids (subwords,) int64
         self.chinese = Counter()  # the segmenter's words
 
     def update(self, tokens: np.ndarray, continues_word: np.ndarray, segmented: list[str]) -> None:
         """Counts the words in tokens (tokens,) int64 and those of the segmenter."""
-        starts = np.append(np.flatnonzero(~continues_word[tokens]), len(tokens))
-        many = np.flatnonzero(np.diff(starts) >= MANY_PIECES)
+        bounds = np.append(np.flatnonzero(~continues_word[tokens]), len(tokens))
+        many = np.flatnonzero(np.diff(bounds) >= MANY_SUBWORDS)
         content = tokens.tobytes()
-        bounds = zip((8 * starts[many]).tolist(), (8 * starts[many + 1]).tolist(), strict=True)
-        self.pieces.update(content[first:after] for first, after in bounds)
+        byte_bounds = zip((8 * bounds[many]).tolist(), (8 * bounds[many + 1]).tolist(), strict=True)
+        self.subwords.update(content[first:after] for first, after in byte_bounds)
         self.chinese.update(segmented)
-        for counter in (self.pieces, self.chinese):
+        for counter in (self.subwords, self.chinese):
             if len(counter) > COUNTED_WORDS:
                 kept = counter.most_common(COUNTED_WORDS // 2)
                 counter.clear()
                 counter.update(dict(kept))
 
-    def broken(self, encoder: Tokenizer, most: int) -> list[BrokenWord]:
-        """At most so many broken words, the most frequent first.
+    def split_words(self, encoder: Tokenizer, limit: int) -> list[SplitWord]:
+        """Returns at most `limit` words that are split, the most frequent first.
 
-        A word of the pre-tokenizer's is broken if it has a letter and `MANY_PIECES` or more. A word of the segmenter's
-        with Chinese in it is broken if it has more than one piece and an unknown or a rare character.
+        A word of the pre-tokenizer's counts if it has a letter and is split into `MANY_SUBWORDS` or more. A word of the
+        segmenter's with Chinese in it counts if it has more than one token and an unknown or a rare character.
         """
         prefix = encoder.model.continuing_subword_prefix
         found = []
-        for content, count in self.pieces.most_common(2 * most):
-            pieces = [encoder.id_to_token(index) or "" for index in np.frombuffer(content, np.int64).tolist()]
-            word = pieces[0] + "".join(piece.removeprefix(prefix) for piece in pieces[1:])
+        for content, count in self.subwords.most_common(2 * limit):
+            subwords = [encoder.id_to_token(index) or "" for index in np.frombuffer(content, np.int64).tolist()]
+            word = subwords[0] + "".join(subword.removeprefix(prefix) for subword in subwords[1:])
             if any(map(str.isalpha, word)):
-                found.append(BrokenWord(word, count, pieces))
+                found.append(SplitWord(word, count, subwords))
         unknown = encoder.model.unk_token
         for word, count in self.chinese.items():
             if HAN_CHARACTER.search(word):
-                pieces = encoder.encode(word, add_special_tokens=False).tokens
-                if len(pieces) > 1 and (unknown in pieces or not all(map(_is_common, word))):
-                    found.append(BrokenWord(word, count, pieces))
-        return sorted(found, key=lambda broken: (-broken.occurrences, broken.word))[:most]
-
-
-def _is_common(character: str) -> bool:
-    """Whether a character is among the commonest: the first of the two levels of GB 2312 (3,755 characters, simplified)
-    or of Big5 (5,401, traditional), or no Chinese one."""
-    simplified, traditional = (character.encode(name, "ignore")[:1] for name in ("gb2312", "big5"))
-    is_common = b"\xb0" <= simplified <= b"\xd7" or b"\xa4" <= traditional <= b"\xc6"
-    return is_common or not HAN_CHARACTER.match(character)
+                subwords = encoder.encode(word, add_special_tokens=False).tokens
+                if len(subwords) > 1 and (unknown in subwords or not all(map(is_common, word))):
+                    found.append(SplitWord(word, count, subwords))
+        return sorted(found, key=lambda split: (-split.occurrences, split.word))[:limit]
 
 
 # --------------------------------------------------------------------------------------- words for the vocabulary
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str, list[int]]:
-    """Adds the words that are not one token already to the tokenizer. Returns the ids of each one's pieces until now.
+    """Adds the words that are not one token already to the tokenizer. Returns the ids of each one's former subwords.
 
     Their own ids follow the vocabulary's, in this order. A word is found where nothing but spaces and punctuation is
     beside it; one with a Chinese character, anywhere.
@@ -211,14 +195,15 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str,
         distinct.setdefault(normalizer.normalize_str(word) if normalizer else word, word)
     added = {}
     for word in distinct.values():
-        pieces = tokenizer(word, add_special_tokens=False)["input_ids"]
-        if len(pieces) > 1 or pieces == [tokenizer.unk_token_id]:
-            added[word] = pieces
+        subwords = tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(subwords) > 1 or subwords == [tokenizer.unk_token_id]:
+            added[word] = subwords
     tokenizer.add_tokens([_as_token(word) for word in added])
     return added
 
 
 def _as_token(word):
-    """BERT's normalizer puts spaces around each Chinese character; a word of these alone is found without it."""
+    """Returns the token to add. BERT's normalizer puts spaces around each Chinese character; a word of these alone is
+    found without it."""
     all_chinese, any_chinese = all(map(HAN_CHARACTER.match, word)), HAN_CHARACTER.search(word)
     return AddedToken(word, single_word=not any_chinese, normalized=not all_chinese)

@@ -4,8 +4,8 @@ from typing import Any
 
 from Config import Config
 from mlm.data.chunks import Corpus
-from mlm.data.text_stats import SHOWN_BROKEN_WORDS, TextStats, splits_of, text_warnings
-from mlm.data.words import MANY_PIECES, BrokenWord
+from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats, splits_of, text_warnings
+from mlm.data.words import MANY_SUBWORDS, SplitWord
 from mlm.evaluation.loss import Change, Evaluation, perplexity
 from mlm.settings import describe_settings
 from mlm.terminal import figure, with_error
@@ -30,7 +30,7 @@ def describe_run(given: Config, config: Config, data: Corpus, derived: dict[str,
 
 
 def describe_text(stats: TextStats, tokenizer_name: str, only_test: bool) -> str:
-    """What was found in the text: a line per split, the words that the vocabulary breaks, warnings."""
+    """What was found in the text: a line per split, words split into subwords, warnings."""
     lines = []
     for name, split in splits_of(stats, only_test).items():
         tokens_a_line = split.tokens / (split.lines - split.blank)
@@ -41,18 +41,18 @@ def describe_text(stats: TextStats, tokenizer_name: str, only_test: bool) -> str
         )
     if not only_test:
         lines.append(f"   test lines that are also training lines: {stats.test_lines_in_train:,}")
-        lines.append(_describe_broken_words(stats.broken_words))
+        lines.append(_describe_split_words(stats.split_words))
     return "\n".join([*lines, *text_warnings(stats, tokenizer_name, only_test)])
 
 
-def _describe_broken_words(broken_words: list[BrokenWord]) -> str:
-    """The most frequent for people: a heading, then count, word and pieces."""
-    criterion = f"{MANY_PIECES} pieces or more; Chinese: a rare or unknown character"
+def _describe_split_words(split_words: list[SplitWord]) -> str:
+    """Lists the most frequent: a heading, then count, word and subwords."""
+    criterion = f"{MANY_SUBWORDS} or more; Chinese: a rare or unknown character"
     lines = [
-        f"   {broken.occurrences:>9,}  {broken.word}   {' '.join(broken.pieces)}"
-        for broken in broken_words[:SHOWN_BROKEN_WORDS]
+        f"   {split.occurrences:>9,}  {split.word}   {' '.join(split.subwords)}"
+        for split in split_words[:SHOWN_SPLIT_WORDS]
     ]
-    return "\n".join([f"   words that the vocabulary breaks ({criterion}):", *(lines or ["        none"])])
+    return "\n".join([f"   words split into subwords ({criterion}):", *(lines or ["        none"])])
 
 
 # --------------------------------------------------------------------------------------------------------------- during

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlm.data.text_stats import SHOWN_BROKEN_WORDS, TextStats
+from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats
 from mlm.errors import UserError
 from mlm.evaluation.hidden_words import Guess, HiddenWord
 from mlm.evaluation.loss import Evaluation, save_evaluation
@@ -84,7 +84,7 @@ def publish(
         command=setup.command,
         rows=progress.metrics,
         state=ending.name.lower() if ending else "running",
-        text=replace(stats, broken_words=stats.broken_words[:SHOWN_BROKEN_WORDS]),
+        text=replace(stats, split_words=stats.split_words[:SHOWN_SPLIT_WORDS]),
         skipped_steps=progress.skipped_steps,
         guesses=guesses,
     )

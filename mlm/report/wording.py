@@ -115,4 +115,4 @@ def closing_words(summary: Summary) -> str:
 
 
 def _join(guesses: list[Guess]) -> str:
-    return "   ".join(f"{guess.word} {guess.chance}" for guess in guesses)
+    return "   ".join(f"{guess.word} {guess.percent}" for guess in guesses)

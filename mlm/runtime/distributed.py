@@ -1,4 +1,4 @@
-"""The devices of a run as accelerate gives them, and what their ranks agree on."""
+"""The devices of a run, as accelerate provides them, and the agreement of its ranks."""
 
 import os
 import sys
@@ -22,14 +22,14 @@ from mlm.errors import UserError
 from mlm.runtime.hardware import DeviceSettings, check_devices, choose_precision
 
 Decision = TypeVar("Decision")
-PATIENCE_WHILE_PREPARING = timedelta(days=1)  # one machine may prepare its text for longer than another
-PATIENCE_WHILE_TRAINING = timedelta(minutes=15)  # a checkpoint may have to go to a slow disk, or a model be compiled
+PREPARATION_TIMEOUT = timedelta(days=1)  # one machine may prepare its text for longer than another
+TRAINING_TIMEOUT = timedelta(minutes=15)  # a checkpoint may have to go to a slow disk, or a model be compiled
 
 
 def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str | None = None) -> Accelerator:
-    """The devices, number format and tracker of a run, which leaves its files under `output`.
+    """Makes the accelerator of a run: its devices, its precision, and its tracker, which writes under `output`.
 
-    Raises UserError where the devices or the format cannot be had, or several processes share one device.
+    Raises UserError where devices or precision are not available, or several processes share one device.
     """
     check_devices(config)
     precision = choose_precision(config)
@@ -39,7 +39,7 @@ def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str 
         log_with=None if tracker == "none" else tracker,
         project_dir=output,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE_WHILE_PREPARING),
+            InitProcessGroupKwargs(timeout=PREPARATION_TIMEOUT),
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,  # BERT's never change
                 gradient_as_bucket_view=True,  # spares a copy of all gradients
@@ -55,14 +55,14 @@ def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str 
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries from saying what this program says itself, in its own words."""
-    transformers.logging.set_verbosity_error()  # what it would warn of is said by load_model
+    """Silences warnings of the libraries that this program gives itself, in its own words."""
+    transformers.logging.set_verbosity_error()  # load_model gives these warnings
     transformers.logging.disable_progress_bar()
     filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # accelerate passes it on by its old name
 
 
 def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
-    """What `decide` returns on the main rank, on every rank.
+    """Calls `decide` on the main rank, and returns its result on every rank.
 
     Where it raises UserError there, the other ranks exit with status 2.
     """
@@ -81,9 +81,9 @@ def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> 
 
 
 def refuse_differences(recipe: dict[str, Any]) -> None:
-    """Raises UserError where the machines do not have the same text, words and tokenizer, wherever these lie.
+    """Raises UserError where the machines do not have the same text, words and tokenizer, whatever the paths.
 
-    recipe: what `make_recipe` returns.
+    recipe: of this rank, as `make_recipe` returns it.
     """
     digests = {name: value for name, value in recipe.items() if name != "settings"}
     if any(other != digests for other in gather_object([digests])):
@@ -93,13 +93,13 @@ def refuse_differences(recipe: dict[str, Any]) -> None:
 
 
 def shorten_timeouts() -> None:
-    """From now on a rank that does not answer for minutes ends the run; until now it may have been preparing text."""
+    """Makes a rank that is silent for minutes end the run from now on; before, it may have been preparing text."""
     _host_group()  # made here, so that hosts which cannot reach each other end the run before it trains
-    torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE_WHILE_TRAINING)
+    torch.distributed.distributed_c10d._set_pg_timeout(TRAINING_TIMEOUT)
 
 
 def on_any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set on any rank. The hosts agree on it among themselves, so that no GPU is waited for."""
+    """Whether the flag is set on any rank. The hosts exchange it over gloo, so that no rank waits for its GPU."""
     if accelerator.num_processes == 1:
         return flag
     flags = torch.tensor([int(flag)])
@@ -110,8 +110,8 @@ def on_any_rank(accelerator: Accelerator, flag: bool) -> bool:
 def shut_down(accelerator: Accelerator) -> None:
     """Ends the ranks together: a launcher that sees one end badly ends the others, even while the main one saves.
 
-    The caller has given up the model: the process group must not end inside DistributedDataParallel's reducer, which
-    would wait for a thread of the group that waits for this one, and a rank would hang now and then.
+    The caller has deleted the model before: the process group must not end inside DistributedDataParallel's reducer,
+    which would wait for a thread of the group that waits for this one, and a rank would hang now and then.
     """
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -120,4 +120,5 @@ def shut_down(accelerator: Accelerator) -> None:
 
 @cache
 def _host_group():
-    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE_WHILE_TRAINING)
+    """Returns a process group of the hosts, which needs no GPU."""
+    return torch.distributed.new_group(backend="gloo", timeout=TRAINING_TIMEOUT)

@@ -1,4 +1,4 @@
-"""What the hardware can do: its devices, the number format it computes in, its attention kernels, its memory."""
+"""The hardware: its devices, the precision it computes in, its attention kernels, its memory."""
 
 import ctypes
 import math
@@ -23,7 +23,7 @@ class DeviceSettings(Protocol):
 
 
 def choose_devices(config: DeviceSettings) -> None:
-    """Lets CUDA see `cuda_visible_devices` alone; to be called before anything asks CUDA for a GPU."""
+    """Makes `cuda_visible_devices` alone visible to CUDA; to be called before anything asks CUDA for a GPU."""
     if config.cuda_visible_devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices.replace(" ", "")
 
@@ -41,14 +41,14 @@ def stay_on_cpu() -> bool:
 
 
 def count_gpus() -> int:
-    """GPUs to be seen and used."""
-    import torch  # here, so that settings can be checked without torch's seconds
+    """Returns how many GPUs can be used."""
+    import torch  # here, as it takes seconds, which a check of the settings should not
 
     return 0 if stay_on_cpu() else torch.cuda.device_count()
 
 
 def native_precision() -> str:
-    """The fastest number format that this machine's GPU, or else its CPU, computes in: bf16, fp16, or "no" for float32.
+    """Returns the fastest precision of this machine's GPU, or else of its CPU: bf16, fp16, or "no" for float32.
 
     Volta and Turing GPUs (V100, T4; compute capability 7.x) have tensor cores for fp16 and none for bf16.
     """
@@ -63,7 +63,7 @@ def native_precision() -> str:
 
 
 def choose_precision(config: DeviceSettings) -> str:
-    """The number format of forward passes: the setting's, else the launcher's, else the native one.
+    """Returns the precision of forward passes: the setting's, else the launcher's, else the native one.
 
     Raises UserError for fp16 and tf32 on a CPU, and for a launcher's choice that is not known here.
     """
@@ -79,8 +79,8 @@ def choose_precision(config: DeviceSettings) -> str:
 
 
 def has_variable_length_kernels(attention_dropout: float, precision: str, head_size: int) -> bool:
-    """Whether attention can do without padding and mask: on GPUs from Ampere on, in 16 bits, without dropout inside, by
-    a torch that was built with flash attention."""
+    """Whether attention needs neither padding nor mask: on GPUs from Ampere on, in 16 bits, without dropout inside, and
+    with a torch that was built with flash attention."""
     import torch
 
     fits = precision != "no" and attention_dropout == 0 and head_size % 8 == 0 and head_size <= 256
@@ -123,8 +123,8 @@ def ran_out_of_memory(error: RuntimeError) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep what a training step frees for the next one, instead of returning it to the system, which
-    has to fault it in again page by page. For glibc (mallopt(3)); elsewhere nothing changes.
+    """Makes the C library keep the memory that a training step frees for the next one, instead of returning it to the
+    system, which would have to fault it in again page by page. For glibc (mallopt(3)); elsewhere nothing changes.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -135,7 +135,7 @@ def keep_freed_memory() -> None:
 
 
 def hints(processes: int, positions_per_step: int, batch_size: int, chunks: int) -> list[str]:
-    """Hints where GPUs are unused, or have so little to do that they wait for the next call most of the time.
+    """Returns hints where GPUs are unused, or have so little work that they mostly wait for the next call.
 
     chunks: in the text; a batch cannot be larger.
     """

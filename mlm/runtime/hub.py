@@ -1,9 +1,10 @@
-"""Models and data sets by name: whether a local folder, the local cache or the Hub has them."""
+"""The Hugging Face Hub: where models and data sets are to be had by name, and the upload of a model."""
 
 import os
 import threading
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -13,7 +14,7 @@ from Config import Config
 from mlm.errors import UserError, first_line
 
 WIKITEXT = {"name": "Salesforce/wikitext", "setting": "path_datasets", "file": "README.md", "repo_type": "dataset"}
-PROBE_SECONDS = 5  # a Hub that has not answered by then is out of reach
+PROBE_SECONDS = 5  # a Hub that has not replied by then is out of reach
 
 # The Hub is asked for files and nothing else: no telemetry, and no request that it convert a model's weights from
 # PyTorch's format to safetensors.
@@ -22,16 +23,19 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 @cache
-def locate(name: str, setting: str, file: str = "config.json", repo_type: str = "model") -> bool:
-    """Whether to load `name` with `local_files_only`: it is a folder, or cached while the Hub is out of reach.
+def locate(
+    name: str, setting: str, file: str = "config.json", repo_type: str = "model"
+) -> Literal["folder", "cache", "hub"]:
+    """Returns where `name` is to be loaded from; the local cache serves where the Hub is out of reach.
 
-    The libraries retry for half a minute a file when the Hub cannot be reached; this asks once, for `file`.
+    What is not on the Hub is to be loaded with `local_files_only`: the libraries would retry for half a minute per file
+    before they look into the cache. This asks the Hub once, for `file`.
     Raises UserError, which names `setting`, where `name` is no folder and neither the Hub nor the cache has it.
     """
     if Path(name).is_dir():
         if not Path(name, file).exists() and Path(name, "final", file).exists():
             raise UserError(f"{setting}: {name} is the folder of a run; its model is {name.rstrip('/')}/final")
-        return True
+        return "folder"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{setting}: there is no folder {name}")
     try:
@@ -39,14 +43,14 @@ def locate(name: str, setting: str, file: str = "config.json", repo_type: str = 
     except HFValidationError as error:
         raise UserError(f"{setting}: {name!r} is no folder, and no name the Hugging Face Hub could have") from error
     hub = constants.ENDPOINT
-    answer = _ask(hf_hub_url(name, file, repo_type=repo_type))
-    if answer is None:  # it has the file
-        return False
+    problem = _ask_hub(hf_hub_url(name, file, repo_type=repo_type))
+    if problem is None:
+        return "hub"
     if cached:
-        return True
-    if isinstance(answer, GatedRepoError):
+        return "cache"
+    if isinstance(problem, GatedRepoError):
         raise UserError(f"{setting}: {name} is gated: accept its terms at {hub}/{name}, then run `hf auth login`")
-    if isinstance(answer, RepositoryNotFoundError | EntryNotFoundError):
+    if isinstance(problem, RepositoryNotFoundError | EntryNotFoundError):
         raise UserError(
             f"{setting}: there is no folder {name}, and {hub} has no {repo_type} of that name with a {file}; check the "
             "spelling, or run `hf auth login` if it is private"
@@ -69,7 +73,7 @@ def wants_wikitext(config: Config) -> bool:
 
 
 def locate_downloads(config: Config) -> None:
-    """Locates all that is to be loaded by name, so that what is missing is said before any work."""
+    """Raises UserError, before any work, where something that is to be loaded by name is missing."""
     for setting in ("initial_pretrain_model", "initial_pretrain_tokenizer"):
         name = getattr(config, setting)
         if name != "corpus" and not name.startswith("scratch:"):
@@ -96,7 +100,7 @@ def check_push(name: str) -> None:
 
 
 def push(folder: Path, name: str) -> str:
-    """Uploads a model's folder, privately if it is new to the Hub. Returns what came of it, for people."""
+    """Uploads a model's folder, privately if it is new to the Hub. Returns a message: the address, or what failed."""
     try:
         api = HfApi()
         address = api.create_repo(name, private=True, exist_ok=True)
@@ -107,18 +111,19 @@ def push(folder: Path, name: str) -> str:
     return f"Pushed to {address}"
 
 
-def _ask(url: str) -> Exception | None:
-    """None where the Hub has the file, else what went wrong. In a thread: looking up a host knows no time limit."""
-    answer: list[Exception | None] = [TimeoutError()]
+def _ask_hub(url: str) -> Exception | None:
+    """Asks the Hub for a file. Returns None if it has the file, else the problem."""
+    problem: Exception | None = TimeoutError()
 
     def ask():
+        nonlocal problem
         try:
             get_hf_file_metadata(url, timeout=PROBE_SECONDS)
-            answer[0] = None
+            problem = None
         except Exception as error:  # every way a network can fail, and the Hub's own refusals
-            answer[0] = error
+            problem = error
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)  # a look-up of the host's name has no time limit of its own
     thread.start()
     thread.join(PROBE_SECONDS)
-    return answer[0]
+    return problem

@@ -1,4 +1,7 @@
-"""What run.sh runs: train.py in one process, or a check of it and then one a GPU, with plain words if one fails."""
+"""The launcher that run.sh starts: train.py in one process, or checked in one and then in one per GPU.
+
+Where a rank fails, one readable message says so.
+"""
 
 import logging
 import os
@@ -14,7 +17,7 @@ SECONDS_TO_SAVE = "45"  # between a signal and the launcher's kill; torch before
 
 
 def main() -> None:
-    """Starts train.py with this command's flags, the way `accelerate config` was answered, if it was.
+    """Starts train.py with this command's flags, as `accelerate config` was answered, or else once per GPU.
 
     The exit status is train.py's own: 2 for a mistake of the user's, 130 and 143 after Ctrl-C and SIGTERM.
     Raises UserError for an `accelerate config` that does not fit.
@@ -28,40 +31,31 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    chosen = []
-    if not os.path.isfile(default_config_file):
-        if count_gpus() < 2:
-            _become([sys.executable, "train.py", *flags], os.environ)
-        chosen = ["--num_machines=1", f"--mixed_precision={native_precision()}", "--dynamo_backend=no"]
-    if config.cuda_visible_devices or not os.path.isfile(default_config_file):
-        chosen += ["--gpu_ids=all", f"--num_processes={count_gpus()}"]  # of one machine
-    arguments = launch.launch_command_parser().parse_args([*chosen, "train.py", *flags])
-    arguments, *_ = launch._validate_launch_command(arguments)
+    is_configured = os.path.isfile(default_config_file)
+    if not is_configured and count_gpus() < 2:
+        _become([sys.executable, "train.py", *flags], os.environ)
+    options = []
+    if not is_configured:
+        options = ["--num_machines=1", f"--mixed_precision={native_precision()}", "--dynamo_backend=no"]
+    if config.cuda_visible_devices or not is_configured:
+        options += ["--gpu_ids=all", f"--num_processes={count_gpus()}"]  # of one machine
+    arguments = launch.launch_command_parser().parse_args([*options, "train.py", *flags])
+    arguments, *_ = launch._validate_launch_command(arguments)  # adds what `accelerate config` says
     if config.cuda_visible_devices:
         arguments.num_processes *= arguments.num_machines
-    if arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm or arguments.tpu:
-        raise UserError(
-            "accelerate config: DeepSpeed, FullyShardedDataParallel, Megatron-LM and TPUs are not supported; a BERT "
-            "fits on one GPU. Run `accelerate config` again and answer NO to them"
-        )
     if arguments.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    each = arguments.num_processes // arguments.num_machines
-    if each > max(1, count_gpus()) and not stay_on_cpu():  # one may be an Apple GPU or a CPU
-        raise UserError(
-            f"accelerate config: asks for {each} GPU(s), of which {count_gpus()} can be used here. Run `accelerate "
-            "config` again, or set ACCELERATE_USE_CPU=true to train on the CPU"
-        )
+    _check_configuration(arguments)
     command, environment = launch.prepare_simple_launcher_cmd_env(arguments)
     environment["ACCELERATE_USE_CPU"] = str(stay_on_cpu())
     if arguments.num_processes == 1:
         _become(command, environment)
 
-    # In one process first: a wrong setting or text is one plain message here, and not one from each rank.
+    # In one process first, where a wrong setting or text is one message, and not one from each rank.
     check = subprocess.run([*command, "--check_only"], env=environment, stdout=subprocess.DEVNULL)
     if check.returncode:
         sys.exit(check.returncode)
-    logging.disable()  # the launcher's own account of what is said below
+    logging.disable()  # the launcher's own report of the failures below
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
     try:
         launch.multi_gpu_launcher(arguments)
@@ -75,8 +69,24 @@ def main() -> None:
         sys.exit(1)
 
 
+def _check_configuration(arguments):
+    """Raises UserError where `accelerate config` asks for what BERT does not need, or for GPUs that are not here."""
+    if arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm or arguments.tpu:
+        raise UserError(
+            "accelerate config: DeepSpeed, FullyShardedDataParallel, Megatron-LM and TPUs are not supported; a BERT "
+            "fits on one GPU. Run `accelerate config` again and answer NO to them"
+        )
+    each = arguments.num_processes // arguments.num_machines
+    if each > max(1, count_gpus()) and not stay_on_cpu():  # one may be an Apple GPU or a CPU
+        raise UserError(
+            f"accelerate config: asks for {each} GPU(s), of which {count_gpus()} can be used here. Run `accelerate "
+            "config` again, or set ACCELERATE_USE_CPU=true to train on the CPU"
+        )
+
+
 def _become(command, environment):
-    os.execvpe(command[0], command, environment)  # signals and exit status need no forwarding
+    """Replaces this process, so that signals and the exit status need no forwarding."""
+    os.execvpe(command[0], command, environment)
 
 
 if __name__ == "__main__":

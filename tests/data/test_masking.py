@@ -1,6 +1,8 @@
 """Law 1: the masking is BERT's. Law 6: evaluation masks depend on a chunk's own tokens alone."""
 
+from itertools import islice
 from math import sqrt
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import data_process
 from data_process import evaluation_batches, training_batches
 from mlm.data.chunks import Chunks
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
-from mlm.data.randomness import epoch_order, random_bits
+from mlm.data.randomness import epoch_order, mask_keys, random_bits
 
+RULES = {"tokens": BERT_RULE, "whole words": MaskRule(whole_words=True), "spans": MaskRule(spans=True)}
 SIGMAS = 5  # a counted share lies so many standard deviations around the true one with probability 1 - 6e-7
 
 
@@ -19,27 +22,32 @@ def assert_share(hits: int, trials: int, share: float) -> None:
     assert abs(hits / trials - share) <= SIGMAS * sqrt(share * (1 - share) / trials), (hits / trials, share)
 
 
-def temporary_chunks(length: int, number: int, vocabulary, seed: int = 0):
-    """Random ordinary tokens: `number` chunks of `length`."""
-    tokens = np.random.default_rng(seed).choice(vocabulary.ordinary_ids, length * number)
+def expected_share(p: float, n: int) -> float:
+    """The share of chosen units in chunks of n of them, each chosen with probability p."""
+    return p + (1 - p) ** n / n  # none chosen: one is
+
+
+def random_chunks(length: int, number: int, vocabulary, seed: int = 0):
+    """Random regular tokens: `number` chunks of `length`."""
+    tokens = np.random.default_rng(seed).choice(vocabulary.regular_ids, length * number)
     return tokens, np.full(number, length)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 30, 126])
 def test_chosen_share_of_a_chunk_of_n_tokens(vocabulary, length):
     p, number = 0.15, 200_000 // length
-    tokens, lengths = temporary_chunks(length, number, vocabulary)
+    tokens, lengths = random_chunks(length, number, vocabulary)
     _, labels = labelled(*mask(tokens, lengths, random_bits(1, np.arange(number)), vocabulary, BERT_RULE))
     chosen = (labels != IGNORED).reshape(number, length)
     assert chosen.any(axis=1).all()  # every chunk teaches
     assert np.array_equal(labels[labels != IGNORED], tokens[labels != IGNORED])
-    assert_share(int(chosen.sum()), chosen.size, p + (1 - p) ** length / length)
+    assert_share(int(chosen.sum()), chosen.size, expected_share(p, length))
     for column in range(0, length, max(1, length // 5)):  # no position is preferred
-        assert_share(int(chosen[:, column].sum()), number, p + (1 - p) ** length / length)
+        assert_share(int(chosen[:, column].sum()), number, expected_share(p, length))
 
 
 def test_tokens_are_chosen_independently(vocabulary):
-    tokens, lengths = temporary_chunks(100, 5000, vocabulary)
+    tokens, lengths = random_chunks(100, 5000, vocabulary)
     _, labels = labelled(*mask(tokens, lengths, random_bits(2, np.arange(5000)), vocabulary, BERT_RULE))
     chosen = (labels != IGNORED).reshape(5000, 100)
     for distance in (1, 2, 7, 50):
@@ -48,32 +56,32 @@ def test_tokens_are_chosen_independently(vocabulary):
 
 
 def test_eighty_ten_ten_and_what_random_tokens_are(vocabulary):
-    tokens, lengths = temporary_chunks(100, 20_000, vocabulary)
+    tokens, lengths = random_chunks(100, 20_000, vocabulary)
     input_ids, labels = labelled(*mask(tokens, lengths, random_bits(3, np.arange(20_000)), vocabulary, BERT_RULE))
     chosen = labels != IGNORED
     assert np.array_equal(input_ids[~chosen], tokens[~chosen])
     masked = chosen & (input_ids == vocabulary.mask_id)
     replaced = chosen & ~masked & (input_ids != tokens)
-    ordinary = len(vocabulary.ordinary_ids)
+    regular = len(vocabulary.regular_ids)
     assert_share(int(masked.sum()), int(chosen.sum()), 0.8)
-    assert_share(int(replaced.sum()), int(chosen.sum()), 0.1 * (1 - 1 / ordinary))  # one draw hits the token itself
+    assert_share(int(replaced.sum()), int(chosen.sum()), 0.1 * (1 - 1 / regular))  # a draw may be itself
     counts = np.bincount(input_ids[replaced], minlength=vocabulary.size)
-    assert set(np.flatnonzero(counts)) <= set(vocabulary.ordinary_ids.tolist())
-    for token in vocabulary.ordinary_ids:  # all drawn alike
-        assert_share(int(counts[token]), int(replaced.sum()), 1 / ordinary)
+    assert set(np.flatnonzero(counts)) <= set(vocabulary.regular_ids.tolist())
+    for token in vocabulary.regular_ids:  # all drawn alike
+        assert_share(int(counts[token]), int(replaced.sum()), 1 / regular)
 
 
 def test_special_and_unused_tokens_are_never_drawn_and_unknown_may_be_chosen(tokenizer, vocabulary):
     never = {tokenizer.convert_tokens_to_ids(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
-    assert not never & set(vocabulary.ordinary_ids.tolist())
-    assert len(vocabulary.ordinary_ids) == vocabulary.size - len(never)
+    assert not never & set(vocabulary.regular_ids.tolist())
+    assert len(vocabulary.regular_ids) == vocabulary.size - len(never)
     tokens, lengths = np.full(10_000, vocabulary.unk_id), np.array([10_000])
     _, labels = labelled(*mask(tokens, lengths, random_bits(4, np.arange(1)), vocabulary, BERT_RULE))
     assert_share(int((labels == vocabulary.unk_id).sum()), 10_000, 0.15)
 
 
 def test_shares_follow_the_rule(vocabulary):
-    tokens, lengths = temporary_chunks(100, 2000, vocabulary)
+    tokens, lengths = random_chunks(100, 2000, vocabulary)
     rule = MaskRule(probability=0.4, mask_share=0.5, random_share=0.5)
     input_ids, labels = labelled(*mask(tokens, lengths, random_bits(5, np.arange(2000)), vocabulary, rule))
     chosen = labels != IGNORED
@@ -85,80 +93,133 @@ def test_shares_follow_the_rule(vocabulary):
     ).all()
 
 
-def random_words(vocabulary, words_a_chunk: int, number: int):
-    """Chunks of words of 1 to 4 tokens: tokens (tokens,), lengths (number,), word lengths (words,), and whether a token
-    starts a word (tokens,)."""
+class Words(NamedTuple):
+    """Chunks of equally many random words of 1 to 4 tokens."""
+
+    tokens: np.ndarray  # (tokens,)
+    lengths: np.ndarray  # (chunks,) in tokens
+    word_lengths: np.ndarray  # (words,) in tokens
+
+    @property
+    def first_tokens(self) -> np.ndarray:
+        """Where words start: (words,)."""
+        return np.cumsum(self.word_lengths) - self.word_lengths
+
+    def mask(self, vocabulary, rule: MaskRule, seed: int):
+        """Input ids and labels, (tokens,) each."""
+        keys = random_bits(seed, np.arange(len(self.lengths)))
+        starts_word = np.isin(np.arange(len(self.tokens)), self.first_tokens)
+        return labelled(*mask(self.tokens, self.lengths, keys, vocabulary, rule, starts_word))
+
+    def whole(self, of_token: np.ndarray) -> np.ndarray:
+        """Whether a predicate (tokens,) holds for words: (words,) bool. Asserts that it holds for no word in part."""
+        held = np.add.reduceat(of_token.astype(int), self.first_tokens)
+        assert ((held == 0) | (held == self.word_lengths)).all()
+        return held > 0
+
+
+def random_words(vocabulary, words_per_chunk: int, number: int) -> Words:
     draw = np.random.default_rng(0)
-    word_lengths = draw.integers(1, 5, number * words_a_chunk)
-    tokens = draw.choice(vocabulary.ordinary_ids, word_lengths.sum())
-    lengths = np.add.reduceat(word_lengths, np.arange(0, len(word_lengths), words_a_chunk))
-    first = np.cumsum(word_lengths) - word_lengths
-    return tokens, lengths, word_lengths, np.isin(np.arange(len(tokens)), first)
+    word_lengths = draw.integers(1, 5, number * words_per_chunk)
+    tokens = draw.choice(vocabulary.regular_ids, word_lengths.sum())
+    lengths = np.add.reduceat(word_lengths, np.arange(0, len(word_lengths), words_per_chunk))
+    return Words(tokens, lengths, word_lengths)
 
 
-def fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary):
-    """Which words are chosen, and which are masked: (words,) bool each. Asserts that no word is partly either."""
-    first = np.cumsum(word_lengths) - word_lengths
-    shares = []
-    for of_token in (labels != IGNORED, input_ids == vocabulary.mask_id):
-        shares.append(np.add.reduceat(of_token.astype(int), first) / word_lengths)
-        assert set(np.unique(shares[-1])) <= {0.0, 1.0}
-    assert np.array_equal(labels[labels != IGNORED], tokens[labels != IGNORED])
-    return [share == 1 for share in shares]
-
-
-def test_whole_words_share_their_fate(vocabulary):
-    tokens, lengths, word_lengths, starts_word = random_words(vocabulary, 20, 3000)
-    keys = random_bits(6, np.arange(len(lengths)))
-    input_ids, labels = labelled(*mask(tokens, lengths, keys, vocabulary, MaskRule(whole_words=True), starts_word))
-    chosen, masked = fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary)
-    assert_share(int(chosen.sum()), len(chosen), 0.15 + 0.85**20 / 20)
+def test_whole_words_are_chosen_as_one(vocabulary):
+    words = random_words(vocabulary, 20, 3000)
+    _, labels = words.mask(vocabulary, MaskRule(whole_words=True), seed=6)
+    is_predicted = labels != IGNORED
+    assert np.array_equal(labels[is_predicted], words.tokens[is_predicted])
+    chosen = words.whole(is_predicted)
+    assert_share(int(chosen.sum()), len(chosen), expected_share(0.15, 20))
     # A word counts with its tokens, so their share varies as the words' does: by the sum of squared lengths.
-    share, spread = 0.15 + 0.85**20 / 20, sqrt(0.15 * 0.85 * (word_lengths**2).sum()) / len(tokens)
-    assert abs((labels != IGNORED).mean() - share) <= SIGMAS * spread
+    spread = sqrt(0.15 * 0.85 * (words.word_lengths**2).sum()) / len(words.tokens)
+    assert abs(is_predicted.mean() - expected_share(0.15, 20)) <= SIGMAS * spread
+
+
+def test_whole_words_share_their_replacement(vocabulary):
+    words, regular = random_words(vocabulary, 20, 3000), len(vocabulary.regular_ids)
+    input_ids, labels = words.mask(vocabulary, MaskRule(whole_words=True), seed=6)
+    chosen, masked = words.whole(labels != IGNORED), words.whole(input_ids == vocabulary.mask_id)
     assert_share(int(masked.sum()), int(chosen.sum()), 0.8)
-    unmasked = np.repeat((word_lengths > 1) & chosen & ~masked, word_lengths)
-    changed = unmasked & (input_ids != tokens)
-    assert len(np.unique(input_ids[changed])) > 0.9 * len(vocabulary.ordinary_ids)  # pieces are replaced one by one
-    words = np.repeat(np.arange(len(word_lengths)), word_lengths)
-    of_words = np.bincount(words[changed], minlength=len(word_lengths)) > 0
-    ordinary = len(vocabulary.ordinary_ids)  # a word stays as it is by chance where each draw hits its token
-    replaced = chosen & ~masked & (word_lengths > 1)
-    assert_share(int(of_words.sum()), int((chosen & (word_lengths > 1)).sum()), 0.1 * (1 - ordinary**-2.0))
-    assert of_words.sum() < replaced.sum()
-    both = changed[1:] & changed[:-1] & (words[1:] == words[:-1])
-    assert_share(int((input_ids[1:] == input_ids[:-1])[both].sum()), int(both.sum()), 1 / ordinary)  # each its own draw
+    changed = np.logical_or.reduceat(input_ids != words.tokens, words.first_tokens) & ~masked
+    several = chosen & (words.word_lengths > 1)
+    left_by_chance = regular**-2.0  # each draw is the token itself
+    assert_share(int((changed & several).sum()), int(several.sum()), 0.1 * (1 - left_by_chance))
+    assert (several & ~masked & ~changed).any()  # the words that stay as they are
 
 
-@pytest.mark.parametrize("words_a_chunk", [1, 3, 500])
-def test_spans_leave_each_word_its_probability_and_have_geometric_lengths(vocabulary, words_a_chunk):
-    tokens, lengths, word_lengths, starts_word = random_words(vocabulary, words_a_chunk, 150_000 // words_a_chunk)
-    keys = random_bits(8, np.arange(len(lengths)))
-    input_ids, labels = labelled(*mask(tokens, lengths, keys, vocabulary, MaskRule(spans=True), starts_word))
-    chosen, masked = fate_of_words(tokens, input_ids, labels, word_lengths, vocabulary)
-    chosen, masked = (which.reshape(-1, words_a_chunk) for which in (chosen, masked))
+def test_random_tokens_of_a_word_are_drawn_one_by_one(vocabulary):
+    words, regular = random_words(vocabulary, 20, 3000), len(vocabulary.regular_ids)
+    input_ids, _ = words.mask(vocabulary, MaskRule(whole_words=True), seed=6)
+    word_of_token = np.repeat(np.arange(len(words.word_lengths)), words.word_lengths)
+    changed = (input_ids != words.tokens) & (input_ids != vocabulary.mask_id)
+    assert len(np.unique(input_ids[changed])) > 0.9 * regular
+    pairs = changed[1:] & changed[:-1] & (word_of_token[1:] == word_of_token[:-1])
+    assert_share(int((input_ids[1:] == input_ids[:-1])[pairs].sum()), int(pairs.sum()), 1 / regular)
+
+
+def mask_spans(vocabulary, words_per_chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which words are chosen by spans, and which become [MASK]: (chunks, words_per_chunk) bool each."""
+    words = random_words(vocabulary, words_per_chunk, 150_000 // words_per_chunk)
+    input_ids, labels = words.mask(vocabulary, MaskRule(spans=True), seed=8)
+    assert np.array_equal(labels[labels != IGNORED], words.tokens[labels != IGNORED])
+    chosen, masked = words.whole(labels != IGNORED), words.whole(input_ids == vocabulary.mask_id)
+    return chosen.reshape(-1, words_per_chunk), masked.reshape(-1, words_per_chunk)
+
+
+@pytest.mark.parametrize("words_per_chunk", [1, 3, 500])
+def test_spans_leave_each_word_its_probability(vocabulary, words_per_chunk):
+    chosen, _ = mask_spans(vocabulary, words_per_chunk)
     assert chosen.any(axis=1).all()
-    goes_on, p = 1 - 1 / 3.8, 0.15
-    begins = (1 - goes_on) * p / (1 - p)
-    none = (1 - p) * (1 - begins) ** (words_a_chunk - 1)
-    for column in range(0, words_a_chunk, max(1, words_a_chunk // 5)):  # no position is preferred
-        assert_share(int(chosen[:, column].sum()), len(chosen), p + none / words_a_chunk)
-    if words_a_chunk == 500:  # too many for chance to choose none
-        assert_share(int((chosen[:, :-1] & chosen[:, 1:]).sum()), int(chosen[:, :-1].sum()), goes_on)
-        two = chosen[:, :-2] & chosen[:, 1:-1]  # whatever the length so far: geometric
-        assert_share(int((two & chosen[:, 2:]).sum()), int(two.sum()), goes_on)
-        together = chosen[:, 1:] & chosen[:, :-1]
-        assert np.array_equal(masked[:, 1:][together], masked[:, :-1][together])  # a span shares its fate
-        begun = chosen & ~np.pad(chosen, ((0, 0), (1, 0)))[:, :-1]
-        assert_share(int((begun & masked).sum()), int(begun.sum()), 0.8)
+    p, goes_on = 0.15, 1 - 1 / 3.8
+    begins = (1 - goes_on) * p / (1 - p)  # so that as many words leave spans as enter them
+    none = (1 - p) * (1 - begins) ** (words_per_chunk - 1)
+    for column in range(0, words_per_chunk, max(1, words_per_chunk // 5)):  # no position is preferred
+        assert_share(int(chosen[:, column].sum()), len(chosen), p + none / words_per_chunk)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "whole_words", "spans"])
+def test_spans_have_geometric_lengths(vocabulary):
+    """Whatever its length so far, a span goes on with the same probability."""
+    chosen, _ = mask_spans(vocabulary, 500)  # too many words for chance to choose none
+    goes_on = 1 - 1 / 3.8
+    assert_share(int((chosen[:, :-1] & chosen[:, 1:]).sum()), int(chosen[:, :-1].sum()), goes_on)
+    two = chosen[:, :-2] & chosen[:, 1:-1]
+    assert_share(int((two & chosen[:, 2:]).sum()), int(two.sum()), goes_on)
+
+
+def test_the_words_of_a_span_share_their_replacement(vocabulary):
+    chosen, masked = mask_spans(vocabulary, 500)
+    together = chosen[:, 1:] & chosen[:, :-1]
+    assert np.array_equal(masked[:, 1:][together], masked[:, :-1][together])
+    first_of_span = chosen & ~np.pad(chosen, ((0, 0), (1, 0)))[:, :-1]
+    assert_share(int((first_of_span & masked).sum()), int(first_of_span.sum()), 0.8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "masked", "replaced_or_kept"),
+    [
+        ("tokens", [0, 2, 3, 8, 10, 13, 22, 30, 39, 43], [1, 5, 28, 47]),
+        ("whole words", [0, 2, 3, 4, 8, 10, 13, 30, 31, 39, 40], [1, 5, 47]),
+        ("spans", [1, 2, 3, 4, 9, 13, 14, 15, 16], [0, 5, 10, 47]),
+    ],
+)
+def test_a_seed_draws_the_same_masks_in_every_version(vocabulary, kind, masked, replaced_or_kept):
+    """A run that was begun with an older version is resumed with the same masks."""
+    lengths = np.array([1, 1, 1, 2, 2, 3, 3, 12, 23])  # in chunks so short often none is chosen at first
+    tokens, starts_word = np.full(48, vocabulary.unk_id), np.arange(48) % 3 != 1
+    input_ids, chosen, _ = mask(tokens, lengths, mask_keys(42, 0, np.arange(9)), vocabulary, RULES[kind], starts_word)
+    assert np.flatnonzero(input_ids == vocabulary.mask_id).tolist() == masked
+    assert sorted({*chosen} - {*masked}) == replaced_or_kept
+
+
+@pytest.mark.parametrize("kind", RULES)
 def test_masks_are_the_same_in_any_batch(vocabulary, kind):
-    rule = BERT_RULE if kind == "tokens" else BERT_RULE._replace(**{kind: True})
-    tokens, lengths = temporary_chunks(50, 400, vocabulary)
+    rule = RULES[kind]
+    tokens, lengths = random_chunks(50, 400, vocabulary)
     starts_word = np.random.default_rng(0).random(len(tokens)) < 0.7
-    keys = random_bits(42, 2, 0, np.arange(400))
+    keys = mask_keys(42, 0, np.arange(400))
     together = labelled(*mask(tokens, lengths, keys, vocabulary, rule, starts_word))
     for chunk in range(400):
         inside, own = slice(chunk * 50, chunk * 50 + 50), slice(chunk, chunk + 1)
@@ -167,71 +228,84 @@ def test_masks_are_the_same_in_any_batch(vocabulary, kind):
 
 
 def test_masks_are_new_in_every_epoch(vocabulary):
-    tokens, lengths = temporary_chunks(50, 40, vocabulary)
-    one, other = (
-        np.isin(
-            np.arange(2000), mask(tokens, lengths, random_bits(42, 2, epoch, np.arange(40)), vocabulary, BERT_RULE)[1]
-        )
-        for epoch in (0, 1)
-    )
-    assert_share(int((one & other).sum()), one.size, 0.15**2)
+    tokens, lengths = random_chunks(50, 40, vocabulary)
+    chosen = np.zeros((2, 2000), dtype=bool)
+    for epoch in (0, 1):
+        chosen[epoch, mask(tokens, lengths, mask_keys(42, epoch, np.arange(40)), vocabulary, BERT_RULE)[1]] = True
+    assert_share(int(chosen.all(axis=0).sum()), 2000, 0.15**2)
 
 
-def test_training_masks_are_keyed_on_seed_epoch_and_chunk(vocabulary):
-    tokens, lengths = temporary_chunks(50, 40, vocabulary)
-    chunks = Chunks(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
+@pytest.fixture
+def forty_chunks(vocabulary) -> Chunks:
+    """Of 50 tokens each."""
+    tokens, lengths = random_chunks(50, 40, vocabulary)
+    return Chunks(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
 
-    def masked(step_chunks):
-        """The hidden tokens as (chunk, position in it, label)."""
-        ids_and_labels = labelled(step_chunks.input_ids, step_chunks.masked, step_chunks.targets)
-        ids, labels = (array.reshape(-1, 52)[:, 1:-1] for array in ids_and_labels)
-        found = set()
-        for row, position in zip(*np.nonzero(labels != IGNORED), strict=True):
-            original = np.where(labels[row] != IGNORED, labels[row], ids[row])
-            [chunk] = np.flatnonzero((tokens.reshape(40, 50) == original).all(axis=1))
-            found.add((int(chunk), int(position), int(labels[row, position])))
-        return found
 
-    def step(seed=42, epoch=0, **more):
-        return next(training_batches(chunks, vocabulary, BERT_RULE, seed, 40, first_step=epoch, **more))
+def hidden_tokens(batch, chunks: Chunks) -> set[tuple[int, int, int]]:
+    """The tokens that a batch of some of the forty chunks hides: (chunk, place in it, token)."""
+    ids_and_labels = labelled(batch.input_ids, batch.masked, batch.targets)
+    ids, labels = (array.reshape(-1, 52)[:, 1:-1] for array in ids_and_labels)
+    originals = np.where(labels != IGNORED, labels, ids)
+    found = set()
+    for row, place in zip(*np.nonzero(labels != IGNORED), strict=True):
+        [chunk] = np.flatnonzero((chunks.tokens.reshape(40, 50) == originals[row]).all(axis=1))
+        found.add((int(chunk), int(place), int(labels[row, place])))
+    return found
 
-    drawn, count, seen_tokens = step()
-    first = masked(drawn)
-    assert len(first) == count and seen_tokens == 2000
-    parts = [step for step, _ in zip(training_batches(chunks, vocabulary, BERT_RULE, 42, 7), range(6), strict=False)]
-    assert set.union(*(masked(part.chunks) for part in parts)) == first  # batches change no mask
+
+def test_training_masks_depend_on_seed_and_epoch(vocabulary, forty_chunks):
+    def first_step(seed=42, epoch=0):
+        steps = training_batches(forty_chunks, vocabulary, BERT_RULE, seed, batch_size=40, first_step=epoch)
+        return hidden_tokens(next(steps).chunks, forty_chunks)
+
+    hidden = first_step()
+    [(_, evaluated)] = evaluation_batches(forty_chunks, vocabulary, 40)
+    for other in (first_step(epoch=1), first_step(seed=43), hidden_tokens(evaluated, forty_chunks)):
+        assert len(hidden & other) < 0.4 * len(hidden)  # a mask drawn afresh shares 15%
+    assert first_step() == hidden
+
+
+def test_batches_change_no_mask_and_count_their_tokens(vocabulary, forty_chunks):
+    whole = next(training_batches(forty_chunks, vocabulary, BERT_RULE, 42, batch_size=40))
+    hidden = hidden_tokens(whole.chunks, forty_chunks)
+    assert (whole.masked_tokens, whole.tokens) == (len(hidden), 2000)
+    parts = list(islice(training_batches(forty_chunks, vocabulary, BERT_RULE, 42, batch_size=7), 6))
+    assert set.union(*(hidden_tokens(part.chunks, forty_chunks) for part in parts)) == hidden
     assert [part.tokens for part in parts] == [350] * 5 + [250]
-    [(_, evaluated)] = evaluation_batches(chunks, vocabulary, len(chunks))
-    for other in (step(epoch=1).chunks, step(seed=43).chunks, evaluated):
-        assert len(first & masked(other)) < 0.4 * count  # a mask drawn afresh shares 15%
-    halves = [step(rank=rank, ranks=2) for rank in (0, 1)]
-    first_half, second_half = (masked(half.chunks) for half in halves)
-    assert first_half | second_half == first and not first_half & second_half
-    assert halves[0].masked_tokens == halves[1].masked_tokens == count  # both devices know the count of all
 
 
-def test_steps_are_the_same_wherever_they_begin_and_however_many_are_masked_at_once(vocabulary, monkeypatch):
+def test_ranks_share_a_batch_and_know_the_count_of_all(vocabulary, forty_chunks):
+    whole, *halves = (
+        next(training_batches(forty_chunks, vocabulary, BERT_RULE, 42, batch_size=40, rank=rank, ranks=ranks))
+        for rank, ranks in ((0, 1), (0, 2), (1, 2))
+    )
+    hidden = hidden_tokens(whole.chunks, forty_chunks)
+    first_half, second_half = (hidden_tokens(half.chunks, forty_chunks) for half in halves)
+    assert first_half | second_half == hidden and not first_half & second_half
+    assert [half.masked_tokens for half in halves] == [len(hidden)] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_steps_are_the_same_wherever_training_begins(vocabulary, monkeypatch, rank):
+    """And however many of them are masked at once."""
     lengths = np.random.default_rng(0).integers(1, 60, 100)
-    tokens = np.random.default_rng(1).choice(vocabulary.ordinary_ids, lengths.sum()).astype(np.uint16)
+    tokens = np.random.default_rng(1).choice(vocabulary.regular_ids, lengths.sum()).astype(np.uint16)
     chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
 
     def steps(number, **more):
-        made = training_batches(chunks, vocabulary, BERT_RULE, 42, 8, **more)
-        return [next(made) for _ in range(number)]
+        return list(islice(training_batches(chunks, vocabulary, BERT_RULE, 42, 8, rank=rank, ranks=2, **more), number))
 
-    for rank in (0, 1):
-        whole = steps(40, rank=rank, ranks=2)  # 13 an epoch, the last one of four chunks
-        monkeypatch.setattr(data_process, "MASKED_AT_ONCE", 500)
-        later = steps(22, first_step=18, rank=rank, ranks=2)
-        for step, other in zip(whole[18:], later, strict=True):
-            assert step[1:] == other[1:]
-            assert all(np.array_equal(array, same) for array, same in zip(step.chunks, other.chunks, strict=True))
-        monkeypatch.undo()
-    assert sum(step.tokens for step in steps(13)) == len(tokens)
+    whole = steps(40)  # 13 an epoch, the last one of four chunks
+    assert sum(step.tokens for step in whole[:13]) == len(tokens)
+    monkeypatch.setattr(data_process, "MASKED_AT_ONCE", 500)
+    for step, other in zip(whole[18:], steps(22, first_step=18), strict=True):
+        assert step[1:] == other[1:]
+        assert all(np.array_equal(array, same) for array, same in zip(step.chunks, other.chunks, strict=True))
 
 
 def test_evaluation_masks_depend_on_the_chunk_alone(vocabulary):
-    tokens, lengths = temporary_chunks(20, 30, vocabulary)
+    tokens, lengths = random_chunks(20, 30, vocabulary)
     keys = content_keys(tokens, lengths)
     assert len(np.unique(keys)) == 30
     backwards = np.concatenate(tokens.reshape(30, 20)[::-1])

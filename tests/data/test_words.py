@@ -9,18 +9,20 @@ import pytest
 import torch
 from conftest import CHINESE, ENGLISH, make_lines
 from runs import metrics, run
+from tokenizers import Encoding
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer, pipeline
 
 from data_process import prepare
+from mlm.data.chinese import HAN_CHARACTER, make_segmenter
 from mlm.data.chunks import take
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
-from mlm.data.words import HAN_CHARACTER, WordCounts, add_words, make_encoders, make_segmenter, read_words, tokenize
+from mlm.data.words import WordCounts, add_words, make_encoders, read_words, tokenize
 from mlm.errors import UserError
 from mlm.training.checkpoint import save_model
 from model import load_model
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-PIECES = "##0 met ##form ##in lower ##s blood sugar doesn t it bid ok cafe naive 500 ##mg 3 14 1 000 5 https a cn b x c"
+LATIN = "##0 met ##form ##in lower ##s blood sugar doesn t it bid ok cafe naive 500 ##mg 3 14 1 000 5 https a cn b x c"
 KANA = "ひ ##ら ##か ##な ##て ##す を す"
 KOREAN = "안 ##녕 세 ##계"
 HAN = "我来到北京清华大学二甲双胍恤和卡拉日本語話糖尿病了增长左右见喝吧工程师服用"
@@ -28,12 +30,12 @@ PUNCTUATION = "- , ' ? ， 。 . % : / = + 😀 !"
 
 
 def hand_made(lower: bool = True) -> BertTokenizer:
-    tokens = [*SPECIAL, *PIECES.split(), *KANA.split(), *KOREAN.split(), *HAN, *PUNCTUATION.split()]
+    tokens = [*SPECIAL, *LATIN.split(), *KANA.split(), *KOREAN.split(), *HAN, *PUNCTUATION.split()]
     return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=lower)
 
 
 def tokenized(lines: list[str], tokenizer: BertTokenizer, user_words: tuple = ()):
-    """What `tokenize` makes of the lines: their words as lists of tokens, a list a line; and the ids (tokens,)."""
+    """Calls `tokenize`. Returns the words of each line, as lists of tokens, and the ids (tokens,) of all."""
     continues = read_vocabulary(tokenizer).continues_word
     ids, lengths, starts, _ = tokenize(lines, make_encoders(tokenizer), continues, make_segmenter(user_words))
     tokens, found, place = tokenizer.convert_ids_to_tokens(ids.tolist()), [], 0
@@ -87,47 +89,47 @@ def test_user_words_are_kept_whole_but_never_with_punctuation():
 def random_lines(number: int) -> list[str]:
     """Snippets of several scripts, joined with and without spaces."""
     draw = random.Random(5)
-    snippets = [
-        *ENGLISH,
-        *CHINESE,
-        "二甲双胍",
-        "高血压",
-        "T恤",
-        "B超",
-        "3.5%",
-        "500mg",
-        "日本語を",
-        "안녕",
-        "é",
-        "e\u0301",
-    ]
-    snippets += ["😀", "\u200b", "\x00", "·", "https://a.cn", "C++", "Ａ", "\u3000", "𠮷", "豈", "[MASK]"]
+    snippets = [*ENGLISH, *CHINESE, "二甲双胍", "高血压", "T恤", "B超", "3.5%", "500mg", "日本語を", "안녕", "[MASK]"]
+    snippets += ["é", "e\u0301", "😀", "\u200b", "\x00", "·", "https://a.cn", "C++", "Ａ", "\u3000", "𠮷", "豈"]
     return ["".join(draw.choice(snippets) + draw.choice(["", "", " "]) for _ in range(30)) for _ in range(number)]
 
 
-def test_words_are_as_in_a_reference_of_one_line_at_a_time_and_tokens_as_without_words(tokenizer):
-    lines = [*make_lines(300, seed=6), *random_lines(300), ""]
-    backend, segmenter = make_encoders(tokenizer).any_line, make_segmenter([])
-    words, ids = tokenized(lines, tokenizer)
-    plain = [backend.encode(line, add_special_tokens=False) for line in lines]
-    assert ids.tolist() == [index for encoding in plain for index in encoding.ids]
+@pytest.fixture(scope="module")
+def mixed_lines() -> list[str]:
+    return [*make_lines(300, seed=6), *random_lines(300), ""]
 
-    def joins(character):
-        return bool(HAN_CHARACTER.match(character)) or (character.isascii() and character.isalnum())
 
-    for line, encoding, found in zip(lines, plain, words, strict=True):
-        cuts = {start for _, start, _ in segmenter.tokenize(line)}
-        expected = []
-        for i, (start, _) in enumerate(encoding.offsets):
-            end = encoding.offsets[i - 1][1]
-            if i and HAN_CHARACTER.search(line[end - 1] + line[start]):
-                starts = end != start or start in cuts or not (joins(line[end - 1]) and joins(line[start]))
-            else:
-                starts = not i or encoding.word_ids[i] != encoding.word_ids[i - 1]
-            if starts:
-                expected.append([])
-            expected[-1].append(encoding.tokens[i])
-        assert found == expected
+def test_finding_words_changes_no_token(tokenizer, mixed_lines):
+    encoder = make_encoders(tokenizer).any_line
+    expected = [encoder.encode(line, add_special_tokens=False).ids for line in mixed_lines]
+    assert tokenized(mixed_lines, tokenizer)[1].tolist() == list(chain.from_iterable(expected))
+
+
+def reference_words(line: str, encoding: Encoding, segmenter) -> list[list[str]]:
+    """The words of one line, token by token: by the segmenter beside Chinese, else by the pre-tokenizer."""
+    cuts = {start for _, start, _ in segmenter.tokenize(line)}
+    words = []
+    for i, (start, _) in enumerate(encoding.offsets):
+        end = encoding.offsets[i - 1][1]  # of the token before
+        if i and HAN_CHARACTER.search(line[end - 1] + line[start]):
+            starts_word = end != start or start in cuts or not all(map(is_word_character, line[end - 1] + line[start]))
+        else:
+            starts_word = not i or encoding.word_ids[i] != encoding.word_ids[i - 1]
+        if starts_word:
+            words.append([])
+        words[-1].append(encoding.tokens[i])
+    return words
+
+
+def is_word_character(character: str) -> bool:
+    return bool(HAN_CHARACTER.match(character)) or (character.isascii() and character.isalnum())
+
+
+def test_words_are_those_of_a_reference_of_one_line(tokenizer, mixed_lines):
+    encoder, segmenter = make_encoders(tokenizer).any_line, make_segmenter([])
+    words, _ = tokenized(mixed_lines, tokenizer)
+    for line, found in zip(mixed_lines, words, strict=True):
+        assert found == reference_words(line, encoder.encode(line, add_special_tokens=False), segmenter), line
 
 
 def test_long_chinese_lines_are_cut_at_words_and_masked_by_them(tmp_path, settings, text_of, tokenizer, vocabulary):
@@ -152,7 +154,7 @@ def test_other_user_words_are_other_words_of_the_same_text(tmp_path, settings, t
 
 
 @pytest.mark.parametrize("size", [2**15, 2**15 + 1, 2**16 + 1])
-def test_tokens_and_word_starts_are_kept_whatever_the_size_of_the_vocabulary(tmp_path, settings, text_of, size):
+def test_vocabularies_of_any_size_keep_tokens_and_word_starts(tmp_path, settings, text_of, size):
     tokens = [*SPECIAL, *(f"w{i}" for i in range(size - 7)), "metform", "##in"]
     tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
     text = text_of(tmp_path, f"metformin w0 w{size - 8} metform".encode())
@@ -164,7 +166,7 @@ def test_tokens_and_word_starts_are_kept_whatever_the_size_of_the_vocabulary(tmp
 
 
 @pytest.mark.parametrize("lower", [True, False])
-def test_ascii_lines_have_the_tokens_that_the_tokenizer_itself_gives_them(lower):
+def test_ascii_lines_have_the_tokenizers_own_tokens(lower):
     tokenizer, draw = hand_made(lower), random.Random(0)
     add_words(tokenizer, ["Metformin", "café", "pro-drug"])
     known = [*tokenizer.get_vocab(), "MetFormin", "cafe", "[MASK]", "é"]
@@ -176,10 +178,10 @@ def test_ascii_lines_have_the_tokens_that_the_tokenizer_itself_gives_them(lower)
     assert tokenized(lines, tokenizer)[1].tolist() == list(chain.from_iterable(ids))
 
 
-# ------------------------------------------------------------------------------------------------------ the report
+# ------------------------------------------------------------------------------------------ words split into subwords
 
 
-def test_broken_words_are_counted_by_hand():
+def test_split_words_are_those_counted_by_hand():
     tokenizer, counts = hand_made(), WordCounts()
     vocabulary, segmenter = read_vocabulary(tokenizer), make_segmenter(["二甲双胍", "北京"])
     for lines in (
@@ -188,17 +190,17 @@ def test_broken_words_are_counted_by_hand():
     ):
         ids, _, _, words = tokenize(lines, make_encoders(tokenizer), vocabulary.continues_word, segmenter)
         counts.update(ids, vocabulary.continues_word, words)
-    broken = counts.broken(tokenizer.backend_tokenizer, 10)
+    found = counts.split_words(tokenizer.backend_tokenizer, 10)
     kana = ["ひ", "##ら", "##か", "##な"]
-    assert sorted(broken, key=lambda word: word[0]) == [
+    assert sorted(found, key=lambda split: split.word) == [
         ("metformin", 2, ["met", "##form", "##in"]),
         ("metforms", 1, ["met", "##form", "##s"]),
         ("ひらかな", 1, kana),
         ("二甲双胍", 2, ["二", "甲", "双", "胍"]),  # a rare character
         ("饕餮", 1, ["[UNK]", "[UNK]"]),
     ]
-    assert [count for _, count, _ in broken] == [2, 2, 1, 1, 1]
-    assert counts.broken(tokenizer.backend_tokenizer, 1) == broken[:1]
+    assert [count for _, count, _ in found] == [2, 2, 1, 1, 1]  # the most frequent first
+    assert counts.split_words(tokenizer.backend_tokenizer, 1) == found[:1]
 
 
 def test_word_counts_stay_small_and_keep_the_frequent(monkeypatch):
@@ -241,11 +243,11 @@ def test_added_words_are_one_token_wherever_they_stand_alone(tmp_path, tokenizer
         assert ids == again
     assert tokenizer.decode(new[1]) == tokenizer.convert_ids_to_tokens(new[1]) == "二甲双胍"
     vocabulary = read_vocabulary(loaded)
-    assert vocabulary.size == before + 5 and set(new) <= set(vocabulary.ordinary_ids.tolist())
+    assert vocabulary.size == before + 5 and set(new) <= set(vocabulary.regular_ids.tolist())
 
 
 @pytest.mark.parametrize("spare", [0, 2, 64])
-def test_added_words_mean_what_their_pieces_mean(tmp_path, settings, spare):
+def test_added_words_start_as_the_mean_of_their_subwords(tmp_path, settings, spare):
     tokenizer = learn_tokenizer(lambda: iter(make_lines(400)), 300)
     shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     start = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer) + spare, **shape))
@@ -260,15 +262,15 @@ def test_added_words_mean_what_their_pieces_mean(tmp_path, settings, spare):
     assert len(rows) == len(bias) == model.config.vocab_size == max(known + spare, known + 3)
     assert model.cls.predictions.decoder.weight is rows and model.cls.predictions.decoder.bias is bias
     assert torch.equal(rows[:known], old_rows[:known]) and torch.equal(bias[:known], old_bias[:known])
-    for row, pieces in enumerate(added, start=known):
-        torch.testing.assert_close(rows[row], torch.stack([old_rows[i] for i in pieces]).mean(0))
-        torch.testing.assert_close(bias[row], old_bias[pieces].mean())
+    for row, subwords in enumerate(added, start=known):
+        torch.testing.assert_close(rows[row], torch.stack([old_rows[i] for i in subwords]).mean(0))
+        torch.testing.assert_close(bias[row], old_bias[subwords].mean())
     ids = torch.randint(5, known, (3, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits, old_logits = model.eval()(ids).logits, start.eval()(ids).logits  # (3, 12, vocabulary)
     torch.testing.assert_close(logits[..., :known], old_logits[..., :known])  # what is known is guessed as before
-    for row, pieces in enumerate(added, start=known):  # and the new as likely as its pieces
-        torch.testing.assert_close(logits[..., row], old_logits[..., pieces].mean(-1))
+    for row, subwords in enumerate(added, start=known):  # and the new as likely as its subwords
+        torch.testing.assert_close(logits[..., row], old_logits[..., subwords].mean(-1))
     save_model(tmp_path / "saved", model, tokenizer)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(loaded.cls.predictions.decoder.weight, rows)
@@ -278,7 +280,7 @@ def test_added_words_mean_what_their_pieces_mean(tmp_path, settings, spare):
 
 
 @pytest.mark.parametrize("setting", ["add_words", "user_words"])
-def test_files_of_words_are_said_plainly(tmp_path, setting):
+def test_missing_or_undecodable_files_of_words_are_refused(tmp_path, setting):
     with pytest.raises(UserError, match=f"{setting}: there is no file"):
         read_words(str(tmp_path / "none.txt"), setting)
     (tmp_path / "gbk.txt").write_bytes("二甲双胍\n高血压\n".encode("gbk"))
@@ -286,7 +288,7 @@ def test_files_of_words_are_said_plainly(tmp_path, setting):
         read_words(str(tmp_path / "gbk.txt"), setting)
 
 
-def test_a_run_adds_the_words_that_it_breaks_most_and_its_final_folder_knows_them(tmp_path, settings, capsys):
+def test_a_run_adds_the_words_most_often_split_and_saves_them(tmp_path, settings, capsys):
     tokenizer = learn_tokenizer(lambda: iter(make_lines(400)), 300)
     shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     save_model(tmp_path / "start", BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **shape)), tokenizer)

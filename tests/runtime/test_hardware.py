@@ -1,11 +1,11 @@
-"""Which devices and number format a run uses, and what it says where they are wasted; GPUs are pretended."""
+"""Which devices and precision a run uses, and its hints where they are wasted; GPUs are simulated."""
 
 import pytest
 import torch
 
 from Config import Config
 from mlm.errors import UserError
-from mlm.runtime import hardware as machine
+from mlm.runtime import hardware
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,9 @@ def test_precision_is_the_settings_else_the_launchers_else_the_native(monkeypatc
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    monkeypatch.setattr(machine, "native_precision", lambda: native)
-    monkeypatch.setattr(machine, "count_gpus", lambda: 1)
-    assert machine.choose_precision(Config(mixed_precision=setting)) == chosen
+    monkeypatch.setattr(hardware, "native_precision", lambda: native)
+    monkeypatch.setattr(hardware, "count_gpus", lambda: 1)
+    assert hardware.choose_precision(Config(mixed_precision=setting)) == chosen
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_precision_is_the_settings_else_the_launchers_else_the_native(monkeypatc
 def test_a_launchers_choice_that_cannot_be_is_said(monkeypatch, launcher, said):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     with pytest.raises(UserError, match=said):
-        machine.choose_precision(Config())
+        hardware.choose_precision(Config())
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_launchers_choice_that_cannot_be_is_said(monkeypatch, launcher, said):
 def test_a_cpu_computes_bf16_with_avx512_bf16_or_amx(monkeypatch, flags, expected):
     for flag in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, flag, lambda flag=flag: flag in flags)
-    assert machine.native_precision() == expected
+    assert hardware.native_precision() == expected
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_a_cpu_computes_bf16_with_avx512_bf16_or_amx(monkeypatch, flags, expecte
     ],
 )
 def test_hints_where_the_machine_is_wasted(monkeypatch, gpus, processes, positions_per_step, hints):
-    monkeypatch.setattr(machine, "count_gpus", lambda: gpus)
-    found = machine.hints(processes, positions_per_step, batch_size=32, chunks=500)
+    monkeypatch.setattr(hardware, "count_gpus", lambda: gpus)
+    found = hardware.hints(processes, positions_per_step, batch_size=32, chunks=500)
     assert len(found) == len(hints) and all(hint in line for hint, line in zip(hints, found, strict=True))
 
 
 def test_gpus_that_are_not_here_are_said(monkeypatch):
-    monkeypatch.setattr(machine, "count_gpus", lambda: 2)
-    machine.check_devices(Config(cuda_visible_devices="0,1"))
+    monkeypatch.setattr(hardware, "count_gpus", lambda: 2)
+    hardware.check_devices(Config(cuda_visible_devices="0,1"))
     with pytest.raises(UserError, match=r"cuda_visible_devices: names 3 GPU\(s\), of which 2"):
-        machine.check_devices(Config(cuda_visible_devices="0,1,7"))
+        hardware.check_devices(Config(cuda_visible_devices="0,1,7"))

@@ -123,7 +123,7 @@ def test_run_sh_trains_on_two_ranks_in_the_precision_that_was_chosen(settings, a
 
 
 def test_run_sh_says_a_mistake_once(settings, answered):
-    """One that only shows in the number format that the ranks would have."""
+    """One that only shows in the precision that the ranks would have."""
     process = start(settings(mixed_precision="auto"), ["./run.sh"], **answered(TWO_RANKS, "fp16"))
     _, err = finish(process, 2)
     assert err.count("\n") == 1 and err.startswith("error: mixed_precision: fp16, which the launcher chose")

@@ -136,7 +136,7 @@ def begin(run: Run) -> Progress:
         run.hidden_words = hide_words(lines, corpus.train, corpus.tokenizer, corpus.vocabulary)
     if setup.resumed:
         progress = checkpoint.load_checkpoint(setup.resumed, learner.bert, learner.optimizer)
-        run.clock.saved_step = progress.step
+        run.timings.saved_step = progress.step
         say(f"resumed from {setup.resumed}")
     else:
         progress = Progress(baseline_guesses=fill_mask.guess(learner.bert, run.hidden_words, corpus.tokenizer))
@@ -306,7 +306,7 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
     if ending in (Ending.SKIPPING, Ending.BROKEN):
         if not run.is_main:
             sys.exit(2)
-        raise UserError(console.describe_divergence(setup, progress, ending, run.clock.saved_step))
+        raise UserError(console.describe_divergence(setup, progress, ending, run.timings.saved_step))
 
 
 def save_results(run: Run, progress: Progress, ending: Ending) -> summary.Summary:

@@ -50,20 +50,18 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def save_if_due(run: Run, progress: Progress, ending: Ending | None) -> None:
-    """Saves a checkpoint when the plan says so, and one where the run is stopped or given up."""
-    setup, learner, clock = run.setup, run.learner, run.clock
-    if ending is None:
-        is_wanted = bool(setup.plan.save_every) or clock.is_affordable(run.timings.save_checkpoint)
-        is_wanted = is_wanted and setup.plan.is_save_due(progress.step)
-    else:
-        is_wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
-    if not is_wanted or not run.is_main or clock.saved_step == progress.step:
+    """Saves a checkpoint when the plan says so and it is affordable, and one where the run is stopped or given up."""
+    setup, learner, timings = run.setup, run.learner, run.timings
+    is_wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
+    if ending is None and setup.plan.is_save_due(progress.step):
+        is_wanted = bool(setup.plan.save_every) or timings.is_save_affordable()
+    if not is_wanted or not run.is_main or timings.saved_step == progress.step:
         return
     if is_found_by_trial(learner.accelerator, setup.config):
         progress.micro_batch_tokens = learner.micro_batcher.max_positions
-    with run.timings.measure("save_checkpoint"):
+    with timings.measure("save_checkpoint"):
         save_checkpoint(setup, learner, run.corpus.tokenizer, progress)
-    clock.note(progress.step)
+    timings.note_save(progress.step)
 
 
 def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
@@ -93,20 +91,17 @@ def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokeniz
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    not_newer = [other for other in checkpoints_of(setup.folder) if _step(other) <= progress.step]
+    not_newer = [other for step, other in list_checkpoints(setup.folder).items() if step <= progress.step]
     for old in not_newer[: -setup.config.keep_checkpoints]:
         old.rename(old.with_name(f".{old.name}.old"))  # a removal that is interrupted leaves no half of a checkpoint
     for leftover in path.parent.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, the oldest first, damaged ones included."""
-    return sorted((path for path in run.glob("checkpoints/step-*") if path.name[5:].isdecimal()), key=_step)
-
-
-def _step(path):
-    return int(path.name[5:])
+def list_checkpoints(run: Path) -> dict[int, Path]:
+    """Returns the checkpoints of a run by their steps, the oldest first, damaged ones included."""
+    found = {path.name.removeprefix("step-"): path for path in run.glob("checkpoints/step-*")}
+    return dict(sorted((int(step), path) for step, path in found.items() if step.isdecimal()))
 
 
 def _measure(file: Path) -> dict[str, Any]:
@@ -120,15 +115,14 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     Raises UserError where all are damaged.
     """
     warnings: list[str] = []
-    for path in reversed(checkpoints_of(run)):
+    for path in reversed(list_checkpoints(run).values()):
         damage = _damage(path)
         if not damage:
             return path, warnings
         warnings.append(f"warning: {path} is skipped, as {damage}")
     if warnings:
-        raise UserError(
-            "\n".join([f"resume: no checkpoint of {run} is whole; remove them to begin the run anew", *warnings])
-        )
+        what = f"resume: no checkpoint of {run} is whole; remove them to begin the run anew"
+        raise UserError("\n".join([what, *warnings]))
     return None, []
 
 
@@ -166,7 +160,7 @@ def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
     changed = _changes(state["recipe"], recipe)
     if not changed:
         return
-    named = set(changed) - {"max_steps", "num_warmup_steps"}  # which mostly change because another setting did
+    named = changed.keys() - {"max_steps", "num_warmup_steps"}  # which mostly change because another setting did
     lines = [f"  {name}: {changed[name]}" for name in sorted(named or changed)]
     remedy = f"Resume it as it began, or begin a new run, perhaps with {checkpoint} as initial_pretrain_model"
     raise UserError("\n".join([f"resume: {checkpoint} cannot be resumed", *lines, remedy]))
@@ -183,9 +177,8 @@ def _changes(began_with: dict[str, Any], recipe: dict[str, Any]) -> dict[str, st
     if began_with["text"] != recipe["text"]:
         changed["path_datasets"] = "the text is not the one that the run began with"
     elif began_with["tokenizer"] != recipe["tokenizer"]:
-        changed["initial_pretrain_tokenizer"] = (
-            "the tokenizer is not the one that the run began with, or add_words names others"
-        )
+        which = "the one that the run began with, or add_words names others"
+        changed["initial_pretrain_tokenizer"] = f"the tokenizer is not {which}"
     if began_with["user_words"] != recipe["user_words"]:
         changed["user_words"] = "its words are not those that the run began with"
     return changed

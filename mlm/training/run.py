@@ -18,7 +18,7 @@ from mlm.evaluation.hidden_words import HiddenWord
 from mlm.runtime import distributed
 from mlm.runtime.signals import StopRequest
 from mlm.training.plan import Plan
-from mlm.training.timing import CheckpointClock, Timings
+from mlm.training.timing import Timings
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class Run:
     corpus: Corpus
     learner: Learner
     timings: Timings
-    clock: CheckpointClock = field(default_factory=CheckpointClock)
     stop: StopRequest = field(default_factory=StopRequest)
     hidden_words: list[HiddenWord] = field(default_factory=list)  # of the test text, for the guesses before and after
 

@@ -17,16 +17,15 @@ from filelock import Timeout
 from Config import Config
 from mlm.errors import UserError
 from mlm.runtime.distributed import decide_on_main
-from mlm.storage import atomic_write, lock, make_folder
+from mlm.storage import atomic_write, lock, make_folder, write_json
 
 
 @contextmanager
 def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
-    """The run's own folder, made or, to resume a run, found; one made is removed if training never began.
+    """Yields the run's own folder, made or, to resume a run, found; one made is removed if training never began.
 
-    A dry run has one that is removed at its end.
-
-    Raises UserError where `run_name` is taken, another process is at work there or the folder cannot be made.
+    A dry run has one that is removed at its end. Raises UserError where `run_name` is taken, another process is at work
+    there or the folder cannot be made.
     """
     if config.dry_run:
         cache = Path(config.path_model_save) / ".cache"
@@ -56,18 +55,13 @@ def _claim(config: Config, held: ExitStack) -> tuple[Path, bool]:
             continue  # another process begins there in this very second
         except OSError as error:
             raise UserError(f"path_model_save: cannot make {folder}: {error.strerror}") from error
-        if not folder.exists():
-            _make_run(folder, config)
+        if not folder.exists():  # with settings.json, by which it is known as a run's
+            with atomic_write(folder) as temporary:
+                temporary.mkdir()
+                write_json(temporary / "settings.json", {"settings": asdict(config)})
             return folder, True
         break
     return folder, False
-
-
-def _make_run(folder: Path, config: Config) -> None:
-    """A folder with settings.json, by which it is known as a run's, or none at all."""
-    with atomic_write(folder) as temporary:
-        temporary.mkdir()
-        (temporary / "settings.json").write_text(json.dumps({"settings": asdict(config)}, indent=2), encoding="utf-8")
 
 
 def _free_names(config: Config) -> Iterator[Path]:
@@ -91,7 +85,7 @@ def _free_names(config: Config) -> Iterator[Path]:
 
 
 def find_run(config: Config) -> Path:
-    """The folder of the run to resume: the one that `run_name` names, or the unfinished one that changed last.
+    """Returns the folder of the run to resume: the one that `run_name` names, or the unfinished one that changed last.
 
     If `run_name` names no folder yet, a new run begins there, so that one command serves to begin and to resume. Raises
     UserError where there is none to resume, or it is finished.
@@ -104,12 +98,12 @@ def find_run(config: Config) -> Path:
         if folder.exists() and not (folder / "settings.json").exists():
             raise UserError(f"resume: {folder} is not the folder of a run; choose another run_name")
         return folder
-    runs = [path.parent for path in output.glob("*/settings.json") if _is_unfinished(path.parent)]
+    runs = [path.parent for path in output.glob("*/settings.json") if _is_unfinished(path)]
     if not runs:
         raise UserError(f"resume: {output} holds no unfinished run; leave --resume out to begin one")
     return max(runs, key=lambda folder: folder.stat().st_mtime)
 
 
-def _is_unfinished(folder: Path) -> bool:
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
-    return not (folder / "final").exists() and not settings.get("evaluate_only")
+def _is_unfinished(settings: Path) -> bool:
+    saved = json.loads(settings.read_text(encoding="utf-8"))["settings"]
+    return not settings.with_name("final").exists() and not saved.get("evaluate_only")

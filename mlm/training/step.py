@@ -52,9 +52,6 @@ def max_consecutive_skips(accelerator: Accelerator) -> int:
     return MAX_CONSECUTIVE_SKIPS + (FP16_HALVINGS if accelerator.scaler is not None else 0)
 
 
-# -------------------------------------------------------------------------------------------------------------- a step
-
-
 def take_step(
     learner: Learner, progress: Progress, batches: Prefetcher, plan: Plan, config: Config, stop: StopRequest
 ) -> None:

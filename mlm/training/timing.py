@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlm.training.plan import Plan
@@ -13,14 +12,16 @@ from mlm.training.progress import Progress
 LARGEST_SAVE_SHARE = 0.05  # of the time, for checkpoints at the ends of epochs where save_every is unset
 
 
-@dataclass
 class Timings:
-    """Seconds that each part took when it was last done; 0 where it was not done yet."""
+    """Seconds that each part of a run's work took when it was last done, and when it was last saved."""
 
-    prepare_text: float = 0.0
-    score_chunk: float = 0.0
-    write_results: float = 0.0  # after an evaluation
-    save_checkpoint: float = 0.0
+    prepare_text = score_chunk = 0.0
+    write_results = 0.0  # after an evaluation
+    save_checkpoint = 0.0
+    saved_step: int | None = None  # or the one that the run was resumed from
+
+    def __init__(self):
+        self._saved_at = time.perf_counter()
 
     @contextmanager
     def measure(self, part: str, pieces: int = 1) -> Iterator[None]:
@@ -29,21 +30,13 @@ class Timings:
         yield
         setattr(self, part, (time.perf_counter() - began) / pieces)
 
-
-class CheckpointClock:
-    """When, and after which step, a checkpoint was last saved."""
-
-    def __init__(self):
-        self.saved_step: int | None = None  # or the one that the run was resumed from
-        self._saved_at = time.perf_counter()
-
-    def is_affordable(self, save_seconds: float) -> bool:
-        """Whether one more checkpoint of that cost keeps the time for them below LARGEST_SAVE_SHARE."""
-        return time.perf_counter() - self._saved_at >= save_seconds / LARGEST_SAVE_SHARE
-
-    def note(self, step: int) -> None:
-        """Notes that the checkpoint of that step is saved."""
+    def note_save(self, step: int) -> None:
+        """Notes that the checkpoint of a step is saved now."""
         self.saved_step, self._saved_at = step, time.perf_counter()
+
+    def is_save_affordable(self) -> bool:
+        """Whether one more checkpoint of the same cost keeps the time for them below LARGEST_SAVE_SHARE."""
+        return time.perf_counter() - self._saved_at >= self.save_checkpoint / LARGEST_SAVE_SHARE
 
 
 class TimeLeft(NamedTuple):

@@ -61,7 +61,8 @@ def test_settings_that_were_left_unset_are_resolved_once(settings):
         resolve(settings(num_epochs=1, num_warmup_steps=50), epoch_steps=40, precision="no")
 
 
-TIMINGS = Timings(score_chunk=0.1, write_results=3.0, save_checkpoint=7.0)
+TIMINGS = Timings()
+TIMINGS.score_chunk, TIMINGS.write_results, TIMINGS.save_checkpoint = 0.1, 3.0, 7.0
 
 
 def test_the_time_left_is_that_of_steps_evaluations_and_checkpoints():

@@ -77,6 +77,14 @@ def test_the_house_has_six_wings_over_a_ground_floor():
         assert isinstance(sentence, ast.Expr), f"{wing}/__init__.py is one docstring and hands nothing on"
 
 
+def test_only_those_who_carry_a_run_see_it_whole():
+    """All else takes the parts that it uses."""
+    carriers = {
+        name for name, path in FILES.items() if re.search(r"import .*\bRun\b", path.read_text(encoding="utf-8"))
+    }
+    assert carriers == {"train", "mlm.training.checkpoint", "mlm.report.dry_run"}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_and_functions_stay_short(name):
     source = FILES[name].read_text(encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Dry runs against the runs that they foretell: time, memory and disk.
+"""Dry runs against the runs that they predict: time, memory and disk.
 
     python benchmarks/dry_run.py -- --demo
     python benchmarks/dry_run.py -- --initial_pretrain_model scratch:mini --initial_pretrain_tokenizer corpus
 
-What is behind -- goes to train.py. The text is prepared first, as a dry run foretells the run with its text prepared.
-Prints what was foretold and what came, and their ratios; meant for an otherwise idle machine.
+What is behind -- goes to train.py. The text is prepared first, as a dry run predicts the run with its text prepared.
+Prints what was predicted and what came, and their ratios; meant for an otherwise idle machine.
 """
 
 import os
@@ -40,14 +40,14 @@ def amount(text: str) -> float:
 
 
 def main() -> None:
-    """Prepares, foretells, runs, compares."""
+    """Prepares, predicts, runs, compares."""
     flags = sys.argv[sys.argv.index("--") + 1 :]
     with tempfile.TemporaryDirectory() as output:
         flags += [f"--path_model_save={output}", "--run_name=whole"]
         measure([*flags, "--check_only"])
         screen, seconds, _ = measure([*flags, "--dry_run"])
         print(screen, f"(the dry run took {seconds:.0f} s)\n", flush=True)
-        foretold = {
+        predicted = {
             what: amount(rest) for what, rest in re.findall(r"^(time|memory|disk) +(.*)$", screen, re.MULTILINE)
         }
         _, seconds, memory = measure(flags)
@@ -55,8 +55,8 @@ def main() -> None:
     for what, came in (("time", seconds), ("memory", memory), ("disk", size)):
         unit = 1 if what == "time" else 1e6
         print(
-            f"{what:<8} foretold {foretold[what] / unit:8,.0f}, came {came / unit:8,.0f} {'s' if unit == 1 else 'MB'}: "
-            f"foretold / came = {foretold[what] / came:.2f}"
+            f"{what:<8} predicted {predicted[what] / unit:8,.0f}, came {came / unit:8,.0f} {'s' if unit == 1 else 'MB'}: "
+            f"predicted / came = {predicted[what] / came:.2f}"
         )
 
 

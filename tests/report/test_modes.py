@@ -14,14 +14,14 @@ import train
 from mlm import terminal as display
 from mlm.data import text_files as text
 from mlm.errors import UserError
-from mlm.report import dry_run as rehearsal
+from mlm.report import dry_run
 from mlm.report import trackers
 from mlm.runtime import hub
 from mlm.training import checkpoint
 
 
 def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing_but_the_cache(settings, monkeypatch, capsys):
-    monkeypatch.setattr(rehearsal, "TIMED_SECONDS", 0.1)
+    monkeypatch.setattr(dry_run, "TIMED_SECONDS", 0.1)
     config = settings(dry_run=True, num_epochs=4, save_every=5)
     train.main(settings(check_only=True))
     cache = contents(Path(config.path_model_save))
@@ -43,9 +43,9 @@ def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing_but_the_cache(setting
 
 def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch):
     """Steps, evaluations, test chunks, checkpoints and bytes: each as the run itself has them."""
-    monkeypatch.setattr(rehearsal, "TIMED_SECONDS", 0.1)
+    monkeypatch.setattr(dry_run, "TIMED_SECONDS", 0.1)
     estimates = []
-    monkeypatch.setattr(rehearsal, "describe_estimate", lambda run, estimate: estimates.append(estimate) or "")
+    monkeypatch.setattr(dry_run, "describe_estimate", lambda run, estimate: estimates.append(estimate) or "")
     usual = {"max_steps": 26, "eval_every": 4, "save_every": 5, "keep_checkpoints": 2}
     train.main(settings(dry_run=True, **usual))
     saved, save_checkpoint = [], checkpoint.save_checkpoint
@@ -63,7 +63,7 @@ def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch):
     assert estimate.disk_bytes == pytest.approx(size, rel=0.02)
 
 
-def test_the_shortest_run_can_be_rehearsed(settings, capsys):
+def test_a_dry_run_of_the_shortest_run(settings, capsys):
     train.main(settings(dry_run=True, max_steps=1))
     assert "steps     1 of 16 chunks" in capsys.readouterr().out
 

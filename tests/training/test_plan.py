@@ -22,7 +22,7 @@ LENGTHS = (1, 2, 13, 20)
 
 
 @pytest.mark.parametrize("save_every", [None, 1, 3, 4, 50])
-def test_saves_are_foretold_from_every_step_as_they_then_come(save_every):
+def test_saves_are_predicted_from_every_step_as_they_then_come(save_every):
     """At the ends of epochs and of every `save_every` steps, and never after the last: counted one by one."""
     for steps, epoch in product(LENGTHS, (1, 3, 8, 40)):
         plan = plan_of(steps, epoch, save_every=save_every)
@@ -75,7 +75,7 @@ def test_the_time_left_is_that_of_steps_evaluations_and_checkpoints():
     assert (at_the_start.evaluations, at_the_start.test_chunks) == (5, 80 + 3 * 50 + 80)
 
 
-def test_checkpoints_that_nobody_asked_for_are_foretold_as_seldom_as_they_are_affordable():
+def test_checkpoints_that_nobody_asked_for_are_predicted_as_seldom_as_they_are_affordable():
     plan = plan_of(100, epoch=10)
     # One costs 7 s, so 140 s lie between two: at 2 s a step 7 epochs of 20 s.
     assert time_left(plan, Progress(), TIMINGS, seconds_per_step=2.0).checkpoints == 1 + 8 // math.ceil(140 / 20)

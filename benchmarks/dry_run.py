@@ -53,11 +53,9 @@ def main() -> None:
         _, seconds, memory = measure(flags)
         size = sum(file.stat().st_size for file in Path(output, "whole").rglob("*") if file.is_file())
     for what, came in (("time", seconds), ("memory", memory), ("disk", size)):
-        unit = 1 if what == "time" else 1e6
-        print(
-            f"{what:<8} predicted {predicted[what] / unit:8,.0f}, came {came / unit:8,.0f} {'s' if unit == 1 else 'MB'}: "
-            f"predicted / came = {predicted[what] / came:.2f}"
-        )
+        unit, name = (1, "s") if what == "time" else (1e6, "MB")
+        both = f"predicted {predicted[what] / unit:8,.0f}, came {came / unit:8,.0f} {name}"
+        print(f"{what:<8} {both}: predicted / came = {predicted[what] / came:.2f}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import data_process
 import train
 from Config import Config
 from mlm.errors import plain_errors
-from mlm.training import step as training
+from mlm.training import step as training_step
 
 ROOT = Path(__file__).parent.parent
 STEPS = 36  # of a run; a kill may fall into any of them
@@ -166,12 +166,12 @@ def stop_any_moment(folder: Path, draw: random.Random, seconds: float) -> list[s
 
 
 def kill_in_step(folder: Path, draw: random.Random, seconds: float) -> list[str]:
-    arm = partial(at_call, training, "accumulate_gradients", draw.randint(1, STEPS), signal.SIGKILL)
+    arm = partial(at_call, training_step, "accumulate_gradients", draw.randint(1, STEPS), signal.SIGKILL)
     return check(*launch(folder, arm), KILLED)
 
 
 def stop_in_step(folder: Path, draw: random.Random, seconds: float) -> list[str]:
-    arm = partial(at_call, training, "accumulate_gradients", draw.randint(1, STEPS), signal.SIGTERM)
+    arm = partial(at_call, training_step, "accumulate_gradients", draw.randint(1, STEPS), signal.SIGTERM)
     return check(*launch(folder, arm), STOPPED, words="stopped after step")
 
 
@@ -212,7 +212,7 @@ def damage_cache(folder: Path, draw: random.Random, seconds: float) -> list[str]
     if not files:
         raise Unharmed
     damage(draw.choice(files), draw, ["cut", "missing"])
-    return check(*launch(folder, partial(at_call, training, "accumulate_gradients", 1, signal.SIGKILL)), KILLED)
+    return check(*launch(folder, partial(at_call, training_step, "accumulate_gradients", 1, signal.SIGKILL)), KILLED)
 
 
 def damage_checkpoint(folder: Path, draw: random.Random, seconds: float) -> list[str]:
@@ -221,7 +221,7 @@ def damage_checkpoint(folder: Path, draw: random.Random, seconds: float) -> list
         raise Unharmed
     file = draw.choice(sorted(checkpoints[-1].iterdir()))
     damage(file, draw, ["cut", "missing", "a bit flipped"])
-    arm = partial(at_call, training, "accumulate_gradients", 1, signal.SIGKILL)
+    arm = partial(at_call, training_step, "accumulate_gradients", 1, signal.SIGKILL)
     return check(*launch(folder, arm), KILLED, words=f"warning: {checkpoints[-1]} is skipped")
 
 

@@ -11,11 +11,10 @@ from accelerate import Accelerator
 from runs import contents, metrics, run, stop_at
 
 import train
-from mlm import terminal as display
-from mlm.data import text_files as text
+from mlm import terminal
+from mlm.data import text_files
 from mlm.errors import UserError
-from mlm.report import dry_run
-from mlm.report import trackers
+from mlm.report import dry_run, trackers
 from mlm.runtime import hub
 from mlm.training import checkpoint
 
@@ -181,25 +180,25 @@ def test_push_to_hub_is_refused_before_training_where_it_cannot_work(monkeypatch
 
 
 def test_a_bar_is_lines_in_a_file(monkeypatch, capsys):
-    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)
-    with display.progress_bar("reading", 1000, "B") as bar:
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    with terminal.progress_bar("reading", 1000, "B") as bar:
         for _ in range(4):
             bar.update(250)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("%")[0].split()[-1] for line in lines] == ["0", "25", "50", "75", "100"]
-    with display.progress_bar("reading", 1000, "B", shown=False) as bar:
+    with terminal.progress_bar("reading", 1000, "B", shown=False) as bar:
         bar.update(1000)
     assert capsys.readouterr().err == ""
 
 
 def test_reading_is_counted_by_bytes_of_the_file(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(text, "LINES_BETWEEN_UPDATES", 10)
+    monkeypatch.setattr(text_files, "LINES_BETWEEN_UPDATES", 10)
     monkeypatch.setattr("tqdm.tqdm.update", lambda self, by: seen.append((self.total, by)))
     for name, opened in (("a.txt", open), ("a.txt.gz", gzip.open)):
         with opened(tmp_path / name, "wb") as file:
             file.write(b"a line of text\n" * 100)
-        assert len(list(text.read_lines([tmp_path / name]))) == 100
+        assert len(list(text_files.read_lines([tmp_path / name]))) == 100
         size = (tmp_path / name).stat().st_size
         assert {total for total, _ in seen} == {size} and seen[-1][1] == size  # from 0, as nothing moves the bar here
         seen.clear()

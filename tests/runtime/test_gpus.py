@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from Config import Config
 from mlm.errors import UserError
-from mlm.runtime import hardware as machine
-from mlm.training import checkpoint
-from mlm.training import micro_batch_size as memory
+from mlm.runtime import hardware
+from mlm.training import checkpoint, micro_batch_size
 from mlm.training import step as training_step
 from mlm.training.micro_batch_size import fit_memory
 from mlm.training.run import Learner
@@ -67,8 +66,8 @@ def test_the_memory_trial_loads_kernels_with_one_chunk_and_then_holds_full_gradi
 def test_the_memory_trial_leaves_some_memory_to_others(monkeypatch):
     gpu = SimpleNamespace(total_memory=80 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    assert 4 * 10**9 <= memory._spare_bytes(torch.device("cuda", 0)) <= 8 * 10**9
-    assert memory._spare_bytes(torch.device("cpu")) == 0
+    assert 4 * 10**9 <= micro_batch_size._spare_bytes(torch.device("cuda", 0)) <= 8 * 10**9
+    assert micro_batch_size._spare_bytes(torch.device("cpu")) == 0
 
 
 class MadeTensors(TorchDispatchMode):
@@ -91,7 +90,7 @@ class MadeTensors(TorchDispatchMode):
 
 
 def test_the_memory_trial_holds_what_training_will_hold_and_some_spare(trial, monkeypatch):
-    monkeypatch.setattr(memory, "_spare_bytes", lambda device: 10**6)
+    monkeypatch.setattr(micro_batch_size, "_spare_bytes", lambda device: 10**6)
     forward, held = PackedMaskedLM.forward, []
 
     def counting(self, **inputs):
@@ -119,13 +118,17 @@ def test_what_the_memory_trial_compiled_on_several_ranks_is_dropped(trial, monke
 
 
 def test_a_resumed_run_takes_the_size_that_was_found_and_tries_nothing(monkeypatch):
-    monkeypatch.setattr(memory, "is_found_by_trial", lambda accelerator, config: config.micro_batch_tokens is None)
-    monkeypatch.setattr(memory, "fit_memory", lambda *arguments: 4096)
+    monkeypatch.setattr(
+        micro_batch_size, "is_found_by_trial", lambda accelerator, config: config.micro_batch_tokens is None
+    )
+    monkeypatch.setattr(micro_batch_size, "fit_memory", lambda *arguments: 4096)
     learner = Learner(Accelerator(), None, None, None, None)
-    assert memory.choose(learner, Config(), found=None) == 4096
-    monkeypatch.setattr(memory, "fit_memory", lambda *arguments: pytest.fail("another trial"))
-    assert memory.choose(learner, Config(), found=2048) == 2048
-    assert memory.choose(learner, Config(micro_batch_tokens=512), found=2048) == 512  # what the user says comes first
+    assert micro_batch_size.choose(learner, Config(), found=None) == 4096
+    monkeypatch.setattr(micro_batch_size, "fit_memory", lambda *arguments: pytest.fail("another trial"))
+    assert micro_batch_size.choose(learner, Config(), found=2048) == 2048
+    assert (
+        micro_batch_size.choose(learner, Config(micro_batch_tokens=512), found=2048) == 512
+    )  # what the user says comes first
 
 
 def test_a_checkpoint_holds_the_size_that_was_found_or_halved_since(settings, monkeypatch):
@@ -135,8 +138,8 @@ def test_a_checkpoint_holds_the_size_that_was_found_or_halved_since(settings, mo
         return take_step(learner, progress, *others)
 
     take_step = training_step.take_step
-    monkeypatch.setattr(memory, "fit_memory", lambda *arguments: 128)
-    for module in (memory, checkpoint):  # as on a GPU
+    monkeypatch.setattr(micro_batch_size, "fit_memory", lambda *arguments: 128)
+    for module in (micro_batch_size, checkpoint):  # as on a GPU
         monkeypatch.setattr(module, "is_found_by_trial", lambda accelerator, config: True)
     monkeypatch.setattr(training_step, "take_step", halving)
     folder = run(settings(max_steps=5, save_every=2))
@@ -183,7 +186,7 @@ def test_other_errors_are_not_taken_for_memory_that_ran_out():
         "expected scalar type Float",
         "CUBLAS_STATUS_EXECUTION_FAILED",
     ):
-        assert not machine.ran_out_of_memory(RuntimeError(text))
+        assert not hardware.ran_out_of_memory(RuntimeError(text))
 
 
 @pytest.mark.slow
@@ -217,7 +220,7 @@ def test_two_ranks_agree_to_use_smaller_micro_batches_and_wait_minutes_for_each_
 
 
 def pretend_gpu(monkeypatch, capability: tuple[int, int], bf16: bool = True, flash: bool = True) -> None:
-    monkeypatch.setattr(machine, "count_gpus", lambda: 1)
+    monkeypatch.setattr(hardware, "count_gpus", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
@@ -229,7 +232,7 @@ def pretend_gpu(monkeypatch, capability: tuple[int, int], bf16: bool = True, fla
 )
 def test_a_gpu_computes_in_the_fastest_format_it_has(monkeypatch, capability, bf16, expected):
     pretend_gpu(monkeypatch, capability, bf16)
-    assert machine.native_precision() == expected
+    assert hardware.native_precision() == expected
 
 
 @pytest.mark.parametrize(
@@ -237,9 +240,9 @@ def test_a_gpu_computes_in_the_fastest_format_it_has(monkeypatch, capability, bf
 )
 def test_variable_length_kernels_need_the_card_and_a_torch_that_has_them(monkeypatch, capability, flash, expected):
     pretend_gpu(monkeypatch, capability, flash=flash)
-    assert machine.has_variable_length_kernels(0.0, "bf16", head_size=64) is expected
-    assert not machine.has_variable_length_kernels(0.0, "no", head_size=64)
-    assert not machine.has_variable_length_kernels(0.1, "bf16", head_size=64)
+    assert hardware.has_variable_length_kernels(0.0, "bf16", head_size=64) is expected
+    assert not hardware.has_variable_length_kernels(0.0, "no", head_size=64)
+    assert not hardware.has_variable_length_kernels(0.1, "bf16", head_size=64)
 
 
 def test_query_key_and_value_share_one_copy_of_their_input_in_16_bits(settings, vocabulary):
@@ -273,8 +276,8 @@ def test_gradients_are_views_of_what_the_ranks_exchange(settings, monkeypatch):
 def test_tf32_rounds_the_inputs_of_products_and_is_another_format_to_resume_in(settings, monkeypatch):
     with pytest.raises(UserError, match="mixed_precision: tf32 needs a GPU"):
         run(settings(mixed_precision="tf32"))
-    monkeypatch.setattr(machine, "choose_precision", lambda config: config.mixed_precision)
-    monkeypatch.setattr("mlm.runtime.distributed.choose_precision", machine.choose_precision)
+    monkeypatch.setattr(hardware, "choose_precision", lambda config: config.mixed_precision)
+    monkeypatch.setattr("mlm.runtime.distributed.choose_precision", hardware.choose_precision)
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     folder = run(settings(mixed_precision="tf32", max_steps=1))

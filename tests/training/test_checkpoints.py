@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM
 
 import train
 from mlm.errors import UserError
-from mlm.training import checkpoint as of_product
+from mlm.training import checkpoint as training_checkpoint
 from mlm.training.checkpoint import find_checkpoint
 
 
@@ -108,8 +108,8 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(long_settings, monkeypat
             raise OSError(28, "No space left on device")
         return save_file(tensors, path)
 
-    save_file = of_product.save_file
-    monkeypatch.setattr(of_product, "save_file", failing)
+    save_file = training_checkpoint.save_file
+    monkeypatch.setattr(training_checkpoint, "save_file", failing)
     with pytest.raises(UserError, match=r"cannot write .*step-00000010: No space left on device"):
         train.main(long_settings(run_name="a"))
     folder = folder_of(long_settings(run_name="a"))

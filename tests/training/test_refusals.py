@@ -11,7 +11,7 @@ import train
 from mlm.data.tokenizer import learn_tokenizer
 from mlm.errors import UserError
 from mlm.storage import lock
-from mlm.training import checkpoint as of_product
+from mlm.training import checkpoint as training_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_setting_that_changes_training_is_refused_by_name(stopped, changes, na
 def test_every_setting_is_either_compared_or_free(stopped):
     """Whatever is added to Config.py later is compared, unless it is listed."""
     state = json.loads((checkpoint(folder_of(stopped(run_name="a")), 7) / "state.json").read_text())
-    assert state["recipe"]["settings"].keys() == vars(stopped()).keys() > of_product.MAY_CHANGE_ON_RESUME
+    assert state["recipe"]["settings"].keys() == vars(stopped()).keys() > training_checkpoint.MAY_CHANGE_ON_RESUME
 
 
 @pytest.mark.parametrize("name", ["train.txt", "test.txt"])
@@ -93,7 +93,7 @@ def test_a_checkpoint_of_another_version_is_refused(stopped):
     state = json.loads((path / "state.json").read_text()) | {"format": 0}
     (path / "state.json").write_text(json.dumps(state))
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["state.json"] = of_product._measure(path / "state.json")
+    manifest["state.json"] = training_checkpoint._measure(path / "state.json")
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="written by another version of this program"):
         train.main(stopped(resume=True))

@@ -28,7 +28,7 @@ from mlm.data.text_files import find_text
 from mlm.data.tokenizer import load_tokenizer, read_vocabulary
 from mlm.errors import UserError
 from mlm.storage import lock
-from mlm.training import step as training
+from mlm.training import step as training_step
 from mlm.training.plan import learning_rate_at
 from model import Dropout, load_model
 
@@ -284,7 +284,7 @@ def test_checkpoints_take_a_twentieth_of_the_time_unless_more_are_asked_for(sett
         saved.append(progress.step)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(training, "accumulate_gradients", step)
+    monkeypatch.setattr(training_step, "accumulate_gradients", step)
     monkeypatch.setattr("mlm.training.checkpoint.save_checkpoint", save)
     score_as(monkeypatch, repeat(1.0))
     folder = run(settings(batch_size=64, max_steps=150))

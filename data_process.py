@@ -71,7 +71,7 @@ def prepare(
 
     folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)
     train, test = (Chunks.read(folder / f"{split}.arrow") for split in ("train", "test"))
-    return train, test, TextStats.of_dict(json.loads((folder / "stats.json").read_text()))
+    return train, test, TextStats.from_dict(json.loads((folder / "stats.json").read_text()))
 
 
 @contextmanager

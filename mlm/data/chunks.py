@@ -149,7 +149,7 @@ def write_chunks(
 
 
 def _blocks(lines: Iterator[str], characters: int = 1 << 19) -> Iterator[list[str]]:
-    """Yields the lines in blocks of about so many characters, enough to keep every core busy and memory small."""
+    """Yields blocks of lines, of about `characters` each: enough to keep every core busy, and memory small."""
     block, size = [], 0
     for line in lines:
         block.append(line)

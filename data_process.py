@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from Config import MOST_AUTOMATIC_WORDS, Config
 from mlm.data.chinese import make_segmenter
-from mlm.data.chunks import Chunks, Corpus, WrittenSplit, steps_per_epoch, take, write_chunks
+from mlm.data.chunks import Chunks, Corpus, WrittenSplit, chunk_bounds, steps_per_epoch, take, write_chunks
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
-from mlm.data.packing import Batch, MaskedChunks, chunk_bounds, frame, slice_chunks
+from mlm.data.packing import Batch, MaskedChunks, frame, slice_chunks
 from mlm.data.randomness import epoch_order, evaluation_order, mask_keys
 from mlm.data.text_files import Text, find_text
 from mlm.data.text_stats import SplitStats, TextStats
@@ -71,7 +71,7 @@ def prepare(
 
     folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)
     train, test = (Chunks.read(folder / f"{split}.arrow") for split in ("train", "test"))
-    return train, test, TextStats.of_dict(json.loads((folder / "stats.json").read_text()))
+    return train, test, TextStats.from_dict(json.loads((folder / "stats.json").read_text()))
 
 
 @contextmanager

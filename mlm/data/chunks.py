@@ -47,16 +47,18 @@ class Chunks:
         return self.offsets[indices + 1] - self.offsets[indices]
 
 
-def chunk_starts(lengths: np.ndarray) -> np.ndarray:
-    """Returns where each chunk starts, (n,) int64, if chunks of these lengths (n,) lie end to end."""
-    return np.cumsum(lengths) - lengths
+def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
+    """Returns where each chunk begins, and where the last ends: (n + 1,) int64 for lengths (n,) end to end."""
+    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    return bounds
 
 
 def take(chunks: Chunks, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the tokens (tokens,) int64 of the chunks at `indices` (n,) end to end, the chunks' lengths (n,), and
     whether each token starts a word (tokens,) bool."""
     lengths = chunks.lengths(indices)
-    skipped = chunks.offsets[indices] - chunk_starts(lengths)
+    skipped = chunks.offsets[indices] - chunk_bounds(lengths)[:-1]
     marked = chunks.tokens[np.arange(lengths.sum()) + np.repeat(skipped, lengths)]
     word_bit = _word_bit(marked.dtype)
     return (marked & ((1 << word_bit) - 1)).astype(np.int64), lengths, (marked >> word_bit).astype(bool)
@@ -143,13 +145,13 @@ def write_chunks(
             written.add(block, tokenized, len(new_chunk_lengths))
     if not chunk_lengths:
         raise UserError(f"path_datasets: no line of {path.stem}*.txt holds a token to train or test on")
-    _write_arrow(path, np.memmap(tokens_file, dtype, mode="r"), np.concatenate([[0], np.cumsum(chunk_lengths)]))
+    _write_arrow(path, np.memmap(tokens_file, dtype, mode="r"), chunk_bounds(np.array(chunk_lengths)))
     tokens_file.unlink()
     return written
 
 
 def _blocks(lines: Iterator[str], characters: int = 1 << 19) -> Iterator[list[str]]:
-    """Yields the lines in blocks of about so many characters, enough to keep every core busy and memory small."""
+    """Yields blocks of lines, of about `characters` each: enough to keep every core busy, and memory small."""
     block, size = [], 0
     for line in lines:
         block.append(line)
@@ -172,9 +174,8 @@ def _write_arrow(path: Path, tokens: np.ndarray, offsets: np.ndarray) -> None:
 
 def _cut_lines(tokenized: TokenizedLines, limit: int) -> Iterator[int]:
     """Yields the lengths of the chunks that the lines are cut into."""
-    starts = chunk_starts(tokenized.lengths)
-    for start, length in zip(starts.tolist(), tokenized.lengths.tolist(), strict=True):
-        yield from cut_line(tokenized.starts_word[start : start + length], limit)
+    for start, end in pairwise(chunk_bounds(tokenized.lengths).tolist()):
+        yield from cut_line(tokenized.starts_word[start:end], limit)
 
 
 def cut_line(starts_word: np.ndarray, limit: int) -> list[int]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlm.data.chunks import chunk_starts
+from mlm.data.chunks import chunk_bounds
 from mlm.data.randomness import Draw, random_bits, threshold
 from mlm.data.tokenizer import Vocabulary
 
@@ -43,7 +43,7 @@ def mask(
     where none is, the one with the smallest random bits. A rule for words needs starts_word (tokens,) bool.
     Returns the input ids (tokens,), the chosen tokens' indices (masked,), ascending, and these tokens (masked,).
     """
-    starts = chunk_starts(lengths)
+    starts = chunk_bounds(lengths)[:-1]
     places = np.arange(len(tokens)) - np.repeat(starts, lengths)  # (tokens,) in the chunk, from 0 on
     token_bits = random_bits(places, after=np.repeat(random_bits(keys), lengths))
     if rule.whole_words or rule.spans:
@@ -111,6 +111,6 @@ def _choose_spans(bits: np.ndarray, starts_chunk: np.ndarray, probability: float
 
 def content_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Returns mask keys (n,) that depend on each chunk's own tokens alone, so that evaluations compare between runs."""
-    starts = chunk_starts(lengths)
+    starts = chunk_bounds(lengths)[:-1]
     places = np.arange(len(tokens)) - np.repeat(starts, lengths)
     return random_bits(np.add.reduceat(random_bits(tokens, places), starts))

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlm.data.packing import Batch, MaskedChunks, Rows, chunk_bounds, pack, split_chunks, split_rows
+from mlm.data.chunks import chunk_bounds
+from mlm.data.packing import Batch, MaskedChunks, Rows, pack, split_chunks, split_rows
 from mlm.data.tokenizer import Vocabulary
 from mlm.errors import UserError
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlm.data.chunks import chunk_bounds
 from mlm.data.tokenizer import Vocabulary
 
 
@@ -46,8 +47,7 @@ def frame(
 ) -> MaskedChunks:
     """Returns what `mask` returned with [CLS] and [SEP], which are not to be predicted, around each of n chunks."""
     framed = lengths + 2
-    ends = np.cumsum(framed)
-    starts = ends - framed
+    starts = chunk_bounds(framed)[:-1]
     positions = len(input_ids) + 2 * len(lengths)
     inside = np.arange(len(input_ids)) + np.repeat(2 * np.arange(len(lengths)) + 1, lengths)
     chunks = MaskedChunks(
@@ -60,13 +60,6 @@ def frame(
     chunks.input_ids[starts] = vocabulary.cls_id
     chunks.input_ids[inside] = input_ids
     return chunks
-
-
-def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
-    """Returns where each chunk begins, and where the last ends: (n + 1,) int64 for lengths (n,)."""
-    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=bounds[1:])
-    return bounds
 
 
 def slice_chunks(chunks: MaskedChunks, bounds: np.ndarray, first: int, after: int) -> MaskedChunks:
@@ -101,7 +94,7 @@ def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Ro
     width = max(1, max(held for held, _ in emptiest))
     shape = (rows_needed, width)
     new_starts = np.array(rows_of, dtype=np.int64) * width + np.array(offsets, dtype=np.int64)  # (n,)
-    old_starts = np.cumsum(lengths) - lengths
+    old_starts = chunk_bounds(lengths)[:-1]
     places = np.arange(len(chunks.input_ids)) + np.repeat(new_starts - old_starts, lengths)  # in the flattened rows
     masked = places[chunks.masked]
     ascending = np.argsort(masked)

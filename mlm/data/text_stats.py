@@ -37,7 +37,7 @@ class TextStats:
     split_words: list[SplitWord]  # words that the vocabulary has no token for, the most frequent first
 
     @classmethod
-    def of_dict(cls, content: dict[str, Any]) -> "TextStats":
+    def from_dict(cls, content: dict[str, Any]) -> "TextStats":
         """Reads what dataclasses.asdict and JSON made of it."""
         splits = {name: SplitStats(**content[name]) for name in ("train", "test")}
         return cls(**content | splits | {"split_words": [SplitWord(*word) for word in content["split_words"]]})
@@ -56,7 +56,7 @@ def histogram(split: SplitStats, sen_max_length: int) -> list[tuple[str, int]]:
     return list(zip([*labels, f"over {bounds[-1] - 1}"], split.line_lengths, strict=True))
 
 
-def splits_of(stats: TextStats, only_test: bool) -> dict[str, SplitStats]:
+def used_splits(stats: TextStats, only_test: bool) -> dict[str, SplitStats]:
     """Returns the splits that a run uses, by name."""
     return {"test": stats.test} if only_test else {"train": stats.train, "test": stats.test}
 
@@ -64,7 +64,7 @@ def splits_of(stats: TextStats, only_test: bool) -> dict[str, SplitStats]:
 def text_warnings(stats: TextStats, tokenizer_name: str, only_test: bool) -> list[str]:
     """Returns a line for each thing that looks wrong with the text, or with the tokenizer for it."""
     warnings = []
-    for name, split in splits_of(stats, only_test).items():
+    for name, split in used_splits(stats, only_test).items():
         unknown_share = split.unknown / split.tokens
         if unknown_share > MANY_UNKNOWN:
             warnings.append(

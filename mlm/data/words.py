@@ -14,7 +14,7 @@ from mlm.data.chinese import ASCII_ALPHANUMERIC, HAN, HAN_CHARACTER, Segmenter, 
 from mlm.data.text_files import read_lines
 from mlm.errors import UserError
 
-MANY_SUBWORDS = 3  # a word of so many is worth a token of its own
+MANY_SUBWORDS = 3  # from here on a word is listed, as one that may be worth a token of its own
 COUNTED_WORDS = 1 << 18  # of more distinct ones the rarer half is dropped, so that memory stays small
 
 # ---------------------------------------------------------------------------------------------- where words start

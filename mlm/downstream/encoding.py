@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mlm.data.packing import MaskedChunks, chunk_bounds, slice_chunks
+from mlm.data.chunks import chunk_bounds
+from mlm.data.packing import MaskedChunks, slice_chunks
 from mlm.data.randomness import epoch_order
 from mlm.data.tokenizer import Vocabulary, read_vocabulary
 from mlm.data.words import make_encoders

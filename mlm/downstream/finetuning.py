@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mlm.data.chunks import steps_per_epoch
+from mlm.data.chunks import chunk_bounds, steps_per_epoch
 from mlm.data.micro_batches import MicroBatch, MicroBatcher
-from mlm.data.packing import MaskedChunks, chunk_bounds, slice_chunks
+from mlm.data.packing import MaskedChunks, slice_chunks
 from mlm.data.randomness import dropout_seed
 from mlm.downstream.encoding import Encoded, training_order
 from mlm.training.plan import learning_rate_at

@@ -12,8 +12,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from mlm.data.chunks import chunk_bounds
 from mlm.data.micro_batches import MicroBatcher
-from mlm.data.packing import chunk_bounds
 from mlm.downstream.encoding import Encoded
 from mlm.downstream.finetuning import split_chunks
 from mlm.downstream.task import Task, group_by, stratum

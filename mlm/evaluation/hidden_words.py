@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.chinese import HAN_CHARACTER
-from mlm.data.chunks import Chunks, chunk_starts, take
+from mlm.data.chunks import Chunks, chunk_bounds, take
 from mlm.data.tokenizer import Vocabulary
 
 HIDDEN_WORDS = 12  # in the report; the log shows the first few of them
@@ -98,7 +98,7 @@ class _Bigrams(NamedTuple):
         is_content_word[most_frequent_first[share_before < FUNCTION_WORD_SHARE]] = False
 
         is_counted = is_content_word[tokens[:-1]] & is_content_word[tokens[1:]]  # (tokens - 1,)
-        is_counted[chunk_starts(lengths)[1:] - 1] = False  # the last of one chunk, the first of the next
+        is_counted[chunk_bounds(lengths)[1:-1] - 1] = False  # the last of one chunk, the first of the next
         bigrams, counts = np.unique((tokens[:-1] * vocabulary.size + tokens[1:])[is_counted], return_counts=True)
         often = counts >= MIN_OCCURRENCES
         frequent = dict(zip(bigrams[often].tolist(), counts[often].tolist(), strict=True))

@@ -4,7 +4,7 @@ from typing import Any
 
 from Config import Config
 from mlm.data.chunks import Corpus
-from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats, splits_of, text_warnings
+from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats, text_warnings, used_splits
 from mlm.data.words import MANY_SUBWORDS, SplitWord
 from mlm.evaluation.loss import Change, Evaluation, perplexity
 from mlm.settings import describe_settings
@@ -32,7 +32,7 @@ def describe_run(given: Config, config: Config, data: Corpus, derived: dict[str,
 def describe_text(stats: TextStats, tokenizer_name: str, only_test: bool) -> str:
     """What was found in the text: a line per split, words split into subwords, warnings."""
     lines = []
-    for name, split in splits_of(stats, only_test).items():
+    for name, split in used_splits(stats, only_test).items():
         tokens_a_line = split.tokens / (split.lines - split.blank)
         lines.append(
             f"   {name:<5}  {split.lines:,} lines, {split.blank:,} blank, {split.duplicate:,} duplicate, "

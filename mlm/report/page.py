@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from mlm.data.text_stats import SplitStats, histogram, splits_of, text_warnings
+from mlm.data.text_stats import SplitStats, histogram, text_warnings, used_splits
 from mlm.evaluation.loss import compare, load_evaluation, perplexity
 from mlm.report.plots import Chart, Curve, Point, draw_curves, draw_histogram
 from mlm.report.summary import SCORES, Summary, read_summary
@@ -42,7 +42,7 @@ def write_page(path: Path, page: str) -> None:
 def render_run(run: Summary) -> str:
     """Returns the page of one run, as HTML."""
     stats, only_test = run.text, run.settings["evaluate_only"]
-    splits = splits_of(stats, only_test)
+    splits = used_splits(stats, only_test)
     warnings = text_warnings(stats, run.settings["initial_pretrain_tokenizer"], only_test)
     if run.skipped_steps:
         warnings.append(f"warning: {run.skipped_steps:,} steps skipped, as their loss or gradient was not finite")

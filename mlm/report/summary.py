@@ -108,7 +108,7 @@ def read_summary(folder: Path) -> Summary:
         kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
             rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-        kept["text"] = TextStats.of_dict(kept["text"])
+        kept["text"] = TextStats.from_dict(kept["text"])
         kept["guesses"] = [
             GuessedWord(line, word, *([Guess(*guess) for guess in guesses] for guesses in both))
             for line, word, *both in kept["guesses"]

@@ -137,7 +137,7 @@ def test_chunks_of_a_line_join_to_the_line_and_start_at_words(tmp_path, settings
         ("1", 3, [1]),
         ("111", 3, [3]),
         ("1111", 3, [3, 1]),
-        ("110010", 3, [1, 3, 2]),  # a word of three pieces moves whole to the next chunk
+        ("110010", 3, [1, 3, 2]),  # a word of three subwords moves whole to the next chunk
         ("1000000", 3, [3, 3, 1]),  # one word longer than a chunk is cut inside
         ("1100000", 3, [1, 3, 3]),
     ],

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import write_text
+from texts import write_text
 
 from Config import Config, DownstreamConfig, parse_downstream_flags, parse_flags
 

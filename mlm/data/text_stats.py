@@ -40,7 +40,8 @@ class TextStats:
     def from_dict(cls, content: dict[str, Any]) -> "TextStats":
         """Reads what dataclasses.asdict and JSON made of it."""
         splits = {name: SplitStats(**content[name]) for name in ("train", "test")}
-        return cls(**content | splits | {"split_words": [SplitWord(*word) for word in content["split_words"]]})
+        words = content.pop("broken_words" if "broken_words" in content else "split_words")  # as they once were called
+        return cls(**content | splits | {"split_words": [SplitWord(*word) for word in words]})
 
 
 def length_bins(body_length: int) -> list[int]:

@@ -72,7 +72,7 @@ def describe_evaluation(
         f"{heading}, test ({sample}): perplexity {with_error(evaluation.perplexity, evaluation.perplexity_se)}, "
         f"masked accuracy {evaluation.accuracy:.1%}"
     )
-    return line + (f"; loss {change.loss:+.3f} ± {change.se:.3f} since the start" if change else "")
+    return line + (f"; loss {change.loss:+.3f} ± {change.se:.3f} from the baseline" if change else "")
 
 
 def describe_training(step: int, plan: Plan, figures: dict[str, float]) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import make_lines
+from texts import make_lines
 
 from data_process import prepare, training_batches
 from mlm.data.chunks import cut_line, take

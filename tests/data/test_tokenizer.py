@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHINESE, ENGLISH, make_lines
 from runs import ROOT
+from texts import CHINESE, ENGLISH, make_lines
 from transformers import BertConfig
 
 from mlm.data.tokenizer import learn_tokenizer, load_tokenizer

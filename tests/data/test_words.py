@@ -7,8 +7,8 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from conftest import CHINESE, ENGLISH, make_lines
 from runs import metrics, run
+from texts import CHINESE, ENGLISH, make_lines
 from tokenizers import Encoding
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer, pipeline
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import make_lines
 from runs import ROOT
 from safetensors.torch import load_file
+from texts import make_lines
 from transformers import BertConfig, BertForMaskedLM
 
 COMMIT = "0" * 40

@@ -279,6 +279,6 @@ def parse_flags(arguments: list[str] | None = None) -> Config:
 
 
 def parse_downstream_flags(arguments: list[str] | None = None) -> DownstreamConfig:
-    """As `parse_flags`, for downstream.py."""
+    """Returns downstream.py's configuration, as `parse_flags` does train.py's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     return parse_settings(DownstreamConfig, "downstream.py", arguments, renamed=RENAMED_FLAGS)

@@ -20,5 +20,5 @@ def plain_errors() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, which is all that fits into a sentence."""
+    """Returns the first line of an error's text, which is all that fits into a sentence."""
     return str(error).partition("\n")[0]

@@ -23,7 +23,7 @@ def check_settings(settings: Any, wrong_values: Callable[[], Iterable[str]]) -> 
 
 
 def _wrong_types(settings):
-    """A problem for each field whose value does not have the annotated type."""
+    """Yields a problem for each field whose value does not have the annotated type."""
     hints = typing.get_type_hints(type(settings))
     for field in fields(settings):
         value, hint = getattr(settings, field.name), hints[field.name]
@@ -47,7 +47,7 @@ def _has_type(value, kinds):
 
 
 def require(settings: Any, allowed: Callable[[Any], bool], rule: str, *names: str) -> Iterator[str]:
-    """A problem for each named field that is set, and whose value is not allowed.
+    """Yields a problem for each named field that is set, and whose value is not allowed.
 
     `allowed` is to be written so that NaN is refused: as what must be true, not as what must not be.
     """
@@ -64,7 +64,7 @@ def parse_settings(
     default: Settings | None = None,
     renamed: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Settings of a class, from flags named as its fields, whose comments are the help.
+    """Returns settings of a class, from flags named as its fields, whose comments are the help.
 
     default: what holds where a flag is not given; None: the class's own defaults, and fields without one are required.
     renamed: from flags of former versions, which still work, to those of today.
@@ -80,7 +80,7 @@ def parse_settings(
 
 
 def repeat_command(program: str, settings: Any, default: Any, without: Iterable[str] = ()) -> str:
-    """The command that a program is to be called with for these settings, where its defaults are `default`.
+    """Returns the command that gives a program these settings, where its defaults are `default`.
 
     without: settings that are not to be repeated.
     """

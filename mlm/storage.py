@@ -82,7 +82,7 @@ def make_folder(path: Path, setting: str = "path_model_save") -> None:
 
 
 def lock(path: Path, timeout_s: float = -1) -> FileLock:
-    """A lock for one process on this machine at a time; it ends with the process, however that ends.
+    """Returns a lock for one process on this machine at a time; it ends with the process, however that ends.
 
     Entering it raises filelock.Timeout after `timeout_s` seconds of waiting; below 0 it waits as long as it takes.
     """
@@ -91,7 +91,7 @@ def lock(path: Path, timeout_s: float = -1) -> FileLock:
 
 
 def once(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, made by one process on this machine if it is not there yet, while the others that ask for it wait.
+    """Builds `path` if it is not there yet: once, under a lock, while other processes that ask for it wait. Returns it.
 
     make: writes a file or a folder at the path it is given. It is made again if a file is missing or of another size.
     """
@@ -141,5 +141,5 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def digest(*parts: object) -> str:
-    """32 hexadecimal digits that name a combination of values, for what is cached by it."""
+    """Returns 32 hexadecimal digits that name a combination of values: a cache key."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

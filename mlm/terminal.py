@@ -26,7 +26,7 @@ class _Lines:
 
 
 def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:
-    """A bar that comes when the work takes more than a second, and goes when it is done.
+    """Returns a bar that is shown after one second, and cleared at the end.
 
     Where stderr is no terminal, such as a log file or a notebook's output, it is a line every half minute.
     """
@@ -38,7 +38,7 @@ def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:
 
 
 def steps_bar(total: int, done: int, shown: bool) -> tqdm:
-    """The bar of a run: steps, time, and behind them what `set_postfix_str` is given; on a terminal only."""
+    """Returns the bar of a run: steps, time, and what `set_postfix_str` is given; on a terminal only."""
     layout = "{percentage:3.0f}% |{bar}| step {n_fmt} of {total_fmt}, {elapsed} so far{postfix}"
     return tqdm(total=total, initial=done, bar_format=layout, disable=not (shown and sys.stderr.isatty()))
 
@@ -50,19 +50,19 @@ def say(line: str) -> None:
 
 
 def figure(value: float) -> str:
-    """A perplexity, readable whatever its size."""
+    """Returns a perplexity as text, readable whatever its size."""
     if value >= 1e8:
         return f"{value:.2e}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:,.2f}"
 
 
 def with_error(value: float, standard_error: float) -> str:
-    """A perplexity with its standard error, where it has one."""
+    """Returns a perplexity as text, with its standard error where it has one."""
     return f"{figure(value)} ± {figure(standard_error)}" if math.isfinite(standard_error) else figure(value)
 
 
 def size(size_bytes: int) -> str:
-    """Bytes, readable whatever their number."""
+    """Returns a number of bytes as text."""
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 

@@ -110,7 +110,7 @@ def _measure(file: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, None if it has none at all, and a warning for each damaged newer one.
+    """Returns a run's newest whole checkpoint, None if it has none at all, and a warning for each damaged newer one.
 
     Raises UserError where all are damaged.
     """
@@ -127,7 +127,7 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def _damage(path):
-    """What is wrong with a checkpoint, None if it is whole."""
+    """Returns what is wrong with a checkpoint, None if it is whole."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for name in ("model.safetensors", "optimizer.safetensors", "state.json", *manifest):
@@ -140,7 +140,7 @@ def _damage(path):
 
 
 def make_recipe(config: Config, text_digest: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that decides a training: the resolved "settings", and a digest each of "text", "tokenizer", "user_words"."""
+    """Returns all that decides a training: its "settings", and digests of its "text", "tokenizer" and "user_words"."""
     return {
         "settings": asdict(config),
         "text": text_digest,
@@ -167,7 +167,7 @@ def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
 
 
 def _changes(began_with: dict[str, Any], recipe: dict[str, Any]) -> dict[str, str]:
-    """What differs from when the run began: by the name of the setting, how."""
+    """Returns what differs from when the run began: by the name of the setting, how."""
     changed = {}
     old_settings, settings = began_with["settings"], recipe["settings"]
     for name in (old_settings.keys() | settings.keys()) - MAY_CHANGE_ON_RESUME:

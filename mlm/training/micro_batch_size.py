@@ -79,7 +79,7 @@ def fit_memory(learner: Learner, config: Config) -> int:
 
 
 def _trial_chunks(number: int, vocabulary: Vocabulary, config: Config) -> MaskedChunks:
-    """Chunks of the greatest length, with more masked tokens than chance will bring."""
+    """Returns chunks of the greatest length, with more masked tokens than chance will bring."""
     lengths = np.full(number, config.sen_max_length - 2)  # without [CLS] and [SEP]
     ids = np.full(lengths.sum(), vocabulary.mask_id)
     share = min(1.0, max(0.25, 1.5 * config.mlm_probability))
@@ -88,5 +88,5 @@ def _trial_chunks(number: int, vocabulary: Vocabulary, config: Config) -> Masked
 
 
 def _spare_bytes(device: torch.device) -> int:
-    """What is left free for fragmentation and whatever else comes to use the GPU."""
+    """Returns what is left free for fragmentation and whatever else comes to use the GPU."""
     return int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0

@@ -96,7 +96,7 @@ class Plan:
 
 
 def _multiples(of: int, above: int, below: int) -> range:
-    """The multiples of a number between two others."""
+    """Returns the multiples of a number between two others."""
     return range(of * (above // of + 1), below, of)
 
 

@@ -60,20 +60,18 @@ def load_task(config: DownstreamConfig) -> Task:
         notes.append(f"left out, as text or label is empty: {empty:,}")
     splits, removed = _split(files, kind, config)
     notes += [f"left out, {reason}: {number:,}" for reason, number in removed.items() if number]
+    noted = ". ".join(["", *notes])
     for split, examples in splits.items():
         if not examples:
-            raise UserError(f"task: {path} leaves no text for {split}. {'. '.join(notes)}".rstrip(". "))
+            raise UserError(f"task: {path} leaves no text for {split}{noted}")
 
-    counts = {
-        split: Counter(label for example in examples for label in example.labels) for split, examples in splits.items()
-    }
-    if len(counts["train"]) == 1:
-        [label] = counts["train"]
-        raise UserError(f"task: all training texts of {path} have the label {label}. {'. '.join(notes)}".rstrip(". "))
-    if not counts["train"].keys() & counts["test"].keys():
+    train, dev, test = (Counter(label for example in part for label in example.labels) for part in splits.values())
+    if len(train) == 1:
+        raise UserError(f"task: all training texts of {path} have the label {next(iter(train))}{noted}")
+    if not train.keys() & test.keys():
         raise UserError(f"task: no label of the training texts of {path} is one of the test texts'")
-    notes += _notes_on_labels(kind, counts["train"], counts["test"])
-    classes = sorted(set().union(*counts.values()))
+    notes += _describe_labels(kind, train, test)
+    classes = sorted({*train, *dev, *test})
     return Task(path.name.partition(".")[0] or path.resolve().name, kind, classes, **splits, notes=notes)
 
 
@@ -209,8 +207,8 @@ def _check_labels(kind: Kind, examples: list[Example], path: Path) -> None:
         )
 
 
-def _notes_on_labels(kind: Kind, train: Counter[str], test: Counter[str]) -> list[str]:
-    """Classes that cannot be learned or tested, names that look alike, and a class that nearly all texts have."""
+def _describe_labels(kind: Kind, train: Counter[str], test: Counter[str]) -> list[str]:
+    """Returns notes on classes that cannot be learned or tested, names that look alike, and a very large class."""
     notes = []
     alike = Counter(label.casefold() for label in train.keys() | test.keys())
     if max(alike.values()) > 1:

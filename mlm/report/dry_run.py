@@ -16,7 +16,7 @@ from mlm.data.text_stats import histogram, text_warnings
 from mlm.evaluation.fill_mask import guess, save_predictions
 from mlm.evaluation.loss import Evaluation
 from mlm.report.summary import pair_guesses, publish
-from mlm.report.templates import template
+from mlm.report.templates import render
 from mlm.runtime.distributed import decide_on_main
 from mlm.runtime.hardware import count_gpus, native_precision
 from mlm.terminal import with_error
@@ -151,7 +151,8 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
     warnings = text_warnings(stats, setup.config.initial_pretrain_tokenizer, only_test=False)
     if estimate.disk_bytes + estimate.saving_bytes > estimate.free_bytes:
         warnings.insert(0, "warning: the disk is too small for that; a lower --keep_checkpoints needs less")
-    screen = template("dry_run.txt").render(
+    screen = render(
+        "dry_run.txt",
         estimate=estimate,
         left=estimate.left,
         perplexity=with_error(estimate.baseline.perplexity, estimate.baseline.perplexity_se),

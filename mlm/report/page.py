@@ -7,7 +7,7 @@ from mlm.data.text_stats import SplitStats, histogram, text_warnings, used_split
 from mlm.evaluation.loss import compare, load_evaluation, perplexity
 from mlm.report.plots import Chart, Curve, Point, draw_curves, draw_histogram
 from mlm.report.summary import SCORES, Summary, read_summary
-from mlm.report.templates import template
+from mlm.report.templates import render
 from mlm.report.wording import describe_change, notes, score_rows, verdict
 from mlm.storage import atomic_write, read_csv
 from mlm.terminal import figure, with_error
@@ -46,7 +46,8 @@ def render_run(run: Summary) -> str:
     warnings = text_warnings(stats, run.settings["initial_pretrain_tokenizer"], only_test)
     if run.skipped_steps:
         warnings.append(f"warning: {run.skipped_steps:,} steps skipped, as their loss or gradient was not finite")
-    return template("run.html").render(
+    return render(
+        "run.html",
         run=run,
         state=_describe_state(run),
         verdict=verdict(run),
@@ -193,7 +194,8 @@ def render_runs(runs: list[Summary]) -> str:
         _draw_beside(runs, "Perplexity", "perplexity", "{:,.10g}".format, logarithmic=True),
         _draw_beside(runs, "Masked accuracy", "masked_accuracy", _percent),
     ]
-    return template("runs.html").render(
+    return render(
+        "runs.html",
         runs=runs,
         rows=[_run_row(run, first) for run in runs],
         charts=[chart for chart in charts if chart],

@@ -328,8 +328,7 @@ def publish(run: Run, progress: Progress, ending: Ending | None = None) -> summa
     guesses = []
     if ending not in (Ending.BROKEN, Ending.SKIPPING):
         guesses = fill_mask.guess(run.learner.bert, run.hidden_words, run.corpus.tokenizer)
-    guessed = summary.pair_guesses(run.hidden_words, progress.baseline_guesses, guesses)
-    return summary.publish(run.setup, progress, run.corpus.stats, guessed, ending)
+    return summary.publish(run.setup, progress, run.corpus.stats, run.hidden_words, guesses, ending)
 
 
 def main(config: Config) -> None:

@@ -4,9 +4,10 @@ from typing import Any
 
 from Config import Config
 from mlm.data.chunks import Corpus
-from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats, text_warnings, used_splits
-from mlm.data.words import MANY_SUBWORDS, SplitWord
+from mlm.data.text_stats import SHOWN_SPLIT_WORDS, text_warnings, used_splits
+from mlm.data.words import MANY_SUBWORDS
 from mlm.evaluation.loss import Change, Evaluation, perplexity
+from mlm.report.templates import render
 from mlm.settings import describe_settings
 from mlm.terminal import figure, with_error
 from mlm.training.checkpoint import checkpoint_path
@@ -14,48 +15,22 @@ from mlm.training.plan import Plan
 from mlm.training.progress import Progress
 from mlm.training.run import Ending, Setup
 
-# --------------------------------------------------------------------------------------------------------------- before
-
 
 def describe_run(given: Config, config: Config, data: Corpus, derived: dict[str, Any]) -> str:
-    """Settings, text and derived numbers, for people."""
-    parts = [
-        f"settings (* differs from Config.py's default)\n{describe_settings(config, given)}\n",
-        f"text\n{describe_text(data.stats, config.initial_pretrain_tokenizer, config.evaluate_only)}\n",
-        "derived\n" + "".join(f"   {name:<26}  {value}\n" for name, value in derived.items()),
-    ]
-    if data.added_words:
-        parts.insert(2, f"added to the vocabulary\n   {', '.join(data.added_words)}\n")
-    return "\n".join(parts)
-
-
-def describe_text(stats: TextStats, tokenizer_name: str, only_test: bool) -> str:
-    """What was found in the text: a line per split, words split into subwords, warnings."""
-    lines = []
-    for name, split in used_splits(stats, only_test).items():
-        tokens_a_line = split.tokens / (split.lines - split.blank)
-        lines.append(
-            f"   {name:<5}  {split.lines:,} lines, {split.blank:,} blank, {split.duplicate:,} duplicate, "
-            f"{split.dropped:,} dropped; {split.tokens:,} tokens, {tokens_a_line:.1f} a line, "
-            f"{split.unknown / split.tokens:.2%} [UNK]; {split.chunks:,} chunks"
-        )
-    if not only_test:
-        lines.append(f"   test lines that are also training lines: {stats.test_lines_in_train:,}")
-        lines.append(_describe_split_words(stats.split_words))
-    return "\n".join([*lines, *text_warnings(stats, tokenizer_name, only_test)])
-
-
-def _describe_split_words(split_words: list[SplitWord]) -> str:
-    """Lists the most frequent: a heading, then count, word and subwords."""
-    criterion = f"{MANY_SUBWORDS} or more; Chinese: a rare or unknown character"
-    lines = [
-        f"   {split.occurrences:>9,}  {split.word}   {' '.join(split.subwords)}"
-        for split in split_words[:SHOWN_SPLIT_WORDS]
-    ]
-    return "\n".join([f"   words split into subwords ({criterion}):", *(lines or ["        none"])])
-
-
-# --------------------------------------------------------------------------------------------------------------- during
+    """Returns settings, what was found in the text, and derived numbers, for people."""
+    stats, only_test = data.stats, config.evaluate_only
+    return render(
+        "setup.txt",
+        settings=describe_settings(config, given),
+        stats=stats,
+        splits=used_splits(stats, only_test),
+        only_test=only_test,
+        many_subwords=MANY_SUBWORDS,
+        split_words=stats.split_words[:SHOWN_SPLIT_WORDS],
+        warnings=text_warnings(stats, config.initial_pretrain_tokenizer, only_test),
+        added_words=data.added_words,
+        derived=derived,
+    )
 
 
 def describe_evaluation(

@@ -15,8 +15,8 @@ from mlm.data.micro_batches import Prefetcher
 from mlm.data.text_stats import histogram, text_warnings
 from mlm.evaluation.fill_mask import guess, save_predictions
 from mlm.evaluation.loss import Evaluation
-from mlm.report.summary import pair_guesses, publish
-from mlm.report.templates import template
+from mlm.report.summary import publish
+from mlm.report.templates import render
 from mlm.runtime.distributed import decide_on_main
 from mlm.runtime.hardware import count_gpus, native_precision
 from mlm.terminal import with_error
@@ -32,7 +32,6 @@ TIMED_SECONDS = 15.0  # of steps, about
 MOST_TIMED_STEPS = 500
 SCORED_CHUNKS = 1024  # of the test text
 WORTH_A_HINT = 0.1  # share of the time, or of the text
-BAR_WIDTH = 40  # characters
 
 
 class Estimate(NamedTuple):
@@ -121,8 +120,7 @@ def _save_once(run: Run, progress: Progress) -> tuple[int, int]:
     with run.timings.measure("write_results"):
         save_model(setup.folder / "best", bert, corpus.tokenizer)
         guesses = guess(bert, run.hidden_words, corpus.tokenizer)
-        guessed = pair_guesses(run.hidden_words, progress.baseline_guesses, guesses)
-        publish(setup, progress, corpus.stats, guessed, ending=None)
+        publish(setup, progress, corpus.stats, run.hidden_words, guesses, ending=None)
     with run.timings.measure("save_checkpoint"):
         save_checkpoint(setup, run.learner, corpus.tokenizer, progress)
     save_predictions(setup.folder / "predictions.csv", bert, corpus, setup.config.sen_max_length)  # for its memory
@@ -145,24 +143,17 @@ def _peak_memory() -> int:
 def describe_estimate(run: Run, estimate: Estimate) -> str:
     """Returns one screen: text, model, steps, speed, time, memory, disk, and what would make it faster."""
     setup, stats = run.setup, run.corpus.stats
-    counts = histogram(stats.train, setup.config.sen_max_length)
-    most = max(number for _, number in counts)
-    bars = ["█" * round(BAR_WIDTH * number / most) or ("▏" if number else "") for _, number in counts]
     warnings = text_warnings(stats, setup.config.initial_pretrain_tokenizer, only_test=False)
     if estimate.disk_bytes + estimate.saving_bytes > estimate.free_bytes:
         warnings.insert(0, "warning: the disk is too small for that; a lower --keep_checkpoints needs less")
-    screen = template("dry_run.txt").render(
+    screen = render(
+        "dry_run.txt",
         estimate=estimate,
-        left=estimate.left,
         perplexity=with_error(estimate.baseline.perplexity, estimate.baseline.perplexity_se),
-        config=setup.config,
-        plan=setup.plan,
-        derived=setup.derived,
+        setup=setup,
         processes=run.learner.accelerator.num_processes,
         stats=stats,
-        train=stats.train,
-        test=stats.test,
-        lengths=[(*count, bar) for count, bar in zip(counts, bars, strict=True)],
+        lengths=histogram(stats.train, setup.config.sen_max_length),
         hints=hints_for_speed(run, estimate),
         warnings=warnings,
     )
@@ -172,17 +163,15 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
 def hints_for_speed(run: Run, estimate: Estimate) -> list[str]:
     """Returns what would make the run faster, as far as it can be seen here."""
     config, train = run.setup.config, run.corpus.stats.train
-    hints = []
-    if config.mixed_precision == "no" and native_precision() != "no":
-        hints.append(f"--mixed_precision {native_precision()}: this machine computes in it")
-    if count_gpus() == 0:
-        hints.append("a GPU: none is used")
-    if count_gpus() and config.attention_dropout:
-        hints.append("--attention_dropout 0: allows the fast attention kernels")
-    share = estimate.left.evaluation_seconds / estimate.seconds
-    if share > WORTH_A_HINT and run.setup.plan.test_chunks > SCORED_CHUNKS:
-        hints.append(f"--max_test_chunks {SCORED_CHUNKS}: evaluations take {share:.0%} of the time")
-    if train.duplicate > WORTH_A_HINT * train.lines:
-        share = train.duplicate / train.lines
-        hints.append(f"fewer duplicates: {share:.0%} of the training lines repeat an earlier one")
-    return hints
+    evaluating = estimate.left.evaluation_seconds / estimate.seconds
+    repeated, native = train.duplicate / train.lines, native_precision()
+    applies = {
+        f"--mixed_precision {native}: this machine computes in it": (config.mixed_precision == "no" and native != "no"),
+        "a GPU: none is used": count_gpus() == 0,
+        "--attention_dropout 0: allows the fast attention kernels": count_gpus() and config.attention_dropout,
+        f"--max_test_chunks {SCORED_CHUNKS}: evaluations take {evaluating:.0%} of the time": (
+            evaluating > WORTH_A_HINT and run.setup.plan.test_chunks > SCORED_CHUNKS
+        ),
+        f"fewer duplicates: {repeated:.0%} of the training lines repeat an earlier one": repeated > WORTH_A_HINT,
+    }
+    return [hint for hint, is_due in applies.items() if is_due]

@@ -10,7 +10,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from mlm.data.words import HAN_CHARACTER
 from mlm.report.summary import Summary
-from mlm.report.templates import template
+from mlm.report.templates import render
 from mlm.report.wording import score_rows, verdict
 
 READ_LINES = 500  # to tell the language by
@@ -45,7 +45,8 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
         ],
     )
     is_public = _is_hub_name(base_model) or base_model.startswith("scratch:")
-    body = template("card.md").render(
+    body = render(
+        "card.md",
         run=run,
         name=name,
         base_model=base_model if is_public else "a local checkpoint",

@@ -28,6 +28,8 @@ COLORS = {
     for number, name in enumerate(("soft", "line", "faint", "one", "two", "three", "four"), start=1)
 }
 
+COLORS_OF_RUNS = ("one", "two", "three", "four")  # beside each other
+
 
 class Point(NamedTuple):
     """A measured value."""
@@ -56,14 +58,13 @@ class Chart(NamedTuple):
 
 def draw_curves(
     title: str,
-    description: str,
     curves: Sequence[Curve],
     logarithmic: bool = False,
     label: Callable[[float], str] = "{:,.10g}".format,
 ) -> Chart | None:
     """Draws curves over steps. Returns None where there is nothing to draw.
 
-    description: what the picture shows, for who cannot see it. label: writes a value of the vertical axis.
+    label: writes a value of the vertical axis.
     """
     arrays = [_drawable(curve.points, logarithmic) for curve in curves]
     drawn = [(curve, array) for curve, array in zip(curves, arrays, strict=True) if array.size]
@@ -78,11 +79,13 @@ def draw_curves(
     for curve, (steps, values, margins) in drawn:  # a wide interval must not squeeze the curve
         if margins.any():
             axes.fill_between(steps, values - margins, values + margins, color=COLORS[curve.color], alpha=0.3, lw=0)
+    ends = [(curve.name, *(label(float(f"{values[i]:.4g}")) for i in (0, -1))) for curve, (_, values, _) in drawn]
+    description = ", ".join(f"{name} from {first} to {last}" for name, first, last in ends)
     return Chart(title, _to_svg(figure, title, description), [curve for curve, _ in drawn if curve.name])
 
 
-def draw_histogram(title: str, description: str, counts: list[tuple[str, int]]) -> Chart:
-    """Draws a bar for each label and its count; the last bar is set apart by its colour."""
+def draw_histogram(title: str, counts: list[tuple[str, int]]) -> Chart:
+    """Draws a bar for each label and its count of lines; the last bar is set apart by its colour."""
     figure, axes = _new_figure()
     last = len(counts) - 1
     axes.bar(range(last + 1), [count for _, count in counts], color=[COLORS["one"]] * last + [COLORS["two"]])
@@ -90,6 +93,7 @@ def draw_histogram(title: str, description: str, counts: list[tuple[str, int]]) 
     axes.set_xticks(labelled, [counts[index][0] for index in labelled])
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND_STEPS, integer=True))
     axes.yaxis.set_major_formatter("{x:,.0f}")
+    description = ", ".join(f"{label}: {count:,} lines" for label, count in counts if count)
     return Chart(title, _to_svg(figure, title, description), [])
 
 
@@ -142,6 +146,8 @@ def _scale(axes: Axes, logarithmic: bool, label: Callable[[float], str]) -> None
 def _to_svg(figure: Figure, title: str, description: str) -> Markup:
     """Writes a picture as an element of a page, coloured by the page's variables.
 
+    description: what it shows, for who cannot see it.
+
     Text stays text, measured by the font that matplotlib brings along. Ids are hashes salted with the title, so that
     pictures of one page share none.
     """
@@ -153,5 +159,7 @@ def _to_svg(figure: Figure, title: str, description: str) -> Markup:
     drawing = re.sub(r'<g id="[^"]*"', "<g", group + rest)
     for name, color in COLORS.items():
         drawing = drawing.replace(color, f"var(--{name})")
-    start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, description)
+    start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+        WIDTH, HEIGHT, f"{title}: {description}"
+    )
     return start + Markup(drawing)

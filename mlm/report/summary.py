@@ -1,6 +1,5 @@
 """What came of a run, or has come of it so far: the figures and sentences that its log, report and model card share."""
 
-import csv
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats
 from mlm.errors import UserError
 from mlm.evaluation.hidden_words import Guess, HiddenWord
 from mlm.evaluation.loss import Evaluation, save_evaluation
-from mlm.storage import atomic_write, write_json
+from mlm.storage import atomic_write, read_csv, write_json
 from mlm.training.progress import Progress
 from mlm.training.run import Ending, Setup
 
@@ -59,13 +58,6 @@ class Summary:
         return [row["eval_loss"] * tokens_per_character for row in (self.evaluations[0], self.evaluations[-1])]
 
 
-def pair_guesses(
-    hidden_words: list[HiddenWord], before: list[list[Guess]], after: list[list[Guess]]
-) -> list[GuessedWord]:
-    """Returns the hidden words with what the model makes of them before training and now; none without `after`."""
-    return [GuessedWord(*hidden, *both) for hidden, *both in zip(hidden_words, before, after, strict=False)]
-
-
 def save_settings(setup: Setup) -> None:
     """Writes settings.json."""
     content = {"settings": asdict(setup.config), "derived": setup.derived, "versions": setup.versions}
@@ -73,9 +65,18 @@ def save_settings(setup: Setup) -> None:
 
 
 def publish(
-    setup: Setup, progress: Progress, stats: TextStats, guesses: list[GuessedWord], ending: Ending | None
+    setup: Setup,
+    progress: Progress,
+    stats: TextStats,
+    hidden_words: list[HiddenWord],
+    guesses: list[list[Guess]],
+    ending: Ending | None,
 ) -> Summary:
-    """Writes what came of a run so far to its folder; `ending` is None while it goes on."""
+    """Writes what came of a run so far to its folder; `ending` is None while it goes on.
+
+    guesses: for each hidden word what the model makes of its place now, or none at all.
+    """
+    words = zip(hidden_words, progress.baseline_guesses, guesses, strict=False)
     summary = Summary(
         folder=setup.folder,
         settings=asdict(setup.config),
@@ -86,7 +87,7 @@ def publish(
         state=ending.name.lower() if ending else "running",
         text=replace(stats, split_words=stats.split_words[:SHOWN_SPLIT_WORDS]),
         skipped_steps=progress.skipped_steps,
-        guesses=guesses,
+        guesses=[GuessedWord(*hidden, before, after) for hidden, before, after in words],
     )
     kept = {name: value for name, value in asdict(summary).items() if name in KEPT}
     write_json(summary.folder / "summary.json", kept)
@@ -106,8 +107,8 @@ def read_summary(folder: Path) -> Summary:
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        metrics = read_csv(folder / "metrics.csv")
+        rows = [{name: float(value) for name, value in row.items() if value} for row in metrics]
         kept["text"] = TextStats.from_dict(kept["text"])
         kept["guesses"] = [
             GuessedWord(line, word, *([Guess(*guess) for guess in guesses] for guesses in both))
@@ -116,6 +117,3 @@ def read_summary(folder: Path) -> Summary:
         return Summary(folder=folder, rows=rows, **settings, **kept)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} is not the folder of a run that has been evaluated: {error}") from error
-
-
-# ----------------------------------------------------------------------------------------------------------- sentences

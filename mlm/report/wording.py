@@ -2,12 +2,10 @@
 
 import math
 
-from mlm.evaluation.hidden_words import Guess
 from mlm.evaluation.loss import SAMPLE_ERROR, perplexity
 from mlm.report.summary import Summary
+from mlm.report.templates import render
 from mlm.terminal import figure, table, with_error
-
-GUESSES_IN_LOG = 5
 
 
 def verdict(summary: Summary) -> str:
@@ -39,9 +37,7 @@ def describe_change(loss: float, low: float, high: float, fell: str, rose: str) 
 def trend(summary: Summary) -> str:
     """Returns a sentence: whether the test loss still falls; empty where too few evaluations were made to say."""
     trained = [row for row in summary.evaluations if "change" in row]
-    if trained and not math.isfinite(trained[-1]["change_low"]):
-        return ""
-    if len(trained) < 2:
+    if len(trained) < 2 or not math.isfinite(trained[-1]["change_low"]):
         return ""
     before, last = trained[-2:]
     lowest = min(trained, key=lambda row: row["change"])
@@ -92,27 +88,7 @@ def closing_words(summary: Summary) -> str:
     """Returns the end of the log: scores before and after, some hidden words and their guesses, where the model is."""
     rows = score_rows(summary)
     if summary.has_trained:
-        lines = [table([("", "before", "after"), *rows], "<>><")]
+        scores = table([("", "before", "after"), *rows], "<>><")
     else:  # both scores are the same
-        lines = [table([(name, score, note) for name, _, score, note in rows], "<><")]
-    lines.append("(Perplexities compare between runs with the same tokenizer and sen_max_length; else compare nats.)")
-    lines += ["", verdict(summary), *notes(summary)]
-    for guessed in summary.guesses[:GUESSES_IN_LOG]:
-        lines += ["", f"  {guessed.line}   ({guessed.word})"]
-        if summary.has_trained:
-            lines += [f"    before  {_join(guessed.before)}", f"    after   {_join(guessed.after)}"]
-        else:
-            lines.append(f"    {_join(guessed.after)}")
-    if summary.skipped_steps:
-        warning = "warning: steps skipped, as their loss or gradient was not finite"
-        lines += ["", f"{warning}: {summary.skipped_steps:,}"]
-    lines += ["", f"The report: {summary.folder / 'report.html'}"]
-    if summary.has_trained:
-        model = summary.folder / "final"
-        call = f"""print(pipeline("fill-mask", "{model}")("Your text with a [MASK]."))"""
-        lines += [f"The model: {model}", f"  python -c 'from transformers import pipeline; {call}'"]
-    return "\n".join(lines)
-
-
-def _join(guesses: list[Guess]) -> str:
-    return "   ".join(f"{guess.word} {guess.percent}" for guess in guesses)
+        scores = table([(name, score, note) for name, _, score, note in rows], "<><")
+    return render("closing.txt", run=summary, scores=scores, verdict=verdict(summary), notes=notes(summary))

@@ -10,13 +10,8 @@ from warnings import filterwarnings
 
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate import Accelerator, utils
+from accelerate.utils import gather_object
 
 from mlm.errors import UserError
 from mlm.runtime.hardware import DeviceSettings, check_devices, choose_precision
@@ -39,8 +34,8 @@ def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str 
         log_with=None if tracker == "none" else tracker,
         project_dir=output,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PREPARATION_TIMEOUT),
-            DistributedDataParallelKwargs(
+            utils.InitProcessGroupKwargs(timeout=PREPARATION_TIMEOUT),
+            utils.DistributedDataParallelKwargs(
                 broadcast_buffers=False,  # BERT's never change
                 gradient_as_bucket_view=True,  # spares a copy of all gradients
             ),
@@ -72,7 +67,7 @@ def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> 
             decided = decide()
         except UserError as raised:
             error = raised
-    decided, failed = broadcast_object_list([decided, error is not None])
+    decided, failed = utils.broadcast_object_list([decided, error is not None])
     if error:
         raise error
     if failed:

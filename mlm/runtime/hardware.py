@@ -103,23 +103,18 @@ class OutOfMemory(Exception):
 
 @contextmanager
 def detect_out_of_memory() -> Iterator[None]:
-    """Raises OutOfMemory where the block's memory does not suffice.
+    """Raises OutOfMemory where the block's memory does not suffice: not all such errors are torch.OutOfMemoryError.
 
     Whoever catches it is to leave the `except` before trying again: until then it holds what the block had made.
     """
+    import torch
+
     try:
         yield
     except RuntimeError as error:
-        if not ran_out_of_memory(error):
+        if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)):
             raise
         raise OutOfMemory(str(error)) from error
-
-
-def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether that is what an error of torch's says; not all of them are torch.OutOfMemoryError."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def keep_freed_memory() -> None:

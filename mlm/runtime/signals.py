@@ -12,7 +12,7 @@ from torch.distributed import DistBackendError
 
 from Config import Config
 from mlm.errors import UserError
-from mlm.runtime.hardware import ran_out_of_memory
+from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
 
 
 class Stopped(Exception):
@@ -58,15 +58,14 @@ def translate_failures(config: Config) -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        yield
+        with detect_out_of_memory():
+            yield
     except KeyboardInterrupt:
         print("\nstopped before training began; nothing is lost", file=sys.stderr)
         sys.exit(130)
+    except OutOfMemory as error:
+        raise UserError(f"micro_batch_tokens, sen_max_length: out of memory; lower ones need less. {error}") from error
     except RuntimeError as error:
-        if ran_out_of_memory(error):
-            raise UserError(
-                f"micro_batch_tokens, sen_max_length: out of memory; lower ones need less. {error}"
-            ) from error
         if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             reason = " ".join(str(error).splitlines()[:2])
             raise UserError(f"compile: the model cannot be compiled here; leave it out. {reason}") from error

@@ -186,7 +186,8 @@ def test_other_errors_are_not_taken_for_memory_that_ran_out():
         "expected scalar type Float",
         "CUBLAS_STATUS_EXECUTION_FAILED",
     ):
-        assert not hardware.ran_out_of_memory(RuntimeError(text))
+        with pytest.raises(RuntimeError, match=text), hardware.detect_out_of_memory():
+            raise RuntimeError(text)
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
-"""The templates of pages, model card and dry run, by jinja2: what is put into a page is escaped."""
+"""The templates of pages, model card and screens, by jinja2: what is put into a page is escaped."""
 
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from tqdm import tqdm
 
 from mlm.terminal import size
@@ -16,6 +17,6 @@ _ENVIRONMENT = Environment(
 _ENVIRONMENT.filters |= {"commas": "{:,}".format, "clock": tqdm.format_interval, "bytes": size}
 
 
-def template(name: str) -> Template:
-    """Returns the template of that file here."""
-    return _ENVIRONMENT.get_template(name)
+def render(template: str, **values: Any) -> str:
+    """Returns the text of a template, by its file here, with the values put in."""
+    return _ENVIRONMENT.get_template(template).render(values)

@@ -21,7 +21,7 @@ from Config import MOST_AUTOMATIC_WORDS, Config
 from mlm.data.chinese import make_segmenter
 from mlm.data.chunks import Chunks, Corpus, WrittenSplit, chunk_bounds, steps_per_epoch, take, write_chunks
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
-from mlm.data.packing import Batch, MaskedChunks, frame, slice_chunks
+from mlm.data.packing import Batch, Sequences, frame, slice_chunks
 from mlm.data.randomness import epoch_order, evaluation_order, mask_keys
 from mlm.data.text_files import Text, find_text
 from mlm.data.text_stats import SplitStats, TextStats
@@ -149,7 +149,7 @@ def training_batches(
         epoch, step_of_epoch = epoch + 1, 0
 
 
-def _split_into_batches(chunks: MaskedChunks, batch_size: int, rank: int, ranks: int) -> Iterator[Batch]:
+def _split_into_batches(chunks: Sequences, batch_size: int, rank: int, ranks: int) -> Iterator[Batch]:
     """Yields the chunks of many batches, a batch at a time: the rank's share, as even as whole chunks allow."""
     bounds = chunk_bounds(chunks.lengths)
     for begin in range(0, len(chunks.lengths), batch_size):
@@ -165,7 +165,7 @@ def _split_into_batches(chunks: MaskedChunks, batch_size: int, rank: int, ranks:
 
 def evaluation_batches(
     chunks: Chunks, vocabulary: Vocabulary, number: int, rank: int = 0, ranks: int = 1
-) -> Iterator[tuple[np.ndarray, MaskedChunks]]:
+) -> Iterator[tuple[np.ndarray, Sequences]]:
     """Yields a rank's part of a sample of `number` chunks, masked, with their places in the sample.
 
     The ranks take chunks in turn. Masked by BERT's rule as each chunk's own tokens decide.

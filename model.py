@@ -48,12 +48,12 @@ class PackedBert(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        masked: Tensor,
+        label_positions: Tensor,
         segment_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """What the head makes of the positions `masked`, (masked,) indices into the flattened (rows, width).
+        """Returns what the head makes of `label_positions`, (targets,) indices into the flattened (rows, width).
 
         The ids are (rows, width). By a block-diagonal mask a position attends to those of its own row with its own
         segment id, so padding (id 0) attends to padding and no softmax is empty; or, for one row, variable-length
@@ -68,7 +68,7 @@ class PackedBert(nn.Module):
         hidden = self.bert.base_model(
             input_ids, position_ids=position_ids, token_type_ids=token_type_ids, **apart
         ).last_hidden_state  # (rows, width, hidden)
-        return self.head(hidden.flatten(0, 1)[masked])
+        return self.head(hidden.flatten(0, 1)[label_positions])
 
     def _token_types(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Returns token type ids (rows, width): 0 up to a chunk's first [SEP], 1 behind it, where a second text may be.
@@ -83,7 +83,7 @@ class PackedBert(nn.Module):
         return (before - before.gather(1, chunk_starts)).clamp(max=1)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Returns the hidden states (masked, hidden) themselves, as features."""
+        """Returns the hidden states (targets, hidden) themselves, as features."""
         return hidden
 
 
@@ -94,20 +94,20 @@ class PackedMaskedLM(PackedBert):
     bert: BertForMaskedLM
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Returns logits (masked, vocabulary)."""
+        """Returns logits (targets, vocabulary)."""
         return self.bert.cls(hidden)
 
 
 class PackedClassifier(PackedBert):
-    """BertForSequenceClassification, `masked` being where each chunk's [CLS] stands, or BertForTokenClassification."""
+    """BertForSequenceClassification, at each chunk's [CLS], or BertForTokenClassification."""
 
     bert: BertForSequenceClassification | BertForTokenClassification
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Returns logits (masked, classes) in float32: in 16 bits the likeliest classes would often tie."""
+        """Returns logits (targets, classes) in float32: in 16 bits the likeliest classes would often tie."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, pooler = hidden.float(), self.bert.bert.pooler
-            pooled = pooler(hidden[:, None]) if pooler else hidden  # a pooler takes the first of (masked, 1, hidden)
+            pooled = pooler(hidden[:, None]) if pooler else hidden  # a pooler takes the first of (targets, 1, hidden)
             return self.bert.classifier(self.bert.dropout(pooled))
 
 

@@ -155,7 +155,7 @@ def padded_loss(bert: BertForMaskedLM, chunks) -> torch.Tensor:
     """The summed loss of the stock model, one chunk a row."""
     width, ends = int(chunks.lengths.max()), np.cumsum(chunks.lengths)
     labels = np.full(len(chunks.input_ids), -100)
-    labels[chunks.masked] = chunks.targets
+    labels[chunks.label_positions] = chunks.targets
     ids, attention, wanted = (torch.zeros(len(ends), width, dtype=torch.long) for _ in range(3))
     wanted -= 100
     for row, (end, length) in enumerate(zip(ends, chunks.lengths, strict=True)):

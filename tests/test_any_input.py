@@ -135,7 +135,7 @@ def test_every_chunk_of_any_text_teaches_and_an_epoch_has_every_token_once(prepa
     chunks, batches = first_epoch(prepare_files, vocabulary, content, rule)
     seen = []
     for batch in batches:
-        input_ids, labels = labelled(batch.chunks.input_ids, batch.chunks.masked, batch.chunks.targets)
+        input_ids, labels = labelled(batch.chunks.input_ids, batch.chunks.label_positions, batch.chunks.targets)
         originals, is_chosen = np.where(labels != IGNORED, labels, input_ids), labels != IGNORED
         tokens_before = len(seen)
         ends = np.cumsum(batch.chunks.lengths)
@@ -158,7 +158,7 @@ def test_chunks_of_any_text_never_see_each_other(prepare_files, vocabulary, bert
         ends = np.cumsum(batch.chunks.lengths)
         is_text = np.ones(ends[-1], dtype=bool)
         is_text[ends - 1] = is_text[ends - batch.chunks.lengths] = False
-        masked = (np.cumsum(is_text) - 1)[batch.chunks.masked]
+        masked = (np.cumsum(is_text) - 1)[batch.chunks.label_positions]
         lengths = batch.chunks.lengths - 2
         with torch.no_grad():
             padded = pad(batch.chunks.input_ids[is_text], masked, batch.chunks.targets, lengths, vocabulary)

@@ -123,7 +123,7 @@ def test_pack_places_every_chunk_once_between_its_own_cls_and_sep(vocabulary):
     lengths = draw.integers(1, 120, 300)
     tokens = draw.choice(vocabulary.regular_ids, lengths.sum())
     batch = pack(frame(tokens, np.arange(len(tokens)), tokens, lengths, vocabulary), 256, vocabulary)
-    _, labels = labelled(batch.input_ids, batch.masked, batch.targets)
+    _, labels = labelled(batch.input_ids, batch.label_positions, batch.targets)
     found = []
     for row in range(len(labels)):
         for sequence in np.setdiff1d(batch.segment_ids[row], 0):

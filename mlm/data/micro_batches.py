@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlm.data.chunks import chunk_bounds
-from mlm.data.packing import Batch, MaskedChunks, Rows, pack, split_chunks, split_rows
+from mlm.data.packing import Batch, Rows, Sequences, pack, split_chunks, split_rows
 from mlm.data.tokenizer import Vocabulary
 from mlm.errors import UserError
 
@@ -25,7 +25,7 @@ class MicroBatch(NamedTuple):
     """What goes through the model at once, on the device."""
 
     inputs: dict[str, Any]  # the model's, by name
-    targets: Tensor  # (masked,) the tokens to predict, at inputs["masked"] of the flattened rows
+    targets: Tensor  # (targets,) what is to be predicted at inputs["label_positions"] of the flattened rows
 
 
 @dataclass
@@ -41,7 +41,7 @@ class MicroBatcher:
     longest_chunk: int  # positions
     max_positions: int  # of a micro-batch, unless one row or chunk has more
 
-    def __call__(self, chunks: MaskedChunks) -> list[MicroBatch]:
+    def __call__(self, chunks: Sequences) -> list[MicroBatch]:
         """Returns the chunks as micro-batches on the device; no chunk is one position of padding."""
         if self.varlen and len(chunks.lengths):
             return [self._one_row(part) for part in split_chunks(chunks, self.max_positions)]
@@ -66,11 +66,11 @@ class MicroBatcher:
             self.max_positions = positions
             torch.cuda.empty_cache()
 
-    def _one_row(self, chunks: MaskedChunks) -> MicroBatch:
+    def _one_row(self, chunks: Sequences) -> MicroBatch:
         arrays = {
             "input_ids": chunks.input_ids[None],  # (1, positions)
             "position_ids": chunks.position_ids[None],
-            "masked": chunks.masked,
+            "label_positions": chunks.label_positions,
             "cu_seqlens": chunk_bounds(chunks.lengths).astype(np.int32),  # (chunks + 1,)
         }
         inputs = {name: self._to_device(array) for name, array in arrays.items()}
@@ -89,15 +89,15 @@ class MicroBatcher:
 def chunk_of_target(micro_batches: list[MicroBatch]) -> Iterator[Tensor]:
     """Yields, for each micro-batch of those that chunks were split into, the index of the chunk of each target.
 
-    (masked,) int64, counted from 0 over all the micro-batches.
+    (targets,) int64, counted from 0 over all the micro-batches.
     """
     chunks_before = 0
     for inputs, _ in micro_batches:
         if "cu_seqlens" in inputs:  # a row for variable-length attention
-            yield torch.bucketize(inputs["masked"], inputs["cu_seqlens"], right=True) - 1 + chunks_before
+            yield torch.bucketize(inputs["label_positions"], inputs["cu_seqlens"], right=True) - 1 + chunks_before
             chunks_before += len(inputs["cu_seqlens"]) - 1
         else:
-            yield inputs["segment_ids"].flatten()[inputs["masked"]] - 1
+            yield inputs["segment_ids"].flatten()[inputs["label_positions"]] - 1
 
 
 class Prefetcher:

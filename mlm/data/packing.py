@@ -14,13 +14,13 @@ from mlm.data.chunks import chunk_bounds
 from mlm.data.tokenizer import Vocabulary
 
 
-class MaskedChunks(NamedTuple):
-    """Chunks end to end, each between its own [CLS] and [SEP], some of their tokens masked."""
+class Sequences(NamedTuple):
+    """Chunks end to end, each between its own [CLS] and [SEP], and what is to be predicted of them."""
 
     input_ids: np.ndarray  # (positions,) int64
     position_ids: np.ndarray  # (positions,) int64: restart at 0 with every chunk
-    masked: np.ndarray  # (masked,) int64, ascending: where a token is to be predicted
-    targets: np.ndarray  # (masked,) int64: that token
+    label_positions: np.ndarray  # (targets,) int64, ascending: where something is to be predicted
+    targets: np.ndarray  # (targets,) int64: what, such as the token that was masked there
     lengths: np.ndarray  # (n,) int64: positions in each chunk, [CLS] and [SEP] included
 
 
@@ -30,30 +30,30 @@ class Rows(NamedTuple):
     input_ids: np.ndarray  # (rows, width) int64
     position_ids: np.ndarray  # (rows, width) int64
     segment_ids: np.ndarray  # (rows, width) int64: 1, 2, ... for the chunks; 0 is padding
-    masked: np.ndarray  # (masked,) int64, ascending: indices into the flattened rows
-    targets: np.ndarray  # (masked,) int64
+    label_positions: np.ndarray  # (targets,) int64, ascending: indices into the flattened rows
+    targets: np.ndarray  # (targets,) int64
 
 
 class Batch(NamedTuple):
     """A rank's share of the batch of an optimizer step, and what it is a share of."""
 
-    chunks: MaskedChunks  # the rank's share
+    chunks: Sequences  # the rank's share
     masked_tokens: int  # of the whole batch
     tokens: int  # of the whole batch
 
 
 def frame(
     input_ids: np.ndarray, masked: np.ndarray, targets: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary
-) -> MaskedChunks:
+) -> Sequences:
     """Returns what `mask` returned with [CLS] and [SEP], which are not to be predicted, around each of n chunks."""
     framed = lengths + 2
     starts = chunk_bounds(framed)[:-1]
     positions = len(input_ids) + 2 * len(lengths)
     inside = np.arange(len(input_ids)) + np.repeat(2 * np.arange(len(lengths)) + 1, lengths)
-    chunks = MaskedChunks(
+    chunks = Sequences(
         input_ids=np.full(positions, vocabulary.sep_id),
         position_ids=np.arange(positions) - np.repeat(starts, framed),
-        masked=inside[masked],
+        label_positions=inside[masked],
         targets=targets,
         lengths=framed,
     )
@@ -62,20 +62,20 @@ def frame(
     return chunks
 
 
-def slice_chunks(chunks: MaskedChunks, bounds: np.ndarray, first: int, after: int) -> MaskedChunks:
+def slice_chunks(chunks: Sequences, bounds: np.ndarray, first: int, after: int) -> Sequences:
     """Returns the chunks from `first` to the one before `after`, as views; bounds: `chunk_bounds` of their lengths."""
     begin, end = bounds[first], bounds[after]
-    predicted = slice(*chunks.masked.searchsorted((begin, end)))
-    return MaskedChunks(
+    predicted = slice(*chunks.label_positions.searchsorted((begin, end)))
+    return Sequences(
         input_ids=chunks.input_ids[begin:end],
         position_ids=chunks.position_ids[begin:end],
-        masked=chunks.masked[predicted] - begin,
+        label_positions=chunks.label_positions[predicted] - begin,
         targets=chunks.targets[predicted],
         lengths=chunks.lengths[first:after],
     )
 
 
-def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Rows:
+def pack(chunks: Sequences, row_positions: int, vocabulary: Vocabulary) -> Rows:
     """Packs chunks into as few rows as hold them, evenly: the longest first, each into the row that holds the least
     (Graham 1969, doi 10.1137/0117039), so that little is padded.
 
@@ -96,13 +96,13 @@ def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Ro
     new_starts = np.array(rows_of, dtype=np.int64) * width + np.array(offsets, dtype=np.int64)  # (n,)
     old_starts = chunk_bounds(lengths)[:-1]
     places = np.arange(len(chunks.input_ids)) + np.repeat(new_starts - old_starts, lengths)  # in the flattened rows
-    masked = places[chunks.masked]
-    ascending = np.argsort(masked)
+    label_positions = places[chunks.label_positions]
+    ascending = np.argsort(label_positions)
     rows = Rows(
         input_ids=np.full(shape, vocabulary.pad_id),
         position_ids=np.zeros(shape, dtype=np.int64),
         segment_ids=np.zeros(shape, dtype=np.int64),
-        masked=masked[ascending],
+        label_positions=label_positions[ascending],
         targets=chunks.targets[ascending],
     )
     rows.input_ids.reshape(-1)[places] = chunks.input_ids
@@ -111,7 +111,7 @@ def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Ro
     return rows
 
 
-def split_chunks(chunks: MaskedChunks, positions: int) -> Iterator[MaskedChunks]:
+def split_chunks(chunks: Sequences, positions: int) -> Iterator[Sequences]:
     """Yields the chunks, in their order, in parts of at most `positions`, or of one chunk that has more."""
     if len(chunks.input_ids) <= positions:  # which most batches do
         yield chunks
@@ -132,12 +132,12 @@ def split_rows(rows: Rows, positions: int) -> Iterator[Rows]:
     for first in range(0, height, rows_each):
         some_rows = slice(first, first + rows_each)
         begin = first * width
-        predicted = slice(*rows.masked.searchsorted((begin, begin + rows_each * width)))
+        predicted = slice(*rows.label_positions.searchsorted((begin, begin + rows_each * width)))
         yield Rows(
             input_ids=rows.input_ids[some_rows],
             position_ids=rows.position_ids[some_rows],
             segment_ids=rows.segment_ids[some_rows],
-            masked=rows.masked[predicted] - begin,
+            label_positions=rows.label_positions[predicted] - begin,
             targets=rows.targets[predicted],
         )
 

@@ -1,6 +1,6 @@
 """Labelled examples -> chunks for the model, and the order in which batches take them.
 
-They are packed as training text is (mlm/data/packing.py). Here its `masked` are the positions where the model's hidden
+They are packed as training text is (mlm/data/packing.py). Here the label positions are where the model's hidden
 states are classified: [CLS] of each text, or the first subword of each word. Its `targets` are their class ids.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.chunks import chunk_bounds
-from mlm.data.packing import MaskedChunks, slice_chunks
+from mlm.data.packing import Sequences, slice_chunks
 from mlm.data.randomness import epoch_order
 from mlm.data.tokenizer import Vocabulary, read_vocabulary
 from mlm.data.words import make_encoders
@@ -23,7 +23,7 @@ from mlm.downstream.task_files import Example
 class Encoded(NamedTuple):
     """Examples as chunks: a text or a pair is one; a sentence of words, too, unless it is too long for one."""
 
-    chunks: MaskedChunks
+    chunks: Sequences
     bounds: np.ndarray  # (examples + 1,) int64: the first chunk of each example, and the end of the last
     word_ids: np.ndarray  # (positions,) int64: index of the text or word at each position; -1 for [CLS] and [SEP]
     shortened: int  # examples longer than `sen_max_length`: texts lose their end, sentences become two chunks or more
@@ -61,10 +61,10 @@ def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBa
     lengths = np.array([len(chunk.input_ids) for chunk in chunks], dtype=np.int64)
     starts = chunk_bounds(lengths)[:-1]
     class_ids = task.class_ids
-    packed = MaskedChunks(
+    packed = Sequences(
         input_ids=_concatenate(chunk.input_ids for chunk in chunks),
         position_ids=np.arange(lengths.sum()) - np.repeat(starts, lengths),
-        masked=_concatenate(chunk.label_positions for chunk in chunks)
+        label_positions=_concatenate(chunk.label_positions for chunk in chunks)
         + np.repeat(starts, [len(chunk.label_positions) for chunk in chunks]),
         targets=np.array([class_ids[label] for example in examples for label in example.labels], dtype=np.int64),
         lengths=lengths,
@@ -115,7 +115,7 @@ def _frame(segments: list[dict[int, list[int]]], vocabulary: Vocabulary) -> Chun
     return chunk
 
 
-def select(encoded: Encoded, indices: np.ndarray) -> MaskedChunks:
+def select(encoded: Encoded, indices: np.ndarray) -> Sequences:
     """Returns the chunks of the examples at some indices (n,), in that order."""
     positions = chunk_bounds(encoded.chunks.lengths)
     parts = [
@@ -123,11 +123,14 @@ def select(encoded: Encoded, indices: np.ndarray) -> MaskedChunks:
         for first, after in zip(encoded.bounds[indices].tolist(), encoded.bounds[indices + 1].tolist(), strict=True)
     ]
     offsets = chunk_bounds(np.array([len(part.input_ids) for part in parts]))[:-1]
-    moved = [part._replace(masked=part.masked + offset) for part, offset in zip(parts, offsets, strict=True)]
-    return MaskedChunks(*map(np.concatenate, zip(*moved, strict=True)))
+    moved = [
+        part._replace(label_positions=part.label_positions + offset)
+        for part, offset in zip(parts, offsets, strict=True)
+    ]
+    return Sequences(*map(np.concatenate, zip(*moved, strict=True)))
 
 
-def training_order(encoded: Encoded, batch_size: int, seed: int) -> Iterator[MaskedChunks]:
+def training_order(encoded: Encoded, batch_size: int, seed: int) -> Iterator[Sequences]:
     """Yields batches of examples without end, in a new order every epoch.
 
     The seed alone decides it: all models see the same, however many tokens or chunks an example is to each.

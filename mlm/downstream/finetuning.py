@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mlm.data.chunks import chunk_bounds, steps_per_epoch
 from mlm.data.micro_batches import MicroBatch, MicroBatcher
-from mlm.data.packing import MaskedChunks, slice_chunks
+from mlm.data.packing import Sequences, slice_chunks
 from mlm.data.randomness import dropout_seed
 from mlm.downstream.encoding import Encoded, training_order
 from mlm.training.plan import learning_rate_at
@@ -114,7 +114,7 @@ def predict(
     return predictions.tolist()
 
 
-def split_chunks(chunks: MaskedChunks, micro_batcher: MicroBatcher) -> Iterator[MicroBatch]:
+def split_chunks(chunks: Sequences, micro_batcher: MicroBatcher) -> Iterator[MicroBatch]:
     """Yields all chunks in micro-batches."""
     bounds = chunk_bounds(chunks.lengths)
     for start in range(0, len(chunks.lengths), CHUNKS_AT_ONCE):

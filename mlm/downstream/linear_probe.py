@@ -26,7 +26,7 @@ def features(encoder: nn.Module, encoded: Encoded, accelerator: Accelerator, mic
     """Returns the mean of the last hidden states over the tokens of each text, or word: (targets, hidden) float32."""
     encoder.eval()
     inside = np.flatnonzero(encoded.word_ids >= 0)
-    pooled = encoded.chunks._replace(masked=inside, targets=encoded.word_ids[inside])
+    pooled = encoded.chunks._replace(label_positions=inside, targets=encoded.word_ids[inside])
     num_targets = len(encoded.chunks.targets)
     sums, counts = torch.zeros(0), torch.zeros(0)
     for inputs, words in split_chunks(pooled, micro_batcher):

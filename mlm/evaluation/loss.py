@@ -15,7 +15,7 @@ from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from mlm.data.micro_batches import MicroBatch, MicroBatcher, chunk_of_target
-from mlm.data.packing import MaskedChunks
+from mlm.data.packing import Sequences
 from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
 from mlm.runtime.signals import Stopped, StopRequest
 from mlm.terminal import progress_bar, say
@@ -137,7 +137,7 @@ def sample_size(
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
-    batches: Iterable[tuple[np.ndarray, MaskedChunks]],
+    batches: Iterable[tuple[np.ndarray, Sequences]],
     chunks: int,
     micro_batcher: MicroBatcher,
     stop: StopRequest,
@@ -173,7 +173,7 @@ def evaluate(
     return Evaluation(*reduced[:-1].reshape(scores.shape).numpy())
 
 
-def _score(model: nn.Module, chunks: MaskedChunks, micro_batcher: MicroBatcher, dtype: torch.dtype) -> Tensor:
+def _score(model: nn.Module, chunks: Sequences, micro_batcher: MicroBatcher, dtype: torch.dtype) -> Tensor:
     """Returns summed loss, correct guesses and masked tokens of each chunk: (3, n)."""
     while True:
         try:

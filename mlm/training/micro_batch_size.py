@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from Config import Config
-from mlm.data.packing import MaskedChunks, frame
+from mlm.data.packing import Sequences, frame
 from mlm.data.tokenizer import Vocabulary
 from mlm.runtime.hardware import OutOfMemory
 from mlm.terminal import say
@@ -78,7 +78,7 @@ def fit_memory(learner: Learner, config: Config) -> int:
     return int(accelerator.gather(positions).min())
 
 
-def _trial_chunks(number: int, vocabulary: Vocabulary, config: Config) -> MaskedChunks:
+def _trial_chunks(number: int, vocabulary: Vocabulary, config: Config) -> Sequences:
     """Returns chunks of the greatest length, with more masked tokens than chance will bring."""
     lengths = np.full(number, config.sen_max_length - 2)  # without [CLS] and [SEP]
     ids = np.full(lengths.sum(), vocabulary.mask_id)

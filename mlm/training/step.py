@@ -129,7 +129,7 @@ def accumulate_gradients(
         has_failed = False
         try:
             with detect_out_of_memory(), accelerator.no_sync(model):
-                logits = model(**micro_batch.inputs).float()  # (masked, vocabulary)
+                logits = model(**micro_batch.inputs).float()  # (targets, vocabulary)
                 loss = F.cross_entropy(logits, micro_batch.targets, reduction="sum")
                 share = loss * accelerator.num_processes / masked_tokens  # times their number, as ranks are averaged
                 if not (is_last and is_shared):
@@ -166,6 +166,6 @@ def warm_up_reducer(learner: Learner) -> None:
     """
     nothing = torch.zeros((1, 1), dtype=torch.long, device=learner.accelerator.device)
     for _ in range(2):
-        logits = learner.model(nothing, nothing, masked=nothing[0, :0], segment_ids=nothing)
+        logits = learner.model(nothing, nothing, label_positions=nothing[0, :0], segment_ids=nothing)
         (0 * logits.sum()).backward()
     learner.optimizer.zero_grad()

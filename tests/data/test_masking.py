@@ -244,7 +244,7 @@ def forty_chunks(vocabulary) -> Chunks:
 
 def hidden_tokens(batch, chunks: Chunks) -> set[tuple[int, int, int]]:
     """The tokens that a batch of some of the forty chunks hides: (chunk, place in it, token)."""
-    ids_and_labels = labelled(batch.input_ids, batch.masked, batch.targets)
+    ids_and_labels = labelled(batch.input_ids, batch.label_positions, batch.targets)
     ids, labels = (array.reshape(-1, 52)[:, 1:-1] for array in ids_and_labels)
     originals = np.where(labels != IGNORED, labels, ids)
     found = set()

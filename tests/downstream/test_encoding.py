@@ -27,7 +27,7 @@ def encode_one(tokenizer: BertTokenizer, kind: str, parts: tuple[str, ...], labe
 def test_a_long_text_loses_its_end(tokenizer):
     text = encode_one(tokenizer, "text", (" ".join(LETTERS),), ("y",))
     assert tokenizer.decode(text.chunks.input_ids) == "[CLS] w0 w1 w2 w3 w4 w5 [SEP]" and text.shortened == 1
-    assert text.chunks.masked.tolist() == [0] and text.chunks.targets.tolist() == [1]
+    assert text.chunks.label_positions.tolist() == [0] and text.chunks.targets.tolist() == [1]
 
 
 def test_of_a_long_pair_the_longer_text_loses_its_end(tokenizer):
@@ -39,7 +39,7 @@ def test_a_long_sentence_of_words_becomes_several_chunks(tokenizer):
     sentence = encode_one(tokenizer, "entities", LETTERS, ("x", "y") * 6)
     first, second = "[CLS] w0 w1 w2 w3 w4 w5 [SEP]", "[CLS] w6 w7 w8 w9 w10 w11 [SEP]"
     assert tokenizer.decode(sentence.chunks.input_ids) == f"{first} {second}" and sentence.shortened == 1
-    assert tokenizer.decode(sentence.chunks.input_ids[sentence.chunks.masked]) == " ".join(LETTERS)
+    assert tokenizer.decode(sentence.chunks.input_ids[sentence.chunks.label_positions]) == " ".join(LETTERS)
     assert sentence.chunks.targets.tolist() == [0, 1] * 6
     assert sentence.word_ids.tolist() == [-1, *range(6), -1, -1, *range(6, 12), -1]
 

@@ -37,7 +37,7 @@ def trial(settings, vocabulary, monkeypatch):
         def watched(self, **inputs):
             positions = inputs["input_ids"].numel()
             held = all(p.grad is not None for p in learner.model.parameters() if p.requires_grad)
-            passes.append((positions, len(inputs["masked"]), held))
+            passes.append((positions, len(inputs["label_positions"]), held))
             if positions > largest_that_fits:
                 raise torch.OutOfMemoryError("no memory")
             return forward(self, **inputs)
@@ -252,7 +252,11 @@ def test_query_key_and_value_share_one_copy_of_their_input_in_16_bits(settings, 
     for projection in (attention.query, attention.key, attention.value):
         projection.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     ids = torch.full((1, 8), vocabulary.unk_id)
-    packed = {"position_ids": torch.arange(8)[None], "masked": torch.tensor([3]), "segment_ids": torch.ones_like(ids)}
+    packed = {
+        "position_ids": torch.arange(8)[None],
+        "label_positions": torch.tensor([3]),
+        "segment_ids": torch.ones_like(ids),
+    }
     with torch.autocast("cpu", torch.bfloat16):
         model(ids, **packed)
     assert {tensor.dtype for tensor in inputs} == {torch.bfloat16} and len({id(tensor) for tensor in inputs}) == 1

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from transformers import PreTrainedTokenizerBase
 
-from mlm.data.chinese import ASCII_ALPHANUMERIC, HAN, HAN_CHARACTER, Segmenter, is_common, is_in
+from mlm.data.chinese import HAN_CHARACTER, Segmenter, find_word_starts, is_common
 from mlm.data.text_files import read_lines
 from mlm.errors import UserError
 
@@ -90,40 +90,8 @@ def tokenize(lines: list[str], encoders: Encoders, continues_word: np.ndarray, s
         text = "".join(f"{line}\n" for line in compress(lines, chinese))
         segmented = segmenter.cut(text)
         inside = np.repeat(chinese, lengths)
-        starts_word[inside] = _starts_by_segmenter(starts_word[inside], text, segmented, encoded["chinese"])
+        starts_word[inside] = find_word_starts(starts_word[inside], text, segmented, encoded["chinese"])
     return TokenizedLines(tokens, lengths, starts_word, segmented)
-
-
-def _starts_by_segmenter(
-    starts_word: np.ndarray, text: str, segmented: list[str], located: list[Encoding]
-) -> np.ndarray:
-    """Returns `starts_word` (tokens,) of the lines of `text`, corrected beside Chinese characters by the segmenter's
-    words. Where the segmenter cuts 买|T恤|ok|。:
-
-        characters          买   T    恤   o    k    。
-        is_word_character   1    1    1    1    1    0
-        is_boundary         1    1    0    1    0    1     before the character
-        tokens              买   t    恤   ok        。
-        spans               0,1  1,2  2,3  3,5       5,6
-        beside_chinese           1    1    1         0     a token, or the one before it
-        together                 0    1    0         0     with the one before it
-        starts_word         1    1    0    1         1
-    """
-    characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)  # (characters,)
-    is_han = is_in(HAN, characters)
-    is_word_character = is_han | is_in(ASCII_ALPHANUMERIC, characters)
-    is_boundary = np.zeros(len(characters) + 1, dtype=bool)
-    is_boundary[np.cumsum(np.fromiter(map(len, segmented), np.int64, len(segmented)))] = True
-
-    flat_spans = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in located))
-    spans = np.fromiter(flat_spans, np.int64, 2 * len(starts_word)).reshape(-1, 2)  # (tokens, 2): first, past the last
-    line_starts = np.flatnonzero(np.concatenate([[True], characters[:-1] == ord("\n")]))  # (lines,)
-    spans += np.repeat(line_starts, [len(encoding) for encoding in located])[:, None]
-
-    before, after = spans[:-1, 1] - 1, spans[1:, 0]  # (tokens - 1,) the characters on either side of a token's start
-    beside_chinese = is_han[before] | is_han[after]
-    together = is_word_character[before] & is_word_character[after] & ~is_boundary[after]
-    return np.append(starts_word[:1], np.where(beside_chinese, ~together, starts_word[1:]))
 
 
 # ------------------------------------------------------------------------------------------ words split into subwords

@@ -34,13 +34,7 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
         tags=["bert", "masked-language-modeling", "domain-adaptation"],
         model_name=name,
         eval_results=[
-            EvalResult(
-                task_type="fill-mask",
-                dataset_type="text",
-                dataset_name="the run's own test text",
-                metric_type=metric,
-                metric_value=round(value, 4),
-            )
+            EvalResult("fill-mask", "text", "the run's own test text", metric, round(value, 4))
             for metric, value in scores.items()
         ],
     )

@@ -36,6 +36,7 @@ def render_run(run: Summary) -> str:
     """Returns the page of one run, as HTML."""
     stats, only_test = run.text, run.settings["evaluate_only"]
     splits = used_splits(stats, only_test)
+    lengths = histogram(next(iter(splits.values())), run.settings["sen_max_length"])
     warnings = text_warnings(stats, run.settings["initial_pretrain_tokenizer"], only_test)
     if run.skipped_steps:
         warnings.append(f"warning: {run.skipped_steps:,} steps skipped, as their loss or gradient was not finite")
@@ -50,9 +51,7 @@ def render_run(run: Summary) -> str:
         charts=_draw_charts(run),
         tasks=_task_results(run.folder),
         splits=splits,
-        lengths=draw_histogram(
-            "Tokens per line", histogram(next(iter(splits.values())), run.settings["sen_max_length"])
-        ),
+        lengths=draw_histogram("Tokens per line", lengths),
     )
 
 
@@ -62,15 +61,11 @@ def _draw_charts(run: Summary) -> list[Chart | None]:
         return []
     last_step = run.rows[-1]["step"]
     before, unigram = run.evaluations[0]["perplexity"], run.text.unigram_perplexity
+    training = [Point(step, perplexity(loss)) for step, loss, _ in _points(run, "train_loss")]
+    test = [Point(row["step"], row["perplexity"], 1.96 * row["perplexity_se"]) for row in run.evaluations]
     perplexities = [
-        Curve(
-            "training text", "faint", [Point(step, perplexity(loss)) for step, loss, _ in _points(run, "train_loss")]
-        ),
-        Curve(
-            "test text with 95% intervals",
-            "one",
-            [Point(row["step"], row["perplexity"], 1.96 * row["perplexity_se"]) for row in run.evaluations],
-        ),
+        Curve("training text", "faint", training),
+        Curve("test text with 95% intervals", "one", test),
         Curve("before training", "soft", [Point(0, before), Point(last_step, before)], "dashed"),
         Curve("word frequencies alone", "three", [Point(0, unigram), Point(last_step, unigram)], "dotted"),
     ]

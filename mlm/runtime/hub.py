@@ -15,6 +15,11 @@ from mlm.errors import UserError, first_line
 
 WIKITEXT = {"name": "Salesforce/wikitext", "setting": "path_datasets", "file": "README.md", "repo_type": "dataset"}
 PROBE_SECONDS = 5  # a Hub that has not replied by then is out of reach
+WAYS_OUT = """\
+  a mirror         HF_ENDPOINT=https://your.mirror python train.py
+  local folders    --initial_pretrain_model FOLDER --initial_pretrain_tokenizer FOLDER
+  from scratch     --initial_pretrain_model scratch:mini --initial_pretrain_tokenizer corpus
+  a look at it     python train.py --demo"""
 
 # The Hub is asked for files and nothing else: no telemetry, and no request that it convert a model's weights from
 # PyTorch's format to safetensors.
@@ -58,13 +63,7 @@ def locate(
     unreachable = f"{setting}: {name} is no folder and not in the local cache, and the Hub ({hub}) cannot be reached."
     if setting == "models":
         raise UserError(f"{unreachable} Name a local folder, or a mirror by HF_ENDPOINT=https://your.mirror")
-    raise UserError(
-        f"{unreachable} Ways out:\n"
-        "  a mirror         HF_ENDPOINT=https://your.mirror python train.py\n"
-        "  local folders    --initial_pretrain_model FOLDER --initial_pretrain_tokenizer FOLDER\n"
-        "  from scratch     --initial_pretrain_model scratch:mini --initial_pretrain_tokenizer corpus\n"
-        "  a look at it     python train.py --demo"
-    )
+    raise UserError(f"{unreachable} Ways out:\n{WAYS_OUT}")
 
 
 def wants_wikitext(config: Config) -> bool:
@@ -84,9 +83,8 @@ def locate_downloads(config: Config) -> None:
         try:
             locate(**WIKITEXT)
         except UserError as error:
-            raise UserError(
-                f"path_datasets: data/ holds no train.txt, so WikiText-2 would be fetched\n{error}"
-            ) from error
+            what = "path_datasets: data/ holds no train.txt, so WikiText-2 would be fetched"
+            raise UserError(f"{what}\n{error}") from error
 
 
 def check_push(name: str) -> None:
@@ -113,17 +111,16 @@ def push(folder: Path, name: str) -> str:
 
 def _ask_hub(url: str) -> Exception | None:
     """Asks the Hub for a file. Returns None if it has the file, else the problem."""
-    problem: Exception | None = TimeoutError()
+    replies: list[Exception | None] = [TimeoutError()]
 
     def ask():
-        nonlocal problem
         try:
             get_hf_file_metadata(url, timeout=PROBE_SECONDS)
-            problem = None
+            replies.append(None)
         except Exception as error:  # every way a network can fail, and the Hub's own refusals
-            problem = error
+            replies.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)  # a look-up of the host's name has no time limit of its own
     thread.start()
     thread.join(PROBE_SECONDS)
-    return problem
+    return replies[-1]

@@ -27,17 +27,15 @@ def main() -> None:
     choose_devices(config)
 
     from accelerate.commands import launch  # here, as it takes seconds and wrong flags should not
-    from accelerate.commands.config.config_args import default_config_file
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    is_configured = os.path.isfile(default_config_file)
-    if not is_configured and count_gpus() < 2:
-        _become([sys.executable, "train.py", *flags], os.environ)
     options = []
-    if not is_configured:
+    if not os.path.isfile(launch.default_config_file):
+        if count_gpus() < 2:  # train.py takes this process's place: signals and exit status need no forwarding
+            os.execv(sys.executable, [sys.executable, "train.py", *flags])
         options = ["--num_machines=1", f"--mixed_precision={native_precision()}", "--dynamo_backend=no"]
-    if config.cuda_visible_devices or not is_configured:
+    if config.cuda_visible_devices or options:
         options += ["--gpu_ids=all", f"--num_processes={count_gpus()}"]  # of one machine
     arguments = launch.launch_command_parser().parse_args([*options, "train.py", *flags])
     arguments, *_ = launch._validate_launch_command(arguments)  # adds what `accelerate config` says
@@ -49,7 +47,7 @@ def main() -> None:
     command, environment = launch.prepare_simple_launcher_cmd_env(arguments)
     environment["ACCELERATE_USE_CPU"] = str(stay_on_cpu())
     if arguments.num_processes == 1:
-        _become(command, environment)
+        os.execvpe(command[0], command, environment)
 
     # In one process first, where a wrong setting or text is one message, and not one from each rank.
     check = subprocess.run([*command, "--check_only"], env=environment, stdout=subprocess.DEVNULL)
@@ -82,11 +80,6 @@ def _check_configuration(arguments):
             f"accelerate config: asks for {each} GPU(s), of which {count_gpus()} can be used here. Run `accelerate "
             "config` again, or set ACCELERATE_USE_CPU=true to train on the CPU"
         )
-
-
-def _become(command, environment):
-    """Replaces this process, so that signals and the exit status need no forwarding."""
-    os.execvpe(command[0], command, environment)
 
 
 if __name__ == "__main__":

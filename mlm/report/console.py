@@ -16,9 +16,9 @@ from mlm.training.progress import Progress
 from mlm.training.run import Ending, Setup
 
 
-def describe_run(given: Config, config: Config, data: Corpus, derived: dict[str, Any]) -> str:
+def describe_run(given: Config, config: Config, corpus: Corpus, derived: dict[str, Any]) -> str:
     """Returns settings, what was found in the text, and derived numbers, for people."""
-    stats, only_test = data.stats, config.evaluate_only
+    stats, only_test = corpus.stats, config.evaluate_only
     return render(
         "setup.txt",
         settings=describe_settings(config, given),
@@ -28,7 +28,7 @@ def describe_run(given: Config, config: Config, data: Corpus, derived: dict[str,
         many_subwords=MANY_SUBWORDS,
         split_words=stats.split_words[:SHOWN_SPLIT_WORDS],
         warnings=text_warnings(stats, config.initial_pretrain_tokenizer, only_test),
-        added_words=data.added_words,
+        added_words=corpus.added_words,
         derived=derived,
     )
 
@@ -60,7 +60,7 @@ def describe_training(step: int, plan: Plan, figures: dict[str, float]) -> str:
 
 
 def describe_divergence(setup: Setup, progress: Progress, ending: Ending, saved_step: int | None) -> str:
-    """What went wrong, the setting to change, and where the last finite weights are: in a checkpoint, and in best/."""
+    """Returns what went wrong, the setting to change, and where the last finite weights are."""
     what = f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, had no finite loss and gradient"
     if ending is Ending.BROKEN:
         what = f"the weights after step {progress.step} are not finite"

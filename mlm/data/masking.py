@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlm.data.chunks import chunk_starts
+from mlm.data.packing import chunk_bounds
 from mlm.data.randomness import Draw, random_bits, threshold
 from mlm.data.tokenizer import Vocabulary
 
@@ -43,7 +43,7 @@ def mask(
     where none is, the one with the smallest random bits. A rule for words needs starts_word (tokens,) bool.
     Returns the input ids (tokens,), the chosen tokens' indices (masked,), ascending, and these tokens (masked,).
     """
-    starts = chunk_starts(lengths)
+    starts = chunk_bounds(lengths)[:-1]
     places = np.arange(len(tokens)) - np.repeat(starts, lengths)  # (tokens,) in the chunk, from 0 on
     token_bits = random_bits(places, after=np.repeat(random_bits(keys), lengths))
     if rule.whole_words or rule.spans:
@@ -60,17 +60,13 @@ def mask(
     replacement = random_bits(unit_bits[chosen], Draw.REPLACEMENT)  # (masked,)
     becomes_mask = replacement < threshold(rule.mask_share)
     becomes_random = replacement < threshold(rule.mask_share + rule.random_share)  # where it does not become [MASK]
-    random_tokens = _regular_tokens(random_bits(token_bits[chosen], Draw.RANDOM_TOKEN), vocabulary)
+    # Regular tokens, all equally likely: the upper half of random bits, scaled to how many there are.
+    upper_half = random_bits(token_bits[chosen], Draw.RANDOM_TOKEN) >> np.uint64(32)
+    random_tokens = vocabulary.regular_ids[upper_half * np.uint64(len(vocabulary.regular_ids)) >> np.uint64(32)]
     input_ids = tokens.copy()
     input_ids[chosen] = np.where(becomes_random, random_tokens, targets)
     input_ids[chosen[becomes_mask]] = vocabulary.mask_id
     return input_ids, chosen, targets
-
-
-def _regular_tokens(bits: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Returns a random regular token for each of the bits, all equally likely: the bits' upper half, scaled to them."""
-    scaled = (bits >> np.uint64(32)) * np.uint64(len(vocabulary.regular_ids))
-    return vocabulary.regular_ids[scaled >> np.uint64(32)]
 
 
 def _choose_words(
@@ -111,6 +107,6 @@ def _choose_spans(bits: np.ndarray, starts_chunk: np.ndarray, probability: float
 
 def content_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Returns mask keys (n,) that depend on each chunk's own tokens alone, so that evaluations compare between runs."""
-    starts = chunk_starts(lengths)
+    starts = chunk_bounds(lengths)[:-1]
     places = np.arange(len(tokens)) - np.repeat(starts, lengths)
     return random_bits(np.add.reduceat(random_bits(tokens, places), starts))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlm.data.packing import Batch, MaskedChunks, Rows, chunk_bounds, pack, split_chunks, split_rows
+from mlm.data.packing import Batch, MaskedChunks, chunk_bounds, pack, split_chunks, split_rows
 from mlm.data.tokenizer import Vocabulary
 from mlm.errors import UserError
 
@@ -45,7 +45,7 @@ class MicroBatcher:
         if self.varlen and len(chunks.lengths):
             return [self._one_row(part) for part in split_chunks(chunks, self.max_positions)]
         rows = pack(chunks, min(ROW_POSITIONS, self.max_positions), self.vocabulary)
-        return [self._packed_rows(part) for part in split_rows(rows, self.max_positions)]
+        return [self._to_device(**part._asdict()) for part in split_rows(rows, self.max_positions)]
 
     def halve(self) -> None:
         """Halves micro-batches after one that ran out of memory.
@@ -66,23 +66,22 @@ class MicroBatcher:
             torch.cuda.empty_cache()
 
     def _one_row(self, chunks: MaskedChunks) -> MicroBatch:
-        arrays = {
-            "input_ids": chunks.input_ids[None],  # (1, positions)
-            "position_ids": chunks.position_ids[None],
-            "masked": chunks.masked,
-            "cu_seqlens": chunk_bounds(chunks.lengths).astype(np.int32),  # (chunks + 1,)
-        }
-        inputs = {name: self._to_device(array) for name, array in arrays.items()}
-        return MicroBatch(inputs | {"max_seqlen": int(chunks.lengths.max())}, self._to_device(chunks.targets))
+        row = self._to_device(
+            chunks.targets,
+            input_ids=chunks.input_ids[None],  # (1, positions)
+            position_ids=chunks.position_ids[None],
+            masked=chunks.masked,
+            cu_seqlens=chunk_bounds(chunks.lengths).astype(np.int32),  # (chunks + 1,)
+        )
+        row.inputs["max_seqlen"] = int(chunks.lengths.max())
+        return row
 
-    def _packed_rows(self, rows: Rows) -> MicroBatch:
-        inputs = {name: self._to_device(array) for name, array in rows._asdict().items() if name != "targets"}
-        return MicroBatch(inputs, self._to_device(rows.targets))
+    def _to_device(self, targets: np.ndarray, **inputs: np.ndarray) -> MicroBatch:
+        def move(array: np.ndarray) -> Tensor:
+            tensor, is_cuda = torch.from_numpy(array), self.device.type == "cuda"
+            return tensor.pin_memory().to(self.device, non_blocking=True) if is_cuda else tensor.to(self.device)
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        is_cuda = self.device.type == "cuda"
-        return tensor.pin_memory().to(self.device, non_blocking=True) if is_cuda else tensor.to(self.device)
+        return MicroBatch({name: move(array) for name, array in inputs.items()}, move(targets))
 
 
 def chunk_of_target(micro_batches: list[MicroBatch]) -> Iterator[Tensor]:

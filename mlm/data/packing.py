@@ -9,6 +9,7 @@ from heapq import heapreplace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mlm.data.tokenizer import Vocabulary
 
@@ -45,41 +46,27 @@ def frame(
     input_ids: np.ndarray, masked: np.ndarray, targets: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary
 ) -> MaskedChunks:
     """Returns what `mask` returned with [CLS] and [SEP], which are not to be predicted, around each of n chunks."""
-    framed = lengths + 2
-    ends = np.cumsum(framed)
-    starts = ends - framed
-    positions = len(input_ids) + 2 * len(lengths)
+    framed_lengths = lengths + 2
+    starts = chunk_bounds(framed_lengths)[:-1]
     inside = np.arange(len(input_ids)) + np.repeat(2 * np.arange(len(lengths)) + 1, lengths)
-    chunks = MaskedChunks(
-        input_ids=np.full(positions, vocabulary.sep_id),
-        position_ids=np.arange(positions) - np.repeat(starts, framed),
-        masked=inside[masked],
-        targets=targets,
-        lengths=framed,
-    )
-    chunks.input_ids[starts] = vocabulary.cls_id
-    chunks.input_ids[inside] = input_ids
-    return chunks
+    framed = np.full(len(input_ids) + 2 * len(lengths), vocabulary.sep_id)
+    framed[starts] = vocabulary.cls_id
+    framed[inside] = input_ids
+    position_ids = np.arange(len(framed)) - np.repeat(starts, framed_lengths)
+    return MaskedChunks(framed, position_ids, inside[masked], targets, framed_lengths)
 
 
-def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
+def chunk_bounds(lengths: ArrayLike) -> np.ndarray:
     """Returns where each chunk begins, and where the last ends: (n + 1,) int64 for lengths (n,)."""
-    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=bounds[1:])
-    return bounds
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def slice_chunks(chunks: MaskedChunks, bounds: np.ndarray, first: int, after: int) -> MaskedChunks:
     """Returns the chunks from `first` to the one before `after`, as views; bounds: `chunk_bounds` of their lengths."""
     begin, end = bounds[first], bounds[after]
+    ids = (chunks.input_ids[begin:end], chunks.position_ids[begin:end])
     predicted = slice(*chunks.masked.searchsorted((begin, end)))
-    return MaskedChunks(
-        input_ids=chunks.input_ids[begin:end],
-        position_ids=chunks.position_ids[begin:end],
-        masked=chunks.masked[predicted] - begin,
-        targets=chunks.targets[predicted],
-        lengths=chunks.lengths[first:after],
-    )
+    return MaskedChunks(*ids, chunks.masked[predicted] - begin, chunks.targets[predicted], chunks.lengths[first:after])
 
 
 def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Rows:
@@ -99,23 +86,24 @@ def pack(chunks: MaskedChunks, row_positions: int, vocabulary: Vocabulary) -> Ro
         heapreplace(emptiest, (held + length, row))
 
     width = max(1, max(held for held, _ in emptiest))
-    shape = (rows_needed, width)
     new_starts = np.array(rows_of, dtype=np.int64) * width + np.array(offsets, dtype=np.int64)  # (n,)
-    old_starts = np.cumsum(lengths) - lengths
+    old_starts = chunk_bounds(lengths)[:-1]
     places = np.arange(len(chunks.input_ids)) + np.repeat(new_starts - old_starts, lengths)  # in the flattened rows
+
+    def in_rows(values: np.ndarray, padding: int) -> np.ndarray:
+        flat = np.full(rows_needed * width, padding)
+        flat[places] = values
+        return flat.reshape(rows_needed, width)
+
     masked = places[chunks.masked]
     ascending = np.argsort(masked)
-    rows = Rows(
-        input_ids=np.full(shape, vocabulary.pad_id),
-        position_ids=np.zeros(shape, dtype=np.int64),
-        segment_ids=np.zeros(shape, dtype=np.int64),
+    return Rows(
+        input_ids=in_rows(chunks.input_ids, vocabulary.pad_id),
+        position_ids=in_rows(chunks.position_ids, 0),
+        segment_ids=in_rows(np.repeat(np.arange(1, len(lengths) + 1), lengths), 0),
         masked=masked[ascending],
         targets=chunks.targets[ascending],
     )
-    rows.input_ids.reshape(-1)[places] = chunks.input_ids
-    rows.position_ids.reshape(-1)[places] = chunks.position_ids
-    rows.segment_ids.reshape(-1)[places] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    return rows
 
 
 def split_chunks(chunks: MaskedChunks, positions: int) -> Iterator[MaskedChunks]:
@@ -137,16 +125,8 @@ def split_rows(rows: Rows, positions: int) -> Iterator[Rows]:
     parts = math.ceil(height / max(1, positions // width))
     rows_each = math.ceil(height / parts)
     for first in range(0, height, rows_each):
-        some_rows = slice(first, first + rows_each)
-        begin = first * width
-        predicted = slice(*rows.masked.searchsorted((begin, begin + rows_each * width)))
-        yield Rows(
-            input_ids=rows.input_ids[some_rows],
-            position_ids=rows.position_ids[some_rows],
-            segment_ids=rows.segment_ids[some_rows],
-            masked=rows.masked[predicted] - begin,
-            targets=rows.targets[predicted],
-        )
-
-
-# ---------------------------------------------------------------------------------------------- batches one step ahead
+        part = slice(first, first + rows_each)
+        ids = (rows.input_ids[part], rows.position_ids[part], rows.segment_ids[part])
+        begin, end = first * width, (first + rows_each) * width
+        predicted = slice(*rows.masked.searchsorted((begin, end)))
+        yield Rows(*ids, rows.masked[predicted] - begin, rows.targets[predicted])

@@ -34,14 +34,16 @@ MASKED_AT_ONCE = 1 << 15  # tokens: enough that numpy's calls cost little, few e
 EVALUATION_CHUNKS = 256  # chunks masked and packed together in an evaluation
 
 
-# ------------------------------------------------------------------------------------------------- lines -> chunks
-
-
 def load_corpus(config: Config) -> Corpus:
     """Finds the text and the tokenizer, and cuts the text into chunks of tokens. Raises UserError where it cannot."""
     text = find_text(config)
     tokenizer = load_tokenizer(config, text.train, text.digest)
-    added_words = add_words(tokenizer, words_to_add(config, text, tokenizer))
+    if config.automatic_words is None:
+        words = read_words(config.add_words, "add_words")
+    else:  # those of the text that are most often split into subwords
+        _, _, stats = prepare(config, text, tokenizer, read_vocabulary(tokenizer))
+        words = [split.word for split in stats.split_words[: config.automatic_words]]
+    added_words = add_words(tokenizer, words)
     vocabulary = read_vocabulary(tokenizer)
     train, test, stats = prepare(config, text, tokenizer, vocabulary)
     return Corpus(text, tokenizer, added_words, vocabulary, train, test, stats)
@@ -98,17 +100,6 @@ def _compare(train: WrittenSplit, test: WrittenSplit, split_words: list[SplitWor
     )
 
 
-def words_to_add(config: Config, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Returns the words that `add_words` names: a file's, or those of the text most often split into subwords."""
-    if config.automatic_words is None:
-        return read_words(config.add_words, "add_words")
-    _, _, stats = prepare(config, text, tokenizer, read_vocabulary(tokenizer))
-    return [split.word for split in stats.split_words[: config.automatic_words]]
-
-
-# ------------------------------------------------------------------------------------------ chunks -> masked batches
-
-
 def training_rule(config: Config) -> MaskRule:
     """Returns how tokens are masked in training."""
     return MaskRule(
@@ -155,11 +146,8 @@ def _split_into_batches(chunks: Sequences, batch_size: int, rank: int, ranks: in
     for begin in range(0, len(chunks.lengths), batch_size):
         chunks_in_batch = min(batch_size, len(chunks.lengths) - begin)
         batch = slice_chunks(chunks, bounds, begin, begin + chunks_in_batch)
-        share = batch
-        if ranks > 1:
-            first = begin + chunks_in_batch * rank // ranks
-            after = begin + chunks_in_batch * (rank + 1) // ranks
-            share = slice_chunks(chunks, bounds, first, after)
+        first, after = (begin + chunks_in_batch * number // ranks for number in (rank, rank + 1))
+        share = slice_chunks(chunks, bounds, first, after)
         yield Batch(share, masked_tokens=len(batch.targets), tokens=len(batch.input_ids) - 2 * chunks_in_batch)
 
 

@@ -7,7 +7,7 @@ A *chunk* is a line, or a part of a line too long for `sen_max_length`. Stored t
 import math
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from mlm.data.chinese import Segmenter
 from mlm.data.text_files import Text, line_hash
 from mlm.data.text_stats import SplitStats, TextStats, length_bins
 from mlm.data.tokenizer import Vocabulary
-from mlm.data.words import Encoders, TokenizedLines, WordCounts, tokenize
+from mlm.data.words import Encoders, WordCounts, tokenize
 from mlm.errors import UserError
 
 
@@ -74,80 +74,58 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return math.ceil(examples / batch_size)
 
 
-# -------------------------------------------------------------------------------------------------- lines -> chunks
+class WrittenSplit(NamedTuple):
+    """What `write_chunks` counts beside the chunks that it writes."""
 
-
-@dataclass
-class WrittenSplit:
-    """Side results of `write_chunks`: counts of one split, added up block by block."""
-
-    body_length: int
-    vocabulary: Vocabulary
-    lines: int = 0
-    characters: int = 0
-    chunks: int = 0
-    line_hashes: array = field(default_factory=lambda: array("Q"))  # (lines that are not blank,) uint64
-    words: WordCounts = field(default_factory=WordCounts)
-
-    def __post_init__(self):
-        self.occurrences = np.zeros(self.vocabulary.size, dtype=np.int64)  # how often each token occurs
-        self._bins = [*length_bins(self.body_length), math.inf]
-        self._line_lengths = np.zeros(len(self._bins) - 1, dtype=np.int64)  # lines with a token, by their tokens
-
-    def add(self, lines: list[str], tokenized: TokenizedLines, chunks: int) -> None:
-        """Counts lines, blank ones too, the tokens of the others, and their chunks."""
-        self.lines += len(lines)
-        self.characters += sum(map(len, lines))
-        self.chunks += chunks
-        self.line_hashes.extend(map(line_hash, filter(None, lines)))
-        self.words.update(tokenized.tokens, self.vocabulary.continues_word, tokenized.segmented)
-        self.occurrences += np.bincount(tokenized.tokens, minlength=self.vocabulary.size)
-        self._line_lengths += np.histogram(tokenized.lengths, self._bins)[0]
-
-    @property
-    def stats(self) -> SplitStats:
-        return SplitStats(
-            lines=self.lines,
-            blank=self.lines - len(self.line_hashes),
-            duplicate=len(self.line_hashes) - len(np.unique(self.line_hashes)),
-            dropped=len(self.line_hashes) - int(self._line_lengths.sum()),
-            characters=self.characters,
-            tokens=int(self.occurrences.sum()),
-            unknown=int(self.occurrences[self.vocabulary.unk_id]),
-            chunks=self.chunks,
-            line_lengths=self._line_lengths.tolist(),
-        )
+    stats: SplitStats
+    line_hashes: array  # (lines that are not blank,) uint64
+    occurrences: np.ndarray  # (vocabulary,) int64: how often each token occurs
+    words: WordCounts
 
 
 def write_chunks(
-    lines: Iterator[str],
-    path: Path,
-    body_length: int,
-    encoders: Encoders,
-    segmenter: Segmenter,
-    vocabulary: Vocabulary,
+    lines: Iterator[str], path: Path, body_length: int, encoders: Encoders, segmenter: Segmenter, vocabulary: Vocabulary
 ) -> WrittenSplit:
     """Tokenizes the lines, cuts them into chunks of at most `body_length` tokens and writes these to an Arrow file.
 
     The tokens go to a plain file first, so that memory stays small for any text. Raises UserError where there is none.
     """
     dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit tells where words start
-    chunk_lengths = array("q")
-    written = WrittenSplit(body_length, vocabulary)
+    all_lines = characters = 0
+    line_hashes, line_lengths, chunk_lengths = array("Q"), array("q"), array("q")
+    occurrences, words = np.zeros(vocabulary.size, dtype=np.int64), WordCounts()
     tokens_file = path.with_suffix(".tokens")
     with open(tokens_file, "wb") as file:
         for block in _blocks(lines):
-            tokenized = tokenize(list(filter(None, block)), encoders, vocabulary.continues_word, segmenter)
+            filled = list(filter(None, block))
+            tokenized = tokenize(filled, encoders, vocabulary.continues_word, segmenter)
             word_bits = np.left_shift(tokenized.starts_word.astype(dtype), _word_bit(dtype))
             (tokenized.tokens.astype(dtype) | word_bits).tofile(file)
-            new_chunk_lengths = list(_cut_lines(tokenized, body_length))
-            chunk_lengths.extend(new_chunk_lengths)
-            written.add(block, tokenized, len(new_chunk_lengths))
+            for starts_word in np.split(tokenized.starts_word, np.cumsum(tokenized.lengths)[:-1]):
+                chunk_lengths.extend(cut_line(starts_word, body_length))
+            all_lines += len(block)
+            characters += sum(map(len, block))
+            line_hashes.extend(map(line_hash, filled))
+            line_lengths.extend(tokenized.lengths.tolist())
+            occurrences += np.bincount(tokenized.tokens, minlength=vocabulary.size)
+            words.update(tokenized.tokens, vocabulary.continues_word, tokenized.segmented)
     if not chunk_lengths:
         raise UserError(f"path_datasets: no line of {path.stem}*.txt holds a token to train or test on")
     _write_arrow(path, np.memmap(tokens_file, dtype, mode="r"), chunk_bounds(np.array(chunk_lengths)))
     tokens_file.unlink()
-    return written
+    binned = np.histogram(line_lengths, [*length_bins(body_length), math.inf])[0]  # lines with a token, by their tokens
+    stats = SplitStats(
+        lines=all_lines,
+        blank=all_lines - len(line_hashes),
+        duplicate=len(line_hashes) - len(np.unique(line_hashes)),
+        dropped=len(line_hashes) - int(binned.sum()),
+        characters=characters,
+        tokens=int(occurrences.sum()),
+        unknown=int(occurrences[vocabulary.unk_id]),
+        chunks=len(chunk_lengths),
+        line_lengths=binned.tolist(),
+    )
+    return WrittenSplit(stats, line_hashes, occurrences, words)
 
 
 def _blocks(lines: Iterator[str], characters: int = 1 << 19) -> Iterator[list[str]]:
@@ -170,12 +148,6 @@ def _write_arrow(path: Path, tokens: np.ndarray, offsets: np.ndarray) -> None:
     table = pa.table({"tokens": pa.LargeListArray.from_arrays(offsets, tokens)})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
-
-
-def _cut_lines(tokenized: TokenizedLines, limit: int) -> Iterator[int]:
-    """Yields the lengths of the chunks that the lines are cut into."""
-    for start, end in pairwise(chunk_bounds(tokenized.lengths).tolist()):
-        yield from cut_line(tokenized.starts_word[start:end], limit)
 
 
 def cut_line(starts_word: np.ndarray, limit: int) -> list[int]:

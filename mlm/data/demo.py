@@ -6,17 +6,9 @@ import sysconfig
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from platform import python_version
-
-from Config import Config
 
 HELD_OUT_EVERY = 20  # paragraphs: one of them is held out
 ENOUGH_PARAGRAPHS = 5000  # fewer mean that this Python ships without its documentation
-
-
-def demo_folder(config: Config) -> Path:
-    """Returns the folder of the demo's corpus; each version of Python has other documentation."""
-    return Path(config.path_model_save) / ".cache" / f"demo-{python_version()}"
 
 
 def write_corpus(folder: Path) -> None:

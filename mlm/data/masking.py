@@ -60,17 +60,13 @@ def mask(
     replacement = random_bits(unit_bits[chosen], Draw.REPLACEMENT)  # (masked,)
     becomes_mask = replacement < threshold(rule.mask_share)
     becomes_random = replacement < threshold(rule.mask_share + rule.random_share)  # where it does not become [MASK]
-    random_tokens = _regular_tokens(random_bits(token_bits[chosen], Draw.RANDOM_TOKEN), vocabulary)
+    # Regular tokens, all equally likely: the upper half of random bits, scaled to how many there are.
+    upper_half = random_bits(token_bits[chosen], Draw.RANDOM_TOKEN) >> np.uint64(32)
+    random_tokens = vocabulary.regular_ids[upper_half * np.uint64(len(vocabulary.regular_ids)) >> np.uint64(32)]
     input_ids = tokens.copy()
     input_ids[chosen] = np.where(becomes_random, random_tokens, targets)
     input_ids[chosen[becomes_mask]] = vocabulary.mask_id
     return input_ids, chosen, targets
-
-
-def _regular_tokens(bits: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Returns a random regular token for each of the bits, all equally likely: the bits' upper half, scaled to them."""
-    scaled = (bits >> np.uint64(32)) * np.uint64(len(vocabulary.regular_ids))
-    return vocabulary.regular_ids[scaled >> np.uint64(32)]
 
 
 def _choose_words(

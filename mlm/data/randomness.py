@@ -27,12 +27,9 @@ class Draw(IntEnum):
     NOT_CHOSEN = 3  # bits of a word outside spans, the smallest of which is chosen where no other is
 
 
-_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-
-
 def _mix(bits: np.ndarray) -> np.ndarray:
     """Scrambles 64-bit integers: the finaliser of SplitMix64 (Steele, Lea and Flood, doi 10.1145/2660193.2660195)."""
-    for shift, factor in _MIX:
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
     return bits ^ (bits >> np.uint64(31))
 

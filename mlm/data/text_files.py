@@ -8,15 +8,16 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import filterfalse
 from pathlib import Path
+from platform import python_version
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from Config import Config
 from mlm.data.chinese import HAN_CHARACTER
-from mlm.data.demo import demo_folder, write_corpus
+from mlm.data.demo import write_corpus
 from mlm.errors import UserError, first_line
 from mlm.runtime.hub import WIKITEXT, locate, wants_wikitext
 from mlm.storage import atomic_write, digest, lock, once
@@ -35,8 +36,9 @@ class Text(NamedTuple):
 
 
 def text_folder(config: Config) -> Path:
-    """Returns the folder that the text is read from."""
-    return demo_folder(config) if config.demo else Path(config.path_datasets)
+    """Returns the folder that the text is read from; each version of Python has other documentation for the demo."""
+    demo_folder = Path(config.path_model_save) / ".cache" / f"demo-{python_version()}"
+    return demo_folder if config.demo else Path(config.path_datasets)
 
 
 def find_text(config: Config) -> Text:
@@ -62,47 +64,40 @@ def find_text(config: Config) -> Text:
     digests = [[_file_digest(path) for path in paths] for paths in (train, test)]
     if test:
         return Text(partial(read_lines, train), partial(read_lines, test), digest(digests))
-    key = digest(digests, config.seed, config.test_fraction)
-    cached = Path(config.path_model_save) / ".cache" / f"held-out-{key}"
-    salt = config.seed.to_bytes(8, "little")
-
-    def write_limit(path: Path) -> None:
-        path.write_text(str(_held_out_limit(train, salt, config.test_fraction)))
-
-    once(cached, write_limit)
-    split = SplitByHash(train, salt, limit=int(cached.read_text()))
-    return Text(split.train, split.test, digest(digests, config.seed, split.limit))
+    return _hold_out(train, digests, config)
 
 
-class SplitByHash(NamedTuple):
-    """Files some of whose lines are held out: those whose salted hash is below a limit, wherever they are repeated."""
-
-    files: list[Path]
-    salt: bytes
-    limit: int
-
-    def train(self) -> Iterator[str]:
-        return (line for line in read_lines(self.files) if line_hash(line, self.salt) >= self.limit)
-
-    def test(self) -> Iterator[str]:
-        return (line for line in read_lines(self.files) if line_hash(line, self.salt) < self.limit)
-
-
-def _held_out_limit(files: list[Path], salt: bytes, test_fraction: float) -> int:
-    """Returns the limit below which the salted hashes of that share of the distinct lines are, at least of one.
+def _hold_out(files: list[Path], digests: list[list[str]], config: Config) -> Text:
+    """Holds out that share of the distinct lines, at least one, whose salted hashes are below a limit, and caches it.
 
     Raises UserError where there are not two lines, one for each split.
     """
-    hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(files) if line)))
-    if len(hashes) < 2:
-        state = "holds one line only" if len(hashes) else "is empty"
-        raise UserError(
-            f"path_datasets: train*.txt in {files[0].parent} {state}; two are needed to train on one and test on one"
-        )
-    return int(hashes[min(max(1, round(len(hashes) * test_fraction)), len(hashes) - 1)])
+    salt = config.seed.to_bytes(8, "little")
+
+    def write_limit(path: Path) -> None:
+        hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(files) if line)))
+        if len(hashes) < 2:
+            state = "holds one line only" if len(hashes) else "is empty"
+            raise UserError(
+                f"path_datasets: train*.txt in {files[0].parent} {state}; two are needed to train on one and test on "
+                "one"
+            )
+        path.write_text(str(hashes[min(max(1, round(len(hashes) * config.test_fraction)), len(hashes) - 1)]))
+
+    key = digest(digests, config.seed, config.test_fraction)
+    limit = int(once(Path(config.path_model_save) / ".cache" / f"held-out-{key}", write_limit).read_text())
+
+    def is_held_out(line: str) -> bool:
+        return line_hash(line, salt) < limit
+
+    return Text(
+        train=lambda: filterfalse(is_held_out, read_lines(files)),
+        test=lambda: filter(is_held_out, read_lines(files)),
+        digest=digest(digests, config.seed, limit),
+    )
 
 
-def _files(folder, split):
+def _files(folder, split=""):
     return sorted(path for ending in ("txt", "txt.gz") for path in folder.glob(f"{split}*.{ending}"))
 
 
@@ -126,8 +121,7 @@ def read_sample(path: Path, setting: str, limit: int) -> list[str]:
 
     Raises UserError, which names the setting, where there is none.
     """
-    files = [path] if path.is_file() else sorted([*path.glob("*.txt"), *path.glob("*.txt.gz")])
-    lines = [line for line in read_lines(files, setting) if line]
+    lines = list(filter(None, read_lines([path] if path.is_file() else _files(path), setting)))
     if not lines:
         raise UserError(f"{setting}: {path} is no file or folder of .txt files with a line of text in it")
     every = max(1, len(lines) // limit)
@@ -142,7 +136,11 @@ def decode_lines(files: list[Path], setting: str) -> Iterator[str]:
     Raises UserError, naming setting, file and line, for bytes that are not UTF-8, and for a file that cannot be read.
     """
     for path in files:
-        with _readable(path, setting), open(path, "rb") as stored, _reading_bar(path) as bar:
+        with (
+            _readable(path, setting),
+            open(path, "rb") as stored,
+            progress_bar(f"reading {path.name}", path.stat().st_size, "B") as bar,
+        ):
             file = cast(BinaryIO, gzip.GzipFile(fileobj=stored)) if path.suffix == ".gz" else stored
             for number, raw in enumerate(file, start=1):
                 if number % LINES_BETWEEN_UPDATES == 0:
@@ -157,11 +155,6 @@ def decode_lines(files: list[Path], setting: str) -> Iterator[str]:
                         f"Save it as plain UTF-8 text{remedy}"
                     ) from error
                 yield line.removesuffix("\n").removesuffix("\r")
-
-
-def _reading_bar(path: Path) -> tqdm:
-    """Returns a progress bar by the bytes of the stored file; its lines are processed while they are read."""
-    return progress_bar(f"reading {path.name}", path.stat().st_size, "B")
 
 
 def _likely_encoding(sample: bytes) -> str:
@@ -191,18 +184,18 @@ def _fetch_wikitext(folder):
     """Downloads WikiText-2 (raw) into train.txt and test.txt. Raises UserError where that fails."""
     from datasets import DownloadConfig, load_dataset  # here, as it takes a second
 
-    is_local = locate(**WIKITEXT) != "hub"
+    options = DownloadConfig(local_files_only=locate(**WIKITEXT) != "hub")
     print(f"{folder} holds no text: fetching WikiText-2 (raw) into it from the Hub", flush=True)
-    options = DownloadConfig(local_files_only=is_local)
-    name, subset = WIKITEXT["name"], "wikitext-2-raw-v1"
     try:
-        test = load_dataset(name, subset, split="test", download_config=options)
-        train = load_dataset(name, subset, split="train", download_config=options)
+        dataset = {
+            split: load_dataset(WIKITEXT["name"], "wikitext-2-raw-v1", split=split, download_config=options)
+            for split in ("test", "train")  # train.txt is written last: a folder without it is not trained on
+        }
     except Exception as error:  # whatever a broken connection or a changed data set make `datasets` raise
         raise UserError(
             f"path_datasets: WikiText-2 could not be fetched ({first_line(error)}); put text into {folder}"
         ) from error
-    for split, rows in (("test", test), ("train", train)):  # train.txt last: a folder without it is not trained on
+    for split, rows in dataset.items():
         with atomic_write(folder / f"{split}.txt", "path_datasets") as temporary:
             text = "".join(line.rstrip("\n") + "\n" for line in rows["text"])
             temporary.write_text(text, encoding="utf-8", newline="\n")

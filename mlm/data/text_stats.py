@@ -64,15 +64,13 @@ def used_splits(stats: TextStats, only_test: bool) -> dict[str, SplitStats]:
 
 def text_warnings(stats: TextStats, tokenizer_name: str, only_test: bool) -> list[str]:
     """Returns a line for each thing that looks wrong with the text, or with the tokenizer for it."""
-    warnings = []
-    for name, split in used_splits(stats, only_test).items():
-        unknown_share = split.unknown / split.tokens
-        if unknown_share > MANY_UNKNOWN:
-            warnings.append(
-                f"warning: {unknown_share:.0%} of the {name} tokens are [UNK]. Most likely {tokenizer_name} is for "
-                "another language; for Chinese set initial_pretrain_model and initial_pretrain_tokenizer to "
-                "bert-base-chinese"
-            )
+    warnings = [
+        f"warning: {split.unknown / split.tokens:.0%} of the {name} tokens are [UNK]. Most likely {tokenizer_name} is "
+        "for another language; for Chinese set initial_pretrain_model and initial_pretrain_tokenizer to "
+        "bert-base-chinese"
+        for name, split in used_splits(stats, only_test).items()
+        if split.unknown / split.tokens > MANY_UNKNOWN
+    ]
     if stats.test_lines_in_train and not only_test:
         warnings.append("warning: the model is tested on lines it is trained on, so its perplexity will flatter it")
     return warnings

@@ -17,8 +17,6 @@ from mlm.errors import UserError
 MANY_SUBWORDS = 3  # from here on a word is listed, as one that may be worth a token of its own
 COUNTED_WORDS = 1 << 18  # of more distinct ones the rarer half is dropped, so that memory stays small
 
-# ---------------------------------------------------------------------------------------------- where words start
-
 
 def read_words(path: str | None, setting: str) -> list[str]:
     """Returns a file's distinct lines that are not blank, none where there is no path.
@@ -69,24 +67,25 @@ def tokenize(lines: list[str], encoders: Encoders, continues_word: np.ndarray, s
     segmenter decides instead: characters, ASCII letters and digits that it leaves together are one word. No token is
     cut or joined for it. continues_word: (vocabulary,) bool, True for subwords such as ##ing.
     """
-    kinds = ["ascii" if line.isascii() else "chinese" if HAN_CHARACTER.search(line) else "other" for line in lines]
+    named = ("ascii" if line.isascii() else "chinese" if HAN_CHARACTER.search(line) else "other" for line in lines)
+    kinds = np.array(list(named), dtype=str)  # (lines,)
     encode_by_kind = {
         "ascii": encoders.ascii_line.encode_batch_fast,
         "other": encoders.any_line.encode_batch_fast,
         "chinese": encoders.any_line.encode_batch,  # which also tells where a token stands in its line
     }
-    encoded = {}
-    for kind, encode_batch in encode_by_kind.items():
-        selected = [line for line, kind_of_line in zip(lines, kinds, strict=True) if kind_of_line == kind]
-        encoded[kind] = encode_batch(selected, add_special_tokens=False)
+    encoded = {
+        kind: encode_batch(list(compress(lines, kinds == kind)), add_special_tokens=False)
+        for kind, encode_batch in encode_by_kind.items()
+    }
     remaining = {kind: iter(encodings) for kind, encodings in encoded.items()}
-    ids = [next(remaining[kind]).ids for kind in kinds]  # in the order of the lines again
+    ids = [next(remaining[kind]).ids for kind in kinds.tolist()]  # in the order of the lines again
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     tokens = np.fromiter(chain.from_iterable(ids), np.int64, lengths.sum())
     starts_word = ~continues_word[tokens]
     segmented = []
     if encoded["chinese"]:
-        chinese = np.array(kinds) == "chinese"  # (lines,)
+        chinese = kinds == "chinese"
         text = "".join(f"{line}\n" for line in compress(lines, chinese))
         segmented = segmenter.cut(text)
         inside = np.repeat(chinese, lengths)
@@ -148,9 +147,6 @@ class WordCounts:
         return sorted(found, key=lambda split: (-split.occurrences, split.word))[:limit]
 
 
-# --------------------------------------------------------------------------------------- words for the vocabulary
-
-
 def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str, list[int]]:
     """Adds the words that are not one token already to the tokenizer. Returns the ids of each one's former subwords.
 
@@ -161,17 +157,13 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str,
     distinct: dict[str, str] = {}  # by how the tokenizer sees them
     for word in words:  # "Insulin" and "insulin" may be the same
         distinct.setdefault(normalizer.normalize_str(word) if normalizer else word, word)
-    added = {}
+    added, tokens = {}, []
     for word in distinct.values():
         subwords = tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(subwords) > 1 or subwords == [tokenizer.unk_token_id]:
             added[word] = subwords
-    tokenizer.add_tokens([_as_token(word) for word in added])
+            # BERT's normalizer puts spaces around each Chinese character; a word of these alone is found without it.
+            all_chinese, any_chinese = all(map(HAN_CHARACTER.match, word)), HAN_CHARACTER.search(word)
+            tokens.append(AddedToken(word, single_word=not any_chinese, normalized=not all_chinese))
+    tokenizer.add_tokens(tokens)
     return added
-
-
-def _as_token(word):
-    """Returns the token to add. BERT's normalizer puts spaces around each Chinese character; a word of these alone is
-    found without it."""
-    all_chinese, any_chinese = all(map(HAN_CHARACTER.match, word)), HAN_CHARACTER.search(word)
-    return AddedToken(word, single_word=not any_chinese, normalized=not all_chinese)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,22 +37,14 @@ def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTraine
     return guesses
 
 
-class Prediction(NamedTuple):
-    """A line as it is, with some tokens hidden, and with the model's likeliest tokens in their places."""
-
-    src: str
-    mask: str
-    pred: str
-
-
 def save_predictions(path: Path, model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> None:
     """Writes a CSV of the first test lines that fit a chunk."""
-    rows = islice(predict(model, corpus, sen_max_length), MOST_LINES)
-    write_csv(path, Prediction._fields, (row._asdict() for row in rows))
+    write_csv(path, ("src", "mask", "pred"), islice(predict(model, corpus, sen_max_length), MOST_LINES))
 
 
-def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iterator[Prediction]:
-    """Yields a prediction for each test line that fits a chunk; the hidden tokens are those of evaluations."""
+def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iterator[dict[str, str]]:
+    """Yields each test line that fits a chunk: as it is, with the tokens hidden that evaluations hide, and with the
+    model's likeliest tokens in their places."""
     tokenizer, vocabulary = corpus.tokenizer, corpus.vocabulary
     for line in corpus.text.test():
         encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -65,11 +56,11 @@ def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iter
         framed = np.concatenate([[vocabulary.cls_id], ids, [vocabulary.sep_id]])
         likeliest = tokenizer.convert_ids_to_tokens(fill_in(model, framed, masked + 1).argmax(-1).tolist())
         spans = [encoded["offset_mapping"][place] for place in masked]
-        yield Prediction(
-            src=line,
-            mask=_replace(line, spans, [tokenizer.mask_token] * len(spans)),
-            pred=_replace(line, spans, [token.removeprefix("##") for token in likeliest]),
-        )
+        yield {
+            "src": line,
+            "mask": _replace(line, spans, [tokenizer.mask_token] * len(spans)),
+            "pred": _replace(line, spans, [token.removeprefix("##") for token in likeliest]),
+        }
 
 
 def _replace(line: str, spans: list[tuple[int, int]], parts: list[str]) -> str:

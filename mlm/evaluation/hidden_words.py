@@ -46,7 +46,7 @@ def hide_words(
     They are chosen by counts of the training text, and by no model: content words that are often beside the same
     neighbour, as 'pressure' behind 'blood'. Where a text has too few of these, others fill up.
     """
-    bigrams = _Bigrams.from_chunks(train, vocabulary)
+    bigrams = _Bigrams(train, vocabulary)
     found: dict[str, tuple[float, HiddenWord]] = {}
     for line in lines:
         if len(line) > MAX_LINE_CHARACTERS or tokenizer.mask_token in line:
@@ -80,29 +80,24 @@ def _whole_words(ids: np.ndarray, spans: list[tuple[int, int]], line: str, vocab
     return places
 
 
-class _Bigrams(NamedTuple):
-    """Counts of pairs of content words that follow each other in the training text."""
+class _Bigrams:
+    """Counts of pairs of content words that follow each other in a sample of the training chunks."""
 
-    is_content_word: np.ndarray  # (vocabulary,) bool: seen often enough, and no function word
-    occurrences: np.ndarray  # (vocabulary,) int64
-    bigrams: dict[int, int]  # the frequent: first * vocabulary + second, and how often
-
-    @classmethod
-    def from_chunks(cls, train: Chunks, vocabulary: Vocabulary) -> "_Bigrams":
-        """Counts them in a sample of the chunks."""
+    def __init__(self, train: Chunks, vocabulary: Vocabulary):
         tokens, lengths, _ = take(train, np.arange(0, len(train), max(1, len(train) // COUNTED_CHUNKS)))
-        occurrences = np.bincount(tokens, minlength=vocabulary.size)
+        occurrences = np.bincount(tokens, minlength=vocabulary.size)  # (vocabulary,)
         most_frequent_first = np.argsort(-occurrences, kind="stable")
         share_before = (np.cumsum(occurrences[most_frequent_first]) - occurrences[most_frequent_first]) / len(tokens)
-        is_content_word = occurrences >= MIN_OCCURRENCES
+        is_content_word = occurrences >= MIN_OCCURRENCES  # (vocabulary,), and no function word
         is_content_word[most_frequent_first[share_before < FUNCTION_WORD_SHARE]] = False
 
         is_counted = is_content_word[tokens[:-1]] & is_content_word[tokens[1:]]  # (tokens - 1,)
         is_counted[chunk_bounds(lengths)[1:-1] - 1] = False  # the last of one chunk, the first of the next
         bigrams, counts = np.unique((tokens[:-1] * vocabulary.size + tokens[1:])[is_counted], return_counts=True)
         often = counts >= MIN_OCCURRENCES
-        frequent = dict(zip(bigrams[often].tolist(), counts[often].tolist(), strict=True))
-        return cls(is_content_word, occurrences, frequent)
+        self.is_content_word, self.occurrences = is_content_word, occurrences
+        # the frequent: first * vocabulary + second, and how often
+        self.bigrams = dict(zip(bigrams[often].tolist(), counts[often].tolist(), strict=True))
 
     def association(self, ids: np.ndarray, place: int) -> float:
         """Returns P(word given neighbour), the larger of both neighbours; -1 for a word that is no content word.

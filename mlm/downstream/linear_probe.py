@@ -54,11 +54,9 @@ def resample(task: Task, drawn: list[int], seed: int) -> list[int]:
 def select_rows(task: Task, drawn: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows of the drawn examples in the features of all training texts, or words, and their class ids: (n,)
     each."""
-    class_ids = task.class_ids
-    targets = np.array([class_ids[label] for example in task.train for label in example.labels])
     bounds = chunk_bounds(np.array([len(example.labels) for example in task.train]))
     rows = np.concatenate([np.arange(bounds[index], bounds[index + 1]) for index in drawn])
-    return rows, targets[rows]
+    return rows, np.array(task.targets(task.train))[rows]
 
 
 def fit(

@@ -69,7 +69,7 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
             save_picture(comparison.folder / "results.svg", outcomes)
             write_json(comparison.folder / "settings.json", asdict(config))
     if config.general_text:
-        measure_general_perplexity(comparison, config.general_text)
+        measure_general_perplexity(comparison)
     if accelerator.is_main_process:
         for name in config.models:
             redraw(Path(name).parent)
@@ -103,16 +103,8 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
     kind = "-frozen" if config.frozen else ""
     folder = Path(config.path_model_save) / "downstream" / f"{task.name}-{task.digest[:6]}{kind}"
     make_folder(folder / "trials")
-    return Comparison(
-        config=config,
-        accelerator=accelerator,
-        folder=folder,
-        task=task,
-        metric=metric,
-        candidates=candidates,
-        trials=Trials(folder / "trials", cache_keys, num_predictions, len(task.classes)),
-        general_lines=general_lines,
-    )
+    trials = Trials(folder / "trials", cache_keys, num_predictions, len(task.classes))
+    return Comparison(config, accelerator, folder, task, metric, candidates, trials, general_lines)
 
 
 def read_candidate(name: str, task: Task, config: DownstreamConfig) -> Candidate:
@@ -210,17 +202,14 @@ def _fine_tune(comparison: Comparison, trial: Trial, micro_batcher: MicroBatcher
     )
     bert = load_classifier(trial.model, len(task.classes), trial.seed, of_words=task.kind == "entities")
     classifier = PackedClassifier(bert, comparison.sep_id(candidate)).to(accelerator.device)
+
+    def score_on_dev() -> float:
+        return comparison.score_on_dev(predict(classifier, candidate.dev, accelerator, micro_batcher))
+
     try:
         with progress_bar(f"seed {trial.seed}", budget.steps, " steps") as bar:
             best_step, dev_score = fine_tune(
-                classifier,
-                train,
-                lambda: comparison.score_on_dev(predict(classifier, candidate.dev, accelerator, micro_batcher)),
-                budget,
-                trial.seed,
-                accelerator,
-                micro_batcher,
-                bar.update,
+                classifier, train, score_on_dev, budget, trial.seed, accelerator, micro_batcher, bar.update
             )
         predictions = predict(classifier, candidate.test, accelerator, micro_batcher)
     finally:
@@ -270,21 +259,18 @@ def make_micro_batcher(
 # ------------------------------------------------------------------------------------------- general-domain perplexity
 
 
-def measure_general_perplexity(comparison: Comparison, path: str) -> None:
+def measure_general_perplexity(comparison: Comparison) -> None:
     """Says each model's perplexity on general text, which shows how much of it adaptation forgets."""
-    lines = comparison.general_lines
-    perplexities = {
-        name: compute_perplexity(comparison, candidate, lines) for name, candidate in comparison.candidates.items()
-    }
-    say(results.describe_general_perplexity(perplexities, path, len(lines)))
+    candidates = comparison.candidates
+    perplexities = {name: compute_perplexity(comparison, candidate) for name, candidate in candidates.items()}
+    path, num_lines = comparison.config.general_text, len(comparison.general_lines)
+    say(results.describe_general_perplexity(perplexities, path, num_lines))
     if comparison.accelerator.is_main_process:
         results.save_general_perplexity(comparison.folder, perplexities)
 
 
-def compute_perplexity(
-    comparison: Comparison, candidate: Candidate, lines: list[str]
-) -> results.GeneralPerplexity | None:
-    """Returns a model's perplexity on lines, by train.py's evaluation; None where it has no head for that."""
+def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str, float] | None:
+    """Returns perplexity and nats per character of general_text, by train.py's evaluation; None without a head."""
     length, accelerator = comparison.config.sen_max_length, comparison.accelerator
     vocabulary = read_vocabulary(candidate.tokenizer)
     as_start = Config(
@@ -296,14 +282,15 @@ def compute_perplexity(
         return None
     if warnings:  # that the head is missing
         return None
-    with temporary_chunks(lines, candidate.tokenizer, length) as (chunks, stats):
+    with temporary_chunks(comparison.general_lines, candidate.tokenizer, length) as (chunks, stats):
         rank, ranks = accelerator.process_index, accelerator.num_processes
         batches = evaluation_batches(chunks, vocabulary, len(chunks), rank, ranks)
         with accelerator.autocast():
             model = PackedMaskedLM(bert).to(accelerator.device)
             micro_batcher = make_micro_batcher(comparison, candidate)
             evaluation = evaluate(accelerator, model, batches, len(chunks), micro_batcher, StopRequest())
-    return results.GeneralPerplexity(evaluation.perplexity, evaluation.loss * stats.tokens / stats.characters)
+    nats_per_character = evaluation.loss * stats.tokens / stats.characters
+    return {"perplexity": evaluation.perplexity, "nats_per_character": nats_per_character}
 
 
 def main(config: DownstreamConfig) -> None:

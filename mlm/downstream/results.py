@@ -17,6 +17,7 @@ from mlm.storage import write_csv
 from mlm.terminal import figure, table
 
 METRIC_TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1"}
+Perplexities = dict[str, dict[str, float] | None]  # of each model: perplexity and nats_per_character, where it has them
 
 
 class Outcome(NamedTuple):
@@ -146,28 +147,21 @@ def _render(name: str, **values: Any) -> str:
     return _SCREENS.get_template(name).render(values).rstrip()
 
 
-class GeneralPerplexity(NamedTuple):
-    """How well a model predicts hidden words of text that is not of the task's domain."""
-
-    perplexity: float
-    nats_per_character: float
-
-
-def describe_general_perplexity(perplexities: dict[str, GeneralPerplexity | None], text: str, num_lines: int) -> str:
+def describe_general_perplexity(perplexities: Perplexities, text: str | None, num_lines: int) -> str:
     """Returns a table of each model's perplexity on general text."""
     rows = [["", "perplexity", "nats per character", ""]]
     for name, scores in zip(short_names(list(perplexities)).values(), perplexities.values(), strict=True):
         if scores:
-            rows.append([name, figure(scores.perplexity), f"{scores.nats_per_character:.3f}"])
+            rows.append([name, figure(scores["perplexity"]), f"{scores['nats_per_character']:.3f}"])
         else:
             rows.append([name, "", "", "no masked-language-model head"])
     closing = "(Perplexities compare between models with the same tokenizer; else compare nats.)"
     return "\n".join([f"\n{text}, {num_lines:,} line(s), masked as in train.py", table(rows, "<>><"), closing])
 
 
-def save_general_perplexity(folder: Path, perplexities: dict[str, GeneralPerplexity | None]) -> None:
+def save_general_perplexity(folder: Path, perplexities: Perplexities) -> None:
     """Writes general_text.csv."""
-    rows = [{"model": name} | scores._asdict() for name, scores in perplexities.items() if scores]
+    rows = [{"model": name, **scores} for name, scores in perplexities.items() if scores]
     if rows:
         write_csv(folder / "general_text.csv", list(rows[0]), rows)
 

@@ -4,21 +4,14 @@ import signal
 
 from Config import Config, DownstreamConfig, parse_downstream_flags
 from mlm.errors import UserError, plain_errors
-from mlm.runtime.hardware import (
-    OutOfMemory,
-    choose_devices,
-    choose_precision,
-    detect_out_of_memory,
-    has_variable_length_kernels,
-    keep_freed_memory,
-)
+from mlm.runtime import hardware
 from mlm.runtime.hub import locate
 
 if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during an import ends without a traceback
     with plain_errors():
         settings = parse_downstream_flags()
-        choose_devices(settings)
+        hardware.choose_devices(settings)
         for name in settings.models:
             locate(name, "models")
 
@@ -36,25 +29,14 @@ from data_process import evaluation_batches, temporary_chunks
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.text_files import read_sample
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
+from mlm.downstream import linear_probe, results
 from mlm.downstream.comparison import Candidate, Comparison, fingerprint
 from mlm.downstream.contamination import count_contaminated
 from mlm.downstream.encoding import encode
 from mlm.downstream.finetuning import Budget, fine_tune, predict
-from mlm.downstream.linear_probe import features, fit, resample, select_rows
 from mlm.downstream.metrics import choose_metric
 from mlm.downstream.plot import save_picture
-from mlm.downstream.results import (
-    GeneralPerplexity,
-    describe_candidates,
-    describe_general_perplexity,
-    describe_outcome,
-    describe_task,
-    save_general_perplexity,
-    save_outcomes,
-    say_result,
-    summarize,
-)
-from mlm.downstream.task import Task, group_by, load_task, sample_per_class
+from mlm.downstream.task import Task, load_task, sample_per_class
 from mlm.downstream.trials import Result, Trial, Trials
 from mlm.evaluation.loss import evaluate
 from mlm.report.page import redraw
@@ -78,16 +60,16 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
     comparison = set_up(config, accelerator)
     outcomes = []
     for size in config.examples_per_class:
-        results = try_models(comparison, size)
-        outcomes.append(summarize(comparison.task, comparison.metric, size, results))
-        say(describe_outcome(outcomes[-1]))
+        tried = try_models(comparison, size)
+        outcomes.append(results.summarize(comparison.task, comparison.metric, size, tried))
+        say(results.describe_outcome(outcomes[-1]))
     if accelerator.is_main_process:
         with lock(comparison.folder / "trials" / "results.lock"):  # another process may end at this moment
-            save_outcomes(comparison.folder, outcomes)
+            results.save_outcomes(comparison.folder, outcomes)
             save_picture(comparison.folder / "results.svg", outcomes)
             write_json(comparison.folder / "settings.json", asdict(config))
     if config.general_text:
-        measure_general_perplexity(comparison, config.general_text)
+        measure_general_perplexity(comparison)
     if accelerator.is_main_process:
         for name in config.models:
             redraw(Path(name).parent)
@@ -104,15 +86,15 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
     general_lines = []
     if config.general_text:
         general_lines = read_sample(Path(config.general_text), "general_text", MAX_GENERAL_LINES)
-    say(describe_task(task))
+    say(results.describe_task(task))
 
     # The models, each with the texts as its tokenizer sees them.
     candidates = {name: read_candidate(name, task, config) for name in config.models}
-    say(describe_candidates(task, list(candidates.values())))
+    say(results.describe_candidates(task, list(candidates.values())))
 
     # A cache key holds all that decides a model's results, so that a second call finds those of the first.
     budget = (config.num_epochs, config.min_steps, config.batch_size, config.sen_max_length)
-    machine = (accelerator.device.type, choose_precision(config))
+    machine = (accelerator.device.type, hardware.choose_precision(config))
     cache_keys = {
         name: digest(candidate.fingerprint, task.digest, metric, config.frozen, machine, budget)
         for name, candidate in candidates.items()
@@ -121,16 +103,8 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
     kind = "-frozen" if config.frozen else ""
     folder = Path(config.path_model_save) / "downstream" / f"{task.name}-{task.digest[:6]}{kind}"
     make_folder(folder / "trials")
-    return Comparison(
-        config=config,
-        accelerator=accelerator,
-        folder=folder,
-        task=task,
-        metric=metric,
-        candidates=candidates,
-        trials=Trials(folder / "trials", cache_keys, num_predictions, len(task.classes)),
-        general_lines=general_lines,
-    )
+    trials = Trials(folder / "trials", cache_keys, num_predictions, len(task.classes))
+    return Comparison(config, accelerator, folder, task, metric, candidates, trials, general_lines)
 
 
 def read_candidate(name: str, task: Task, config: DownstreamConfig) -> Candidate:
@@ -170,32 +144,28 @@ def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
     seeds = range(config.seed, config.seed + config.num_seeds)
     if config.frozen:
         todo = [Trial(name, size, seed, None) for name in config.models for seed in seeds]
-        return by_model(trials.run(todo, partial(probe_once, comparison), say_result))
+        return trials.run(todo, partial(probe_once, comparison), results.say_result)
 
     # The first seed tries every learning rate, and dev chooses one for each model.
     run_trial = partial(fine_tune_once, comparison)
     if size != "all" and len(sample_per_class(comparison.task, size, config.seed)) == len(comparison.task.train):
         say(f"note: no class has more than {size} training texts, so these are all")
     first = [Trial(name, size, config.seed, rate) for name in config.models for rate in config.learning_rates]
-    tried = by_model(trials.run(first, run_trial, say_result))
-    chosen = {name: choose_rate(name, config.learning_rates, results) for name, results in tried.items()}
+    tried = trials.run(first, run_trial, results.say_result)
+    chosen = {name: choose_rate(name, config.learning_rates, of_rates) for name, of_rates in tried.items()}
 
     # The other seeds, of all models in turn, so that a comparison that is stopped has about as many of each.
     todo = [Trial(name, size, seed, chosen[name]) for seed in seeds for name in config.models]
-    return by_model(trials.run(todo, run_trial, say_result))
+    return trials.run(todo, run_trial, results.say_result)
 
 
-def by_model(results: list[Result]) -> dict[str, list[Result]]:
-    return group_by(results, lambda result: result.trial.model)
-
-
-def choose_rate(model: str, rates: tuple[float, ...], results: list[Result]) -> float:
-    """Returns the learning rate that is best on dev, the middle one of equals; results: one for each rate.
+def choose_rate(model: str, rates: tuple[float, ...], tried: list[Result]) -> float:
+    """Returns the learning rate that is best on dev, the middle one of equals; tried: a result for each rate.
 
     Where that is the lowest or the highest of all, it says so, as a rate beyond it may be better still.
     """
-    best_score = max(result.dev_score for result in results)
-    best = [rate for rate, result in zip(rates, results, strict=True) if result.dev_score == best_score]
+    best_score = max(result.dev_score for result in tried)
+    best = [rate for rate, result in zip(rates, tried, strict=True) if result.dev_score == best_score]
     chosen = best[len(best) // 2]
     if len(best) == 1 < len(rates) and chosen in (min(rates), max(rates)):
         end, where = ("lowest", "lower") if chosen == min(rates) else ("highest", "higher")
@@ -210,9 +180,9 @@ def fine_tune_once(comparison: Comparison, trial: Trial) -> Result:
     micro_batcher = make_micro_batcher(comparison, comparison.candidates[trial.model], positions)
     while True:
         try:
-            with detect_out_of_memory():
+            with hardware.detect_out_of_memory():
                 return _fine_tune(comparison, trial, micro_batcher)
-        except OutOfMemory:
+        except hardware.OutOfMemory:
             pass
         if micro_batcher.max_positions <= comparison.config.sen_max_length:
             raise UserError("sen_max_length: out of memory, though texts go through the model singly")
@@ -232,22 +202,19 @@ def _fine_tune(comparison: Comparison, trial: Trial, micro_batcher: MicroBatcher
     )
     bert = load_classifier(trial.model, len(task.classes), trial.seed, of_words=task.kind == "entities")
     classifier = PackedClassifier(bert, comparison.sep_id(candidate)).to(accelerator.device)
+
+    def score_on_dev() -> float:
+        return comparison.score_on_dev(predict(classifier, candidate.dev, accelerator, micro_batcher))
+
     try:
         with progress_bar(f"seed {trial.seed}", budget.steps, " steps") as bar:
-            best = fine_tune(
-                classifier,
-                train,
-                lambda: comparison.score_on_dev(predict(classifier, candidate.dev, accelerator, micro_batcher)),
-                budget,
-                trial.seed,
-                accelerator,
-                micro_batcher,
-                bar.update,
+            best_step, dev_score = fine_tune(
+                classifier, train, score_on_dev, budget, trial.seed, accelerator, micro_batcher, bar.update
             )
         predictions = predict(classifier, candidate.test, accelerator, micro_batcher)
     finally:
         accelerator.free_memory()  # which holds the optimizer
-    return Result(trial, best.score, predictions, time.perf_counter() - began, best_step=best.step)
+    return Result(trial, dev_score, predictions, time.perf_counter() - began, best_step=best_step)
 
 
 def probe_once(comparison: Comparison, trial: Trial) -> Result:
@@ -256,9 +223,9 @@ def probe_once(comparison: Comparison, trial: Trial) -> Result:
     candidate.features = candidate.features or compute_features(comparison, candidate)
     began = time.perf_counter()
     train, dev, test = (candidate.features[split] for split in ("train", "dev", "test"))
-    drawn = resample(task, sample_per_class(task, trial.size, trial.seed), trial.seed)
-    rows, targets = select_rows(task, drawn)
-    classifier, c, score = fit(train[rows], targets, dev, comparison.score_on_dev)
+    drawn = linear_probe.resample(task, sample_per_class(task, trial.size, trial.seed), trial.seed)
+    rows, targets = linear_probe.select_rows(task, drawn)
+    classifier, c, score = linear_probe.fit(train[rows], targets, dev, comparison.score_on_dev)
     predictions = classifier.predict(test).tolist()
     return Result(trial, score, predictions, time.perf_counter() - began, regularization_c=c)
 
@@ -270,7 +237,9 @@ def compute_features(comparison: Comparison, candidate: Candidate) -> dict[str, 
     encoder = PackedBert(load_encoder(candidate.name), comparison.sep_id(candidate)).to(accelerator.device)
     micro_batcher = make_micro_batcher(comparison, candidate)
     splits = {"train": train, "dev": candidate.dev, "test": candidate.test}
-    return {split: features(encoder, encoded, accelerator, micro_batcher) for split, encoded in splits.items()}
+    return {
+        split: linear_probe.features(encoder, encoded, accelerator, micro_batcher) for split, encoded in splits.items()
+    }
 
 
 def make_micro_batcher(
@@ -281,7 +250,7 @@ def make_micro_batcher(
     return MicroBatcher(
         vocabulary=read_vocabulary(candidate.tokenizer),
         device=accelerator.device,
-        varlen=has_variable_length_kernels(0.0, accelerator.mixed_precision, candidate.head_size),
+        varlen=hardware.has_variable_length_kernels(0.0, accelerator.mixed_precision, candidate.head_size),
         longest_chunk=comparison.config.sen_max_length,
         max_positions=positions,
     )
@@ -290,19 +259,18 @@ def make_micro_batcher(
 # ------------------------------------------------------------------------------------------- general-domain perplexity
 
 
-def measure_general_perplexity(comparison: Comparison, path: str) -> None:
+def measure_general_perplexity(comparison: Comparison) -> None:
     """Says each model's perplexity on general text, which shows how much of it adaptation forgets."""
-    lines = comparison.general_lines
-    perplexities = {
-        name: compute_perplexity(comparison, candidate, lines) for name, candidate in comparison.candidates.items()
-    }
-    say(describe_general_perplexity(perplexities, path, len(lines)))
+    candidates = comparison.candidates
+    perplexities = {name: compute_perplexity(comparison, candidate) for name, candidate in candidates.items()}
+    path, num_lines = comparison.config.general_text, len(comparison.general_lines)
+    say(results.describe_general_perplexity(perplexities, path, num_lines))
     if comparison.accelerator.is_main_process:
-        save_general_perplexity(comparison.folder, perplexities)
+        results.save_general_perplexity(comparison.folder, perplexities)
 
 
-def compute_perplexity(comparison: Comparison, candidate: Candidate, lines: list[str]) -> GeneralPerplexity | None:
-    """Returns a model's perplexity on lines, by train.py's evaluation; None where it has no head for that."""
+def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str, float] | None:
+    """Returns perplexity and nats per character of general_text, by train.py's evaluation; None without a head."""
     length, accelerator = comparison.config.sen_max_length, comparison.accelerator
     vocabulary = read_vocabulary(candidate.tokenizer)
     as_start = Config(
@@ -314,14 +282,15 @@ def compute_perplexity(comparison: Comparison, candidate: Candidate, lines: list
         return None
     if warnings:  # that the head is missing
         return None
-    with temporary_chunks(lines, candidate.tokenizer, length) as (chunks, stats):
+    with temporary_chunks(comparison.general_lines, candidate.tokenizer, length) as (chunks, stats):
         rank, ranks = accelerator.process_index, accelerator.num_processes
         batches = evaluation_batches(chunks, vocabulary, len(chunks), rank, ranks)
         with accelerator.autocast():
             model = PackedMaskedLM(bert).to(accelerator.device)
             micro_batcher = make_micro_batcher(comparison, candidate)
             evaluation = evaluate(accelerator, model, batches, len(chunks), micro_batcher, StopRequest())
-    return GeneralPerplexity(evaluation.perplexity, evaluation.loss * stats.tokens / stats.characters)
+    nats_per_character = evaluation.loss * stats.tokens / stats.characters
+    return {"perplexity": evaluation.perplexity, "nats_per_character": nats_per_character}
 
 
 def main(config: DownstreamConfig) -> None:
@@ -334,7 +303,7 @@ def main(config: DownstreamConfig) -> None:
     try:
         accelerator = make_accelerator(config)
         if accelerator.device.type == "cpu":
-            keep_freed_memory()
+            hardware.keep_freed_memory()
         compare_models(config, accelerator)
     except KeyboardInterrupt:
         print("\nstopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)

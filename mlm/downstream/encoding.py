@@ -4,7 +4,7 @@ They are packed as training text is (mlm/data/packing.py). Here the label positi
 states are classified: [CLS] of each text, or the first subword of each word. Its `targets` are their class ids.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -29,12 +29,7 @@ class Encoded(NamedTuple):
     shortened: int  # examples longer than `sen_max_length`: texts lose their end, sentences become two chunks or more
 
 
-class Chunk(NamedTuple):
-    """A chunk with its [CLS] and [SEP]."""
-
-    input_ids: list[int]
-    word_ids: list[int]  # as in Encoded
-    label_positions: list[int]  # in the chunk, where hidden states are classified
+Chunk = tuple[list[int], list[int]]  # input ids, with [CLS] and [SEP], and word ids as in Encoded
 
 
 def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBase, sen_max_length: int) -> Encoded:
@@ -49,31 +44,27 @@ def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBa
     for example in examples:
         ids = [next(encodings).ids for _ in example.parts]
         if task.kind == "entities":
-            framed = list(_split_words(ids, words, vocabulary, sen_max_length))
-            shortened += len(framed) > 1
+            chunks += _split_words(ids, words, vocabulary, sen_max_length)
+            shortened += len(chunks) - bounds[-1] > 1
         else:
-            framed = [_truncate_text(ids, words, vocabulary, sen_max_length)]
-            shortened += len(framed[0].input_ids) < sum(map(len, ids)) + len(ids) + 1
-        chunks += framed
+            chunks.append(_truncate_text(ids, words, vocabulary, sen_max_length))
+            shortened += len(chunks[-1][0]) < sum(map(len, ids)) + len(ids) + 1
         bounds.append(len(chunks))
         words += len(example.labels)
 
-    lengths = np.array([len(chunk.input_ids) for chunk in chunks], dtype=np.int64)
+    lengths = np.array([len(input_ids) for input_ids, _ in chunks])
     starts = chunk_bounds(lengths)[:-1]
-    class_ids = task.class_ids
+    input_ids, word_ids = (np.array(list(chain.from_iterable(lists))) for lists in zip(*chunks, strict=True))
+    inside = np.flatnonzero(word_ids >= 0)
+    first_subwords = inside[np.unique(word_ids[inside], return_index=True)[1]]
     packed = Sequences(
-        input_ids=_concatenate(chunk.input_ids for chunk in chunks),
+        input_ids=input_ids,
         position_ids=np.arange(lengths.sum()) - np.repeat(starts, lengths),
-        label_positions=_concatenate(chunk.label_positions for chunk in chunks)
-        + np.repeat(starts, [len(chunk.label_positions) for chunk in chunks]),
-        targets=np.array([class_ids[label] for example in examples for label in example.labels], dtype=np.int64),
+        label_positions=first_subwords if task.kind == "entities" else starts,
+        targets=np.array(task.targets(examples)),
         lengths=lengths,
     )
-    return Encoded(packed, np.array(bounds), _concatenate(chunk.word_ids for chunk in chunks), shortened)
-
-
-def _concatenate(lists: Iterable[list[int]]) -> np.ndarray:
-    return np.array(list(chain.from_iterable(lists)), dtype=np.int64)
+    return Encoded(packed, np.array(bounds), word_ids, shortened)
 
 
 def _split_words(words: list[list[int]], first_id: int, vocabulary: Vocabulary, max_length: int) -> Iterator[Chunk]:
@@ -98,21 +89,19 @@ def _truncate_text(parts: list[list[int]], word_id: int, vocabulary: Vocabulary,
     keep = [len(part) for part in parts]
     while sum(keep) > room:
         keep[keep.index(max(keep))] -= 1
-    segments = [{word_id: part[:kept]} for part, kept in zip(parts, keep, strict=True)]
-    return _frame(segments, vocabulary)._replace(label_positions=[0])
+    return _frame([{word_id: part[:kept]} for part, kept in zip(parts, keep, strict=True)], vocabulary)
 
 
 def _frame(segments: list[dict[int, list[int]]], vocabulary: Vocabulary) -> Chunk:
-    """Returns [CLS], then each segment (from word ids to the ids of subwords) and [SEP], with a label at each word."""
-    chunk = Chunk([vocabulary.cls_id], [-1], [])
+    """Returns [CLS], then each segment (from word ids to the ids of subwords) and [SEP]."""
+    input_ids, word_ids = [vocabulary.cls_id], [-1]
     for segment in segments:
         for word_id, subwords in segment.items():
-            chunk.label_positions.append(len(chunk.input_ids))
-            chunk.input_ids.extend(subwords)
-            chunk.word_ids.extend([word_id] * len(subwords))
-        chunk.input_ids.append(vocabulary.sep_id)
-        chunk.word_ids.append(-1)
-    return chunk
+            input_ids += subwords
+            word_ids += [word_id] * len(subwords)
+        input_ids.append(vocabulary.sep_id)
+        word_ids.append(-1)
+    return input_ids, word_ids
 
 
 def select(encoded: Encoded, indices: np.ndarray) -> Sequences:

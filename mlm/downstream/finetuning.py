@@ -47,13 +47,6 @@ class Budget(NamedTuple):
         return cls(steps, min(evaluate_every, steps), batch_size, learning_rate)
 
 
-class Best(NamedTuple):
-    """The step after which a classifier was best on dev, and its score."""
-
-    step: int
-    score: float
-
-
 def fine_tune(
     classifier: nn.Module,
     train: Encoded,
@@ -63,17 +56,17 @@ def fine_tune(
     accelerator: Accelerator,
     micro_batcher: MicroBatcher,
     advance: Callable[[], object],
-) -> Best:
+) -> tuple[int, float]:
     """Trains the classifier, and leaves it with the weights that scored best on dev, the earliest of equals.
 
-    The seed decides order and dropout. Weights that are not finite are never the best; where all are, it is left as it
-    was. advance: called after every step.
+    Returns the step after which it was best, and its score. The seed decides order and dropout. Weights that are not
+    finite are never the best; where all are, it is left as it was, and the step is 0. advance: called after every step.
     """
     if accelerator.scaler is not None:  # which remembers the scale that the last classifier needed
         accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
     optimizer = accelerator.prepare(make_optimizer(classifier, budget.learning_rate, WEIGHT_DECAY))
     warmup_steps = round(WARMUP_SHARE * budget.steps)
-    best, best_weights = Best(0, 0.0), copy_weights(classifier)
+    best_step, best_score, best_weights = 0, 0.0, copy_weights(classifier)
     batches = training_order(train, budget.batch_size, seed)
     for step, batch in enumerate(islice(batches, budget.steps), start=1):
         classifier.train()
@@ -89,10 +82,10 @@ def fine_tune(
         advance()
         if step % budget.evaluate_every == 0 or step == budget.steps:
             score = score_on_dev()
-            if (score > best.score or best.step == 0) and has_finite_weights(classifier):
-                best, best_weights = Best(step, score), copy_weights(classifier)
+            if (score > best_score or best_step == 0) and has_finite_weights(classifier):
+                best_step, best_score, best_weights = step, score, copy_weights(classifier)
     classifier.load_state_dict(best_weights)
-    return best
+    return best_step, best_score
 
 
 def copy_weights(module: nn.Module) -> dict[str, Tensor]:

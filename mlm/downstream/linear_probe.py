@@ -27,17 +27,15 @@ def features(encoder: nn.Module, encoded: Encoded, accelerator: Accelerator, mic
     encoder.eval()
     inside = np.flatnonzero(encoded.word_ids >= 0)
     pooled = encoded.chunks._replace(label_positions=inside, targets=encoded.word_ids[inside])
-    num_targets = len(encoded.chunks.targets)
-    sums, counts = torch.zeros(0), torch.zeros(0)
+    tokens = np.bincount(encoded.word_ids[inside], minlength=len(encoded.chunks.targets))
+    sums = torch.zeros(0)
     for inputs, words in split_chunks(pooled, micro_batcher):
         with accelerator.autocast():
             hidden = encoder(**inputs).float()  # (tokens, hidden)
         if not len(sums):
-            sums = torch.zeros(num_targets, hidden.shape[1], device=hidden.device)
-            counts = torch.zeros(num_targets, 1, device=hidden.device)
+            sums = torch.zeros(len(tokens), hidden.shape[1], device=hidden.device)
         sums.index_add_(0, words, hidden)
-        counts.index_add_(0, words, torch.ones_like(hidden[:, :1]))
-    return (sums / counts.clamp(min=1)).cpu().numpy()  # a text without a token keeps zeros
+    return sums.cpu().numpy() / np.maximum(tokens, 1)[:, None].astype(np.float32)  # a text without a token keeps zeros
 
 
 def resample(task: Task, drawn: list[int], seed: int) -> list[int]:
@@ -54,11 +52,9 @@ def resample(task: Task, drawn: list[int], seed: int) -> list[int]:
 def select_rows(task: Task, drawn: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows of the drawn examples in the features of all training texts, or words, and their class ids: (n,)
     each."""
-    class_ids = task.class_ids
-    targets = np.array([class_ids[label] for example in task.train for label in example.labels])
     bounds = chunk_bounds(np.array([len(example.labels) for example in task.train]))
     rows = np.concatenate([np.arange(bounds[index], bounds[index + 1]) for index in drawn])
-    return rows, targets[rows]
+    return rows, np.array(task.targets(task.train))[rows]
 
 
 def fit(

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from seqeval.metrics.sequence_labeling import get_entities
@@ -22,10 +21,8 @@ def count_predictions(task: Task, predictions: list[int], examples: list[Example
     """
     if task.kind == "entities":
         return _count_entities(task, predictions, examples)
-    class_ids = task.class_ids
-    labels = [class_ids[example.labels[0]] for example in examples]
-    one_hot = np.eye(len(class_ids), dtype=bool)
-    predicted, actual = one_hot[predictions], one_hot[labels]  # (examples, classes)
+    one_hot = np.eye(len(task.classes), dtype=bool)
+    predicted, actual = one_hot[predictions], one_hot[task.targets(examples)]  # (examples, classes)
     return np.stack([predicted & actual, predicted, actual], axis=1).astype(np.float32)
 
 
@@ -40,9 +37,6 @@ def _count_entities(task: Task, predictions: list[int], examples: list[Example])
             for entity_type, *_ in entities:
                 counts[number, count, types.index(entity_type)] += 1
     return counts
-
-
-# ------------------------------------------------------------------------------------ from counts, summed over examples
 
 
 def accuracy(counts: np.ndarray) -> np.ndarray:
@@ -68,13 +62,12 @@ def _f1(counts: np.ndarray) -> np.ndarray:
 
 Metric = Callable[[np.ndarray], np.ndarray]
 
-LABEL_METRICS: dict[str, Metric] = {"accuracy": accuracy, "macro_f1": macro_f1, "micro_f1": micro_f1}
-ENTITY_METRICS: dict[str, Metric] = {"micro_f1": micro_f1, "macro_f1": macro_f1}
-
 
 def task_metrics(task: Task) -> dict[str, Metric]:
     """Returns the metrics that suit the task; the first is the usual one."""
-    return ENTITY_METRICS if task.kind == "entities" else LABEL_METRICS
+    if task.kind == "entities":
+        return {"micro_f1": micro_f1, "macro_f1": macro_f1}
+    return {"accuracy": accuracy, "macro_f1": macro_f1, "micro_f1": micro_f1}
 
 
 def choose_metric(task: Task, wanted: str) -> str:
@@ -87,17 +80,13 @@ def choose_metric(task: Task, wanted: str) -> str:
     return wanted
 
 
-class MajorityBaseline(NamedTuple):
-    """The test scores of always predicting the most frequent training label."""
+def score_majority_baseline(task: Task) -> tuple[str, dict[str, float]]:
+    """Returns the most frequent training label, and the test scores, by metric, of always predicting it.
 
-    label: str
-    scores: dict[str, float]  # by each metric
-
-
-def score_majority_baseline(task: Task) -> MajorityBaseline | None:
-    """Returns the baseline that a model should beat; None for entities, where the most frequent tag finds none."""
+    There are none for entities, of which the most frequent tag finds none.
+    """
+    [(class_id, _)] = Counter(task.targets(task.train)).most_common(1)
     if task.kind == "entities":
-        return None
-    [(label, _)] = Counter(example.labels[0] for example in task.train).most_common(1)
-    counts = count_predictions(task, [task.class_ids[label]] * len(task.test), task.test).sum(0)
-    return MajorityBaseline(label, {name: float(metric(counts)) for name, metric in LABEL_METRICS.items()})
+        return task.classes[class_id], {}
+    counts = count_predictions(task, [class_id] * len(task.test), task.test).sum(0)
+    return task.classes[class_id], {name: float(metric(counts)) for name, metric in task_metrics(task).items()}

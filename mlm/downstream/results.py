@@ -1,22 +1,23 @@
 """Text and tables for people about a comparison: the task, the models, each trial, scores and verdicts."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tqdm import tqdm
 
 from mlm.data.text_stats import MANY_UNKNOWN
 from mlm.downstream.comparison import Candidate
-from mlm.downstream.metrics import MajorityBaseline, count_predictions, score_majority_baseline, task_metrics
+from mlm.downstream.metrics import count_predictions, score_majority_baseline, task_metrics
 from mlm.downstream.significance import Difference, compare
 from mlm.downstream.task import Task, entity_types
 from mlm.downstream.trials import Result
 from mlm.storage import write_csv
 from mlm.terminal import figure, table
 
-SPLIT_USES = {"train": "train on", "dev": "choose settings by (dev)", "test": "test on"}
 METRIC_TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1"}
+Perplexities = dict[str, dict[str, float] | None]  # of each model: perplexity and nats_per_character, where it has them
 
 
 class Outcome(NamedTuple):
@@ -28,7 +29,6 @@ class Outcome(NamedTuple):
     results: dict[str, list[Result]]  # of each model, one per seed
     scores: dict[str, np.ndarray]  # (models, seeds) by each metric
     differences: dict[str, Difference]  # of each model but the first, from the first
-    baseline: MajorityBaseline | None  # None for entities
 
 
 def summarize(task: Task, metric: str, size: str, results: dict[str, list[Result]]) -> Outcome:
@@ -42,42 +42,23 @@ def summarize(task: Task, metric: str, size: str, results: dict[str, list[Result
     metrics = task_metrics(task)
     scores = {name: score(counts.sum(2)) for name, score in metrics.items()}
     differences = dict(zip(list(results)[1:], compare(counts, metrics[metric]), strict=True))
-    return Outcome(task, size, metric, results, scores, differences, score_majority_baseline(task))
-
-
-# --------------------------------------------------------------------------------------------------------------- before
+    return Outcome(task, size, metric, results, scores, differences)
 
 
 def describe_task(task: Task) -> str:
     """Returns the kind and size of the task, and what its files made worth a note."""
-    kinds = {"text": "texts", "pair": "pairs of texts", "entities": "sentences with entities"}
-    sizes = ", ".join(f"{len(getattr(task, split)):,} to {use}" for split, use in SPLIT_USES.items())
     classes = entity_types(task.classes) if task.kind == "entities" else task.classes
-    lines = [f"{task.name}: {kinds[task.kind]} of {len(classes)} classes; {sizes}"]
-    return "\n".join([*lines, *(f"   {note}" for note in task.notes)])
+    return _render("task.txt", task=task, num_classes=len(classes))
 
 
 def describe_candidates(task: Task, candidates: list[Candidate]) -> str:
     """Returns how each model's tokenizer takes the texts, and warnings about models that may do badly or too well."""
-    lines = ["models"]
+    described = []
     for candidate in candidates:
         inside = candidate.test.word_ids >= 0
         unknown = (candidate.test.chunks.input_ids[inside] == candidate.tokenizer.unk_token_id).mean()
-        line = f"   {candidate.name}: {inside.sum() / len(task.test):.1f} tokens per test text"
-        if candidate.test.shortened:
-            line += f"; {candidate.test.shortened:,} texts longer than sen_max_length"
-        lines.append(line)
-        if unknown > MANY_UNKNOWN:
-            lines.append(f"   warning: {unknown:.0%} of them are [UNK]: its vocabulary is for other texts")
-        if candidate.contaminated:
-            lines.append(
-                f"   warning: {candidate.contaminated:,} test text(s) stood in the text that it was pre-trained on. "
-                "It has not seen their labels, but other texts may suit it less"
-            )
-    return "\n".join(lines)
-
-
-# --------------------------------------------------------------------------------------------------------------- during
+        described.append((candidate, inside.sum() / len(task.test), unknown))
+    return _render("candidates.txt", candidates=described, many_unknown=MANY_UNKNOWN)
 
 
 def say_result(result: Result, left: int) -> None:
@@ -85,10 +66,9 @@ def say_result(result: Result, left: int) -> None:
     trial = result.trial
     if trial.learning_rate is None:
         setting = f"C = {result.regularization_c:g}"
-    elif result.best_step:
-        setting = f"rate {trial.learning_rate:g}, best after step {result.best_step}"
     else:
-        setting = f"rate {trial.learning_rate:g} diverged"
+        setting = f"rate {trial.learning_rate:g}"
+        setting += f", best after step {result.best_step}" if result.best_step else " diverged"
     to_come = f"; {left} more, about {tqdm.format_interval(left * result.seconds)}" if left else ""
     tqdm.write(
         f"{trial.model}, {describe_size(trial.size)}, seed {trial.seed}: {setting}, "
@@ -109,49 +89,34 @@ def short_names(models: list[str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(models) else {model: model for model in models}
 
 
-# ---------------------------------------------------------------------------------------------------------------- after
-
-
 def describe_outcome(outcome: Outcome) -> str:
-    """Returns a table of scores in percent, warnings, and each difference from the first model with its verdict."""
-    short = short_names(list(outcome.results))
-    title, num_seeds = METRIC_TITLES[outcome.metric], len(next(iter(outcome.results.values())))
+    """Returns a table of scores in percent, a warning for each model with seeds that do not beat the majority baseline,
+    and each difference from the first model with its verdict."""
+    names = list(short_names(list(outcome.results)).values())
+    title = METRIC_TITLES[outcome.metric]
     rows = [["", *(METRIC_TITLES[name] for name in outcome.scores), f"{title} of each seed"]]
-    for number, name in enumerate(short.values()):
+    for number, name in enumerate(names):
         means = [_percent(scores[number].mean()) for scores in outcome.scores.values()]
         rows.append([name, *means, " ".join(map(_percent, outcome.scores[outcome.metric][number]))])
-    if outcome.baseline:
-        rows.append([f"(always {outcome.baseline.label})", *map(_percent, outcome.baseline.scores.values())])
-    lines = [f"\n{describe_size(outcome.size)}: mean of {num_seeds} seed(s), in percent"]
-    lines.append(table(rows, "<" + ">" * len(outcome.scores) + "<"))
-    lines += _warn_of_failures(outcome, short)
-    if outcome.differences:
-        lines.append(f"\n{title}, compared with {next(iter(short.values()))}, in points:")
-    for name, difference in outcome.differences.items():
-        lines.append(f"  {short[name]}: {describe_verdict(difference)}")
-        interval = f"95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-        test = f"p = {difference.p:.3f} (sign-flip permutation test over seeds)"
-        lines.append(f"    {100 * difference.mean:+.1f}, {interval}; {test}")
-    return "\n".join(lines)
+    failed = np.zeros(len(names), dtype=int)
+    label, baseline = score_majority_baseline(outcome.task)
+    if baseline:
+        rows.append([f"(always {label})", *map(_percent, baseline.values())])
+        failed = (outcome.scores["accuracy"] <= baseline["accuracy"] + 1e-9).sum(1)
+    return _render(
+        "outcome.txt",
+        size=describe_size(outcome.size),
+        num_seeds=outcome.scores[outcome.metric].shape[1],
+        scores=table(rows, "<" + ">" * len(outcome.scores) + "<"),
+        failed_seeds=list(zip(names, failed, strict=True)),
+        title=title,
+        first=names[0],
+        differences=list(zip(names[1:], outcome.differences.values(), strict=True)),
+    )
 
 
 def _percent(score: float) -> str:
     return f"{100 * score:.1f}"
-
-
-def _warn_of_failures(outcome: Outcome, short: dict[str, str]) -> list[str]:
-    """Returns a warning for each model with seeds that do not beat the majority baseline."""
-    if not outcome.baseline:
-        return []
-    lines = []
-    for name, accuracies in zip(short.values(), outcome.scores["accuracy"], strict=True):
-        failed = int((accuracies <= outcome.baseline.scores["accuracy"] + 1e-9).sum())
-        if failed:
-            lines.append(
-                f"warning: {failed} of {len(accuracies)} seed(s) of {name} did not learn: no better than one label "
-                "(more --min_steps, other --learning_rates?)"
-            )
-    return lines
 
 
 def describe_verdict(difference: Difference) -> str:
@@ -168,29 +133,35 @@ def describe_verdict(difference: Difference) -> str:
     return f"cannot tell: a difference below {detectable:.1f} would not reliably show"
 
 
-class GeneralPerplexity(NamedTuple):
-    """How well a model predicts hidden words of text that is not of the task's domain."""
+_SCREENS = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=True
+)
+_SCREENS.filters |= {
+    "commas": "{:,}".format,
+    "verdict": describe_verdict,
+    "points": lambda share: f"{100 * share:+.1f}",
+}
 
-    perplexity: float
-    nats_per_character: float
+
+def _render(name: str, **values: Any) -> str:
+    return _SCREENS.get_template(name).render(values).rstrip()
 
 
-def describe_general_perplexity(perplexities: dict[str, GeneralPerplexity | None], text: str, num_lines: int) -> str:
+def describe_general_perplexity(perplexities: Perplexities, text: str | None, num_lines: int) -> str:
     """Returns a table of each model's perplexity on general text."""
-    short = short_names(list(perplexities))
     rows = [["", "perplexity", "nats per character", ""]]
-    for name, scores in perplexities.items():
+    for name, scores in zip(short_names(list(perplexities)).values(), perplexities.values(), strict=True):
         if scores:
-            rows.append([short[name], figure(scores.perplexity), f"{scores.nats_per_character:.3f}"])
+            rows.append([name, figure(scores["perplexity"]), f"{scores['nats_per_character']:.3f}"])
         else:
-            rows.append([short[name], "", "", "no masked-language-model head"])
+            rows.append([name, "", "", "no masked-language-model head"])
     closing = "(Perplexities compare between models with the same tokenizer; else compare nats.)"
     return "\n".join([f"\n{text}, {num_lines:,} line(s), masked as in train.py", table(rows, "<>><"), closing])
 
 
-def save_general_perplexity(folder: Path, perplexities: dict[str, GeneralPerplexity | None]) -> None:
+def save_general_perplexity(folder: Path, perplexities: Perplexities) -> None:
     """Writes general_text.csv."""
-    rows = [{"model": name} | scores._asdict() for name, scores in perplexities.items() if scores]
+    rows = [{"model": name, **scores} for name, scores in perplexities.items() if scores]
     if rows:
         write_csv(folder / "general_text.csv", list(rows[0]), rows)
 

@@ -78,9 +78,6 @@ def _bootstrap_over_texts(counts: np.ndarray, metric: Metric, rng: np.random.Gen
     return np.concatenate(scores).T
 
 
-# ------------------------------------------------------------------------------------------------- variance components
-
-
 class VarianceComponents(NamedTuple):
     """The parts of the variance of a mean difference over S seeds and T texts.
 
@@ -138,9 +135,6 @@ def _variance_of_mean(differences: np.ndarray) -> np.ndarray:
     return differences.var(-1, ddof=min(1, num_seeds - 1)) / num_seeds
 
 
-# --------------------------------------------------------------------------------------- sign-flip permutation test
-
-
 def sign_flip_p_values(differences: np.ndarray) -> np.ndarray:
     """Returns two-sided p-values (...) for differences (..., seeds), by the sign-flip permutation test over seeds.
 
@@ -156,9 +150,6 @@ def _combinations_of_signs(num_seeds: int) -> np.ndarray:
     signs = np.random.default_rng(0).choice((1.0, -1.0), (RANDOM_SIGNS, num_seeds))
     signs[0] = 1.0  # what was observed is one of the possibilities
     return signs
-
-
-# ----------------------------------------------------------------------------------------------------------- power
 
 
 def minimum_detectable_effect(components: VarianceComponents, alpha: float) -> float:

@@ -16,7 +16,6 @@ from mlm.storage import digest
 ENDINGS = ("tsv", "csv", "jsonl", "json", "ndjson", "txt", "conll", "bio", "iob", "iob2")
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "validation", "eval"), "test": ("test",)}
 
-
 Item = TypeVar("Item")
 
 
@@ -32,12 +31,13 @@ class Task(NamedTuple):
     notes: list[str]  # what was left out, and what to beware of, for people
 
     @property
-    def class_ids(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.classes)}
-
-    @property
     def digest(self) -> str:
         return digest(self.kind, self.classes, self.train, self.dev, self.test)
+
+    def targets(self, examples: list[Example]) -> list[int]:
+        """Returns the class ids of the examples' labels, one example after the other."""
+        class_ids = {name: number for number, name in enumerate(self.classes)}
+        return [class_ids[label] for example in examples for label in example.labels]
 
 
 def load_task(config: DownstreamConfig) -> Task:
@@ -54,25 +54,25 @@ def load_task(config: DownstreamConfig) -> Task:
     _check_labels(kind, [example for file in files.values() for example in file.examples], path)
 
     # What was read and what was not, and the splits, of which none shares a text with another.
+    splits, left_out = _split(files, kind, config)
+    left_out = {"as text or label is empty": sum(file.empty for file in files.values()), **left_out}
     notes = list(dict.fromkeys(file.columns for file in files.values() if file.columns))
-    empty = sum(file.empty for file in files.values())
-    if empty:
-        notes.append(f"left out, as text or label is empty: {empty:,}")
-    splits, removed = _split(files, kind, config)
-    notes += [f"left out, {reason}: {number:,}" for reason, number in removed.items() if number]
-    noted = ". ".join(["", *notes])
+    notes += [f"left out, {reason}: {number:,}" for reason, number in left_out.items() if number]
+    read = ". ".join(["", *notes])
     for split, examples in splits.items():
         if not examples:
-            raise UserError(f"task: {path} leaves no text for {split}{noted}")
+            raise UserError(f"task: {path} leaves no text for {split}{read}")
 
-    train, dev, test = (Counter(label for example in part for label in example.labels) for part in splits.values())
+    train, dev, test = (
+        Counter(label for example in examples for label in example.labels) for examples in splits.values()
+    )
     if len(train) == 1:
-        raise UserError(f"task: all training texts of {path} have the label {next(iter(train))}{noted}")
+        raise UserError(f"task: all training texts of {path} have the label {next(iter(train))}{read}")
     if not train.keys() & test.keys():
         raise UserError(f"task: no label of the training texts of {path} is one of the test texts'")
-    notes += _describe_labels(kind, train, test)
-    classes = sorted({*train, *dev, *test})
-    return Task(path.name.partition(".")[0] or path.resolve().name, kind, classes, **splits, notes=notes)
+    notes += _notes_on_labels(kind, train, test)
+    name = path.name.partition(".")[0] or path.resolve().name
+    return Task(name, kind, sorted({*train, *dev, *test}), **splits, notes=notes)
 
 
 def _find_files(path: Path) -> dict[str, Path]:
@@ -100,21 +100,18 @@ def _find_files(path: Path) -> dict[str, Path]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------- split
-
-
 def _split(
     files: dict[str, LabelledFile], kind: Kind, config: DownstreamConfig
 ) -> tuple[dict[str, list[Example]], dict[str, int]]:
     """Returns the splits, and how many examples were left out for each reason. Splits without a file are drawn."""
-    removed = {}
+    left_out = {}
     if "all" in files:
         given = files["all"].examples
         first = {normalize_text(example): example for example in reversed(given)}  # of each text
         distinct = list(first.values())[::-1]
-        removed["as they repeat an earlier text"] = len(given) - len(distinct)
+        left_out["as they repeat an earlier text"] = len(given) - len(distinct)
         contradictions = sum(first[normalize_text(example)].labels != example.labels for example in given)
-        removed["among these with another label than the earlier one"] = contradictions
+        left_out["among these with another label than the earlier one"] = contradictions
         rest, test = _stratified_split(distinct, config.test_fraction, kind, config.seed)
         dev_share = config.dev_fraction / (1 - config.test_fraction)
     else:
@@ -125,13 +122,16 @@ def _split(
         train, dev = _stratified_split(rest, dev_share, kind, config.seed + 1)
 
     # A text in two splits stays in the later one, so that a published test set stays what it is.
-    test_texts = {*map(normalize_text, test)}
-    later_texts = test_texts | {*map(normalize_text, dev)}
-    kept_train = [example for example in train if normalize_text(example) not in later_texts]
-    kept_dev = [example for example in dev if normalize_text(example) not in test_texts]
-    removed["as they train on a text of dev or test"] = len(train) - len(kept_train)
-    removed["as they are of dev and of test"] = len(dev) - len(kept_dev)
-    return {"train": kept_train, "dev": kept_dev, "test": test}, removed
+    kept_train, kept_dev = _without(train, [*dev, *test]), _without(dev, test)
+    left_out["as they train on a text of dev or test"] = len(train) - len(kept_train)
+    left_out["as they are of dev and of test"] = len(dev) - len(kept_dev)
+    return {"train": kept_train, "dev": kept_dev, "test": test}, left_out
+
+
+def _without(examples: list[Example], others: list[Example]) -> list[Example]:
+    """Returns the examples whose text is of none of the others."""
+    texts = {*map(normalize_text, others)}
+    return [example for example in examples if normalize_text(example) not in texts]
 
 
 def _stratified_split(
@@ -192,9 +192,6 @@ def entity_types(tags: list[str]) -> list[str]:
     return sorted({tag.partition("-")[2] for tag in tags if tag != "O"})
 
 
-# ------------------------------------------------------------------------------------------------------------- classes
-
-
 def _check_labels(kind: Kind, examples: list[Example], path: Path) -> None:
     """Raises UserError where there is nothing to tell apart, or labels look like texts."""
     labels = {label for example in examples for label in example.labels}
@@ -207,22 +204,20 @@ def _check_labels(kind: Kind, examples: list[Example], path: Path) -> None:
         )
 
 
-def _describe_labels(kind: Kind, train: Counter[str], test: Counter[str]) -> list[str]:
-    """Returns notes on classes that cannot be learned or tested, names that look alike, and a very large class."""
-    notes = []
-    alike = Counter(label.casefold() for label in train.keys() | test.keys())
-    if max(alike.values()) > 1:
-        notes.append(f"labels that differ in case alone: {_list(sorted(name for name, n in alike.items() if n > 1))}")
-    if kind == "entities":
-        return notes
-    unseen, untested = sorted(test.keys() - train.keys()), sorted(train.keys() - test.keys())
-    if unseen:
-        notes.append(f"classes in the test that training never shows, so always missed: {_list(unseen)}")
-    if untested:
-        notes.append(f"classes that are never tested: {_list(untested)}")
+def _notes_on_labels(kind: Kind, train: Counter[str], test: Counter[str]) -> list[str]:
+    """Returns notes on names that look alike, classes that cannot be learned or tested, and one that nearly all have.
+
+    train, test: how often each label occurs.
+    """
+    folded = Counter(label.casefold() for label in train.keys() | test.keys())
+    named = {"labels that differ in case alone": {label for label, number in folded.items() if number > 1}}
+    if kind != "entities":
+        named["classes in the test that training never shows, so always missed"] = test.keys() - train.keys()
+        named["classes that are never tested"] = train.keys() - test.keys()
+    notes = [f"{what}: {_list(sorted(labels))}" for what, labels in named.items() if labels]
     [(largest, occurrences)] = test.most_common(1)
     share = occurrences / test.total()
-    if 0.8 < share < 1:
+    if kind != "entities" and 0.8 < share < 1:
         notes.append(
             f"{share:.0%} of the test texts are {largest}, so always saying that has this accuracy; --metric macro_f1 "
             "weighs classes alike"

@@ -45,18 +45,11 @@ class LabelledFile(NamedTuple):
     columns: str  # that were read, and those that were not, for people
 
 
-class Row(NamedTuple):
-    """A row of a table."""
-
-    line: int  # of the file, from 1
-    cells: list[Any]
-
-
 class Table(NamedTuple):
     """Rows of one width."""
 
     titles: list[str]  # of the columns; none where the file does not name them
-    rows: list[Row]
+    rows: dict[int, list[Any]]  # the cells by line of the file, from 1
 
 
 def read_labelled(path: Path, config: DownstreamConfig) -> LabelledFile:
@@ -68,54 +61,54 @@ def read_labelled(path: Path, config: DownstreamConfig) -> LabelledFile:
     lines = decode_lines([path], "task")
     if ending in (".conll", ".bio", ".iob", ".iob2") or (ending in (".txt", ".tsv", "") and _has_tags(path)):
         return LabelledFile("entities", list(_read_sentences(lines, path)), 0, "")
-    if ending in (".json", ".jsonl", ".ndjson"):
-        table = _read_json(lines, path)
-    else:
-        table = _read_table(lines, path, "," if ending == ".csv" else "\t", config)
+    is_json = ending in (".json", ".jsonl", ".ndjson")
+    table = _read_json(lines, path) if is_json else _read_table(lines, path, ending == ".csv", config)
     columns = _choose_columns(table, config, path)
     examples = []
-    for row in table.rows:
-        *parts, label = (_to_text(row.cells[column], path, row.line) for column in columns)
+    for line, cells in table.rows.items():
+        *parts, label = (_to_text(cells[column], path, line) for column in columns)
         if all(parts) and label:
             examples.append(Example(tuple(parts), (label,)))
     _refuse_tags(examples, path)
-    empty = len(table.rows) - len(examples)
-    return LabelledFile("text" if len(columns) == 2 else "pair", examples, empty, _describe_columns(table, columns))
+    read = ", ".join(table.titles[column] for column in columns if table.titles)
+    others = ", ".join(title for column, title in enumerate(table.titles) if column not in columns)
+    described = (f"read: {read}" if read else "") + (f"; not read: {others}" if others else "")
+    kind: Kind = "text" if len(columns) == 2 else "pair"
+    return LabelledFile(kind, examples, len(table.rows) - len(examples), described)
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
-def _read_table(lines: Iterable[str], path: Path, delimiter: str, config: DownstreamConfig) -> Table:
-    """Reads a TSV, which has no quotes, or a CSV, which has. Blank lines are left out."""
+def _read_table(lines: Iterable[str], path: Path, is_csv: bool, config: DownstreamConfig) -> Table:
+    """Reads a CSV, which has quotes, or a TSV, which has none. Blank lines are left out."""
     csv.field_size_limit(2**31 - 1)
     with_ends = (line.replace("\r", " ") + "\n" for line in lines)
-    if delimiter == ",":
-        reader = csv.reader(with_ends, strict=True)
-    else:
-        reader = csv.reader(with_ends, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    rows: list[Row] = []
+    delimiter = "," if is_csv else "\t"
+    quoting: Any = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
+    reader = csv.reader(with_ends, delimiter=delimiter, quoting=quoting, strict=True)
+    rows: dict[int, list[str]] = {}
+    width = 0
     try:
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
-            rows.append(Row(reader.line_num, cells))
-            width = len(rows[0].cells)
+            width = width or len(cells)
             if len(cells) != width or width == 1:
                 wanted = "it should have a text and a label" if width == 1 else f"and those above have {width}"
                 raise UserError(
                     f"task: {path}, line {reader.line_num} has {len(cells)} column(s), {wanted}"
                     f"{_suggest_delimiter(cells, delimiter)}"
                 )
+            rows[reader.line_num] = cells
     except csv.Error as error:
         raise UserError(
             f'task: {path}, line {reader.line_num} is not CSV: {error}. A text that holds " or a comma must stand in '
             'quotes, its own quotes doubled (""); a quote that is not closed runs on to the end'
         ) from error
-    titles = [cell.strip() for cell in rows[0].cells] if rows else []
-    has_titles = {title.lower() for title in titles} & {*LABEL_NAMES}
-    if has_titles or config.text_column or config.pair_column or config.label_column:
-        return Table(titles, rows[1:])
+    first = next(iter(rows), 0)
+    titles = [cell.strip() for cell in rows.get(first, [])]
+    are_named = config.text_column or config.pair_column or config.label_column
+    if rows and (are_named or {title.lower() for title in titles} & {*LABEL_NAMES}):
+        del rows[first]
+        return Table(titles, rows)
     return Table([], rows)
 
 
@@ -125,13 +118,10 @@ def _suggest_delimiter(cells: list[str], delimiter: str) -> str:
     others = [name for other, name in names.items() if other != delimiter and other in cells[0]]
     if len(cells) > 1 or not others:
         return ""
-    return f". Is the separator {others[0]}? {REMEDIES[delimiter]}"
-
-
-REMEDIES = {
-    "\t": "A tab is read in a .tsv or .txt file, a comma in a .csv",
-    ",": "A comma is read in a .csv file, a tab in a .tsv",
-}
+    used = "A comma is read in a .csv file, a tab in a .tsv"
+    if delimiter == "\t":
+        used = "A tab is read in a .tsv or .txt file, a comma in a .csv"
+    return f". Is the separator {others[0]}? {used}"
 
 
 def _read_json(lines: Iterable[str], path: Path) -> Table:
@@ -141,16 +131,15 @@ def _read_json(lines: Iterable[str], path: Path) -> Table:
         if not line.strip():
             continue
         try:
-            content = json.loads(line)
+            objects[number] = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"task: {path}, line {number} is not JSON by itself: {first_line(error)}. A line should hold one object"
             ) from error
-        if not isinstance(content, dict):
+        if not isinstance(objects[number], dict):
             raise UserError(f'task: {path}, line {number} should be an object: {{"text": "...", "label": "..."}}')
-        objects[number] = content
-    titles = list(dict.fromkeys(key for content in objects.values() for key in content))
-    return Table(titles, [Row(line, [content.get(title) for title in titles]) for line, content in objects.items()])
+    titles = list(dict.fromkeys(chain.from_iterable(objects.values())))
+    return Table(titles, {line: [content.get(title) for title in titles] for line, content in objects.items()})
 
 
 def _choose_columns(table: Table, config: DownstreamConfig, path: Path) -> list[int]:
@@ -159,7 +148,7 @@ def _choose_columns(table: Table, config: DownstreamConfig, path: Path) -> list[
         raise UserError(f"task: {path} holds no labelled text")
     if not table.titles:
         _refuse_other_orders(table, path)
-        return list(range(len(table.rows[0].cells)))
+        return list(range(len(next(iter(table.rows.values())))))
     lower = [title.lower() for title in table.titles]
 
     def find(setting: str, usual_names: tuple[str, ...]) -> int:
@@ -181,11 +170,12 @@ def _choose_columns(table: Table, config: DownstreamConfig, path: Path) -> list[
 
 def _refuse_other_orders(table: Table, path: Path) -> None:
     """Raises UserError where rows without titles are not text and label, or text, second text and label."""
-    rows, width, first_line_number = table.rows, len(table.rows[0].cells), table.rows[0].line
+    line, cells = next(iter(table.rows.items()))
     remedy = "Name the columns in line 1, text and label among them, or as --text_column and --label_column say"
-    if width > 3:
-        raise UserError(f"task: {path}, line {first_line_number} has {width} columns. {remedy}")
-    firsts, labels = [row.cells[0].strip() for row in rows], [row.cells[-1].strip() for row in rows]
+    if len(cells) > 3:
+        raise UserError(f"task: {path}, line {line} has {len(cells)} columns. {remedy}")
+    rows = table.rows.values()
+    firsts, labels = [row[0].strip() for row in rows], [row[-1].strip() for row in rows]
     if len(rows) < 10:  # too few to guess from
         return
     if len({*firsts}) < len(rows) / 4 and len({*labels}) > len(rows) / 2:
@@ -198,9 +188,9 @@ def _refuse_other_orders(table: Table, path: Path) -> None:
     others = labels[1:]
     if labels[0] not in others and len({*others}) < len(others) / 4:
         raise UserError(
-            f"task: line {first_line_number} of {path} ends with {labels[0]!r}, the label of no other line. If it "
-            f"names the columns, say --text_column {firsts[0]} --label_column {labels[0]}; if it does not, put a line "
-            "above it that does"
+            f"task: line {line} of {path} ends with {labels[0]!r}, the label of no other line. If it names the "
+            f"columns, say --text_column {firsts[0]} --label_column {labels[0]}; if it does not, put a line above it "
+            "that does"
         )
 
 
@@ -213,14 +203,6 @@ def _refuse_tags(examples: list[Example], path: Path) -> None:
             f"task: the labels of {path} look like tags of words ({labels[0]}). For entities give the file the ending "
             ".conll, with a word and its tag a line, and a blank line between sentences"
         )
-
-
-def _describe_columns(table: Table, columns: list[int]) -> str:
-    if not table.titles:
-        return ""
-    chosen = [table.titles[column] for column in columns]
-    others = [title for column, title in enumerate(table.titles) if column not in columns]
-    return f"read: {', '.join(chosen)}" + (f"; not read: {', '.join(others)}" if others else "")
 
 
 def _to_text(value: Any, path: Path, line: int) -> str:
@@ -237,9 +219,6 @@ def _to_text(value: Any, path: Path, line: int) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------------------------------------ entities
-
-
 def _has_tags(path: Path) -> bool:
     """Whether the first lines look like CoNLL columns: a word first and a tag last."""
     lines = map(_split_columns, islice(decode_lines([path], "task"), 100))
@@ -254,19 +233,17 @@ def _split_columns(line: str) -> list[str]:
 
 def _read_sentences(lines: Iterable[str], path: Path) -> Iterator[Example]:
     """Yields sentences of CoNLL columns (word first, tag last), which blank lines separate."""
-    words: list[str] = []
-    tags: list[str] = []
+    sentence: list[tuple[str, str]] = []  # words and tags
     for number, line in enumerate(chain(lines, [""]), start=1):
         columns = _split_columns(line)
         if not columns or columns[0] == "-DOCSTART-":
-            if words:
-                yield Example(tuple(words), tuple(tags))
-            words, tags = [], []
+            if sentence:
+                yield Example(*zip(*sentence, strict=True))
+            sentence = []
         elif len(columns) < 2 or not columns[0] or not TAG.fullmatch(columns[-1]):
             raise UserError(
                 f"task: {path}, line {number} should hold a word and a tag: O, or B-, I-, E- or S- and the kind of "
                 f"entity; it says {line.strip()[:40]!r}"
             )
         else:
-            words.append(columns[0])
-            tags.append(columns[-1])
+            sentence.append((columns[0], columns[-1]))

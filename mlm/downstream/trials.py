@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
+from mlm.downstream.task import group_by
 from mlm.storage import digest, lock, write_json
 
 FORMAT = 2  # raise when trials are done, or written, in another way
@@ -58,8 +59,8 @@ class Trials:
 
     def run(
         self, trials: list[Trial], run_trial: Callable[[Trial], Result], report: Callable[[Result, int], None]
-    ) -> list[Result]:
-        """Returns the results of the trials, done by `run_trial` where there is none yet.
+    ) -> dict[str, list[Result]]:
+        """Returns each model's results, in the order of the trials, done by `run_trial` where there is none yet.
 
         report: called with each new result and the number of trials that are left. Trials that other processes are at
         work on come last; once these have done them, or ended, their results are read, or they are done here.
@@ -83,7 +84,7 @@ class Trials:
                 taken.append(trial)
         for trial in taken:
             results[trial] = finish(trial, timeout_s=-1)
-        return [results[trial] for trial in trials]
+        return group_by([results[trial] for trial in trials], lambda result: result.trial.model)
 
     def _path(self, trial: Trial) -> Path:
         decides = (FORMAT, trial.size, trial.seed, trial.learning_rate, self.cache_keys[trial.model])

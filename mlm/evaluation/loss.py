@@ -167,7 +167,7 @@ def evaluate(
     positions = torch.tensor([micro_batcher.max_positions], device=accelerator.device)
     micro_batcher.limit(int(accelerator.gather(positions).min()))
     if micro_batcher.max_positions < positions_before:
-        say(f"out of memory in an evaluation; micro-batches of {micro_batcher.max_positions} are used from now on")
+        say(f"out of memory in an evaluation: micro-batches were cut to {micro_batcher.max_positions} positions")
     if stop.is_agreed:
         raise Stopped
     return Evaluation(*reduced[:-1].reshape(scores.shape).numpy())

@@ -129,8 +129,8 @@ def accumulate_gradients(
         has_failed = False
         try:
             with detect_out_of_memory(), accelerator.no_sync(model):
-                logits = model(**micro_batch.inputs).float()  # (targets, vocabulary)
-                loss = F.cross_entropy(logits, micro_batch.targets, reduction="sum")
+                # Of logits (targets, vocabulary) that have no name: a name would keep them through the backward pass.
+                loss = F.cross_entropy(model(**micro_batch.inputs).float(), micro_batch.targets, reduction="sum")
                 share = loss * accelerator.num_processes / masked_tokens  # times their number, as ranks are averaged
                 if not (is_last and is_shared):
                     accelerator.backward(share)

@@ -63,6 +63,38 @@ def test_the_memory_trial_loads_kernels_with_one_chunk_and_then_holds_full_gradi
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_memory_trial_halves_where_a_backward_pass_runs_out_on_several_ranks(trial, monkeypatch):
+    """Its model is not shared, so no other rank waits in that pass: it is one more size that does not fit."""
+    backward, passes = Accelerator.backward, []
+
+    def limited(self, loss, **options):
+        passes.append(loss)
+        if len(passes) == 2:  # the first loads kernels, by one chunk
+            raise torch.OutOfMemoryError("no memory")
+        backward(self, loss, **options)
+
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "backward", limited)
+    assert trial()[0] == 4 * 32  # of a rank's 8 chunks
+
+
+def test_logits_are_freed_before_the_backward_pass(settings, monkeypatch):
+    forward, backward, made = PackedMaskedLM.forward, Accelerator.backward, []
+
+    def watched(self, **inputs):
+        logits = forward(self, **inputs)
+        made.append(weakref.ref(logits))
+        return logits
+
+    def checked(self, loss, **options):
+        assert made and not any(logits() is not None for logits in made)
+        backward(self, loss, **options)
+
+    monkeypatch.setattr(PackedMaskedLM, "forward", watched)
+    monkeypatch.setattr(Accelerator, "backward", checked)
+    run(settings(max_steps=2, micro_batch_tokens=128))
+
+
 def test_the_memory_trial_leaves_some_memory_to_others(monkeypatch):
     gpu = SimpleNamespace(total_memory=80 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)

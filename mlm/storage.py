@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -11,9 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock
 
 from mlm.errors import UserError
+
+UMASK = os.umask(0o077)  # of this process; it can only be read by being set
+os.umask(UMASK)
 
 
 @contextmanager
@@ -21,15 +26,15 @@ def atomic_write(path: Path, setting: str = "path_model_save") -> Iterator[Path]
     """Yields a temporary path; once the block has written a file or a folder there, that takes the place of `path`.
 
     Where the block fails, `path` stays as it was; where the process is killed, too, except that a folder killed between
-    its two renames is put back by the next write. One writer at a time. Raises UserError, which names `setting`, where
-    the disk refuses.
+    its two renames is put back by the next write. Several processes may write one file, and the last one's stays; a
+    folder has one writer at a time. Raises UserError, which names `setting`, where the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     previous = path.with_name(f".{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _restore(path, previous)
-        _remove(temporary)  # what a killed process left
+        _remove_leftovers(path)
         try:
             yield temporary
             _flush(temporary)
@@ -56,6 +61,15 @@ def _restore(path, previous):
         previous.rename(path)
 
 
+def _remove_leftovers(path):
+    """Removes what processes that were killed while they wrote `path` have left beside it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+        writer = leftover.name.split(".")[-2]
+        is_at_work = writer.isdecimal() and int(writer) != os.getpid() and psutil.pid_exists(int(writer))
+        if not is_at_work:
+            _remove(leftover)
+
+
 def _remove(path):
     if path.is_file():
         path.unlink()
@@ -64,11 +78,15 @@ def _remove(path):
 
 
 def _flush(path):
-    """Flushes to the disk before the rename, so that after a power cut no name stands for content that is missing."""
+    """Flushes to the disk before the rename, so that after a power cut no name stands for content that is missing.
+
+    Each file gets the mode of any new file: safetensors writes files that nobody else on a shared machine could read.
+    """
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
+            file.chmod(0o666 & ~UMASK)
 
 
 def make_folder(path: Path, setting: str = "path_model_save") -> None:

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import Timeout
+from safetensors.numpy import save_file
 
 from mlm.storage import atomic_write, lock, once
 
@@ -29,11 +31,23 @@ def test_a_folder_is_replaced_whole(tmp_path):
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
-    leftover = tmp_path / ".best.new"
-    leftover.mkdir()
-    (leftover / "half").write_text("hal")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for writer in (ended.pid, os.getpid()):  # in a container one number may be that of every run
+        leftover = tmp_path / f".best.{writer}.new"
+        leftover.mkdir()
+        (leftover / "half").write_text("hal")
     fill(tmp_path / "best", "whole")
     assert {path.name for path in (tmp_path / "best").iterdir()} == {"a", "b"}
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_what_another_process_writes_is_left_alone(tmp_path):
+    other = tmp_path / f".report.html.{os.getppid()}.new"
+    other.write_text("hal")
+    with atomic_write(tmp_path / "report.html") as temporary:
+        temporary.write_text("whole")
+    assert other.read_text() == "hal" and (tmp_path / "report.html").read_text() == "whole"
 
 
 @pytest.mark.parametrize("rename_that_fails", [None, 1, 2])
@@ -142,3 +156,15 @@ def test_what_has_lost_a_part_is_made_again(tmp_path, loss):
     for _ in range(2):
         assert (once(place, make) / "a").read_text() == (place / "below" / "b").read_text() == "whole"
     assert len(made) == 2
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    """safetensors makes files that their owner alone can read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    with atomic_write(tmp_path / "final") as temporary:
+        temporary.mkdir()
+        save_file({"weight": np.zeros(3)}, temporary / "model.safetensors")
+        (temporary / "config.json").write_text("{}")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "final").iterdir()}
+    assert modes == {0o666 & ~umask}

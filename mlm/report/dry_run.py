@@ -13,6 +13,7 @@ import torch
 
 from mlm.data.micro_batches import Prefetcher
 from mlm.data.text_stats import histogram, text_warnings
+from mlm.errors import UserError
 from mlm.evaluation.fill_mask import guess, save_predictions
 from mlm.evaluation.loss import Evaluation
 from mlm.report.summary import publish
@@ -78,6 +79,11 @@ def measure(
     trained = _train_some_steps(run, progress, batches)
     model_bytes, checkpoint_bytes = _save_once(run, progress)
 
+    if not trained.tokens:
+        raise UserError(
+            "learning_rate: no step of the dry run had a finite loss and gradient, so the run would end early; most "
+            "often a lower rate helps"
+        )
     tokens_per_s = trained.tokens / trained.seconds
     at_the_start = Progress(sampled_chunks=middle_sample(plan, run.corpus.test, baseline))
     left = time_left(plan, at_the_start, run.timings, plan.tokens_per_step / tokens_per_s)

@@ -1,10 +1,11 @@
 """What came of a run, or has come of it so far: the figures and sentences that its log, report and model card share."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from Config import Config
 from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats
 from mlm.errors import UserError
 from mlm.evaluation.hidden_words import Guess, HiddenWord
@@ -114,6 +115,12 @@ def read_summary(folder: Path) -> Summary:
             GuessedWord(line, word, *([Guess(*guess) for guess in guesses] for guesses in both))
             for line, word, *both in kept["guesses"]
         ]
-        return Summary(folder=folder, rows=rows, **settings, **kept)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        summary = Summary(folder=folder, rows=rows, **settings, **kept)
+        missing = {field.name for field in fields(Config)} - summary.settings.keys()
+        if missing:
+            raise ValueError(f"another version wrote settings.json, without {min(missing)}")
+        if not summary.evaluations:
+            raise ValueError("metrics.csv has no evaluation")
+        return summary
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder} is not the folder of a run that has been evaluated: {error}") from error

@@ -21,10 +21,11 @@ WAYS_OUT = """\
   from scratch     --initial_pretrain_model scratch:mini --initial_pretrain_tokenizer corpus
   a look at it     python train.py --demo"""
 
-# The Hub is asked for files and nothing else: no telemetry, and no request that it convert a model's weights from
-# PyTorch's format to safetensors.
+# The Hub is asked for files and nothing else: no telemetry, no count of what `datasets` loads, and no request that it
+# convert a model's weights from PyTorch's format to safetensors.
 constants.HF_HUB_DISABLE_TELEMETRY = True
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 
 @cache

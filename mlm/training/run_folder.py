@@ -85,7 +85,7 @@ def _free_names(config: Config) -> Iterator[Path]:
 
 
 def find_run(config: Config) -> Path:
-    """Returns the folder of the run to resume: the one that `run_name` names, or the unfinished one that changed last.
+    """Returns the folder of the run to resume: the one that `run_name` names, or the unfinished one that trained last.
 
     If `run_name` names no folder yet, a new run begins there, so that one command serves to begin and to resume. Raises
     UserError where there is none to resume, or it is finished.
@@ -101,9 +101,19 @@ def find_run(config: Config) -> Path:
     runs = [path.parent for path in output.glob("*/settings.json") if _is_unfinished(path)]
     if not runs:
         raise UserError(f"resume: {output} holds no unfinished run; leave --resume out to begin one")
-    return max(runs, key=lambda folder: folder.stat().st_mtime)
+    return max(runs, key=_trained_at)
 
 
 def _is_unfinished(settings: Path) -> bool:
-    saved = json.loads(settings.read_text(encoding="utf-8"))["settings"]
-    return not settings.with_name("final").exists() and not saved.get("evaluate_only")
+    """Whether a settings.json is that of a run that has more to train; not where another program wrote it."""
+    try:
+        saved = json.loads(settings.read_text(encoding="utf-8"))["settings"]
+        return not settings.with_name("final").exists() and not saved.get("evaluate_only")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def _trained_at(folder: Path) -> float:
+    """Returns when training last wrote to a run's folder; whoever draws its page anew changes the folder, too."""
+    written = [folder / "settings.json", folder / "metrics.csv", *folder.glob("checkpoints/step-*")]
+    return max(path.stat().st_mtime for path in written if path.exists())

@@ -67,6 +67,17 @@ def test_a_dry_run_of_the_shortest_run(settings, capsys):
     assert "steps     1 of 16 chunks" in capsys.readouterr().out
 
 
+def test_a_dry_run_whose_steps_are_all_skipped_says_so(settings, monkeypatch):
+    def skip(learner, progress, *others):
+        progress.step += 1
+        progress.since_last_log.steps += 1
+        progress.since_last_log.seconds += 0.1
+
+    monkeypatch.setattr(dry_run, "take_step", skip)
+    with pytest.raises(UserError, match="learning_rate: no step of the dry run had a finite loss and gradient"):
+        train.main(settings(dry_run=True))
+
+
 def test_evaluate_only_scores_any_checkpoint_on_any_text_and_trains_nothing(settings, tmp_path, capsys):
     trained = run(settings(run_name="trained", max_steps=8))
     (tmp_path / "other").mkdir()

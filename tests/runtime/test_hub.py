@@ -232,3 +232,9 @@ def test_run_sh_says_a_wrong_setting_once_and_trains_on_a_machine_without_gpu(hu
     assert result.returncode == 0, result.stderr
     saved = json.loads((train.folder / "output" / "launched" / "settings.json").read_text())
     assert saved["derived"]["devices"] == "1 x cpu"
+
+
+def test_what_datasets_loads_is_not_counted():
+    code = "import mlm.runtime.hub, datasets; print(datasets.config.HF_UPDATE_DOWNLOAD_COUNTS)"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout == "False\n"

@@ -1,6 +1,7 @@
 """Laws 5 and 8: which run is resumed, what may change by then, and what may not and is refused by name."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mlm.data.tokenizer import learn_tokenizer
 from mlm.errors import UserError
 from mlm.storage import lock
 from mlm.training import checkpoint as training_checkpoint
+from mlm.training.run_folder import find_run
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,24 @@ def test_the_newest_unfinished_run_is_resumed_or_the_one_named(stopped, capsys):
         train.main(stopped(resume=True, run_name="unrelated"))
     train.main(stopped(resume=True, run_name="c", max_steps=1))  # none of that name: begun
     assert (output / "c" / "final").exists()
+
+
+def test_of_unfinished_runs_the_one_that_trained_last_is_found(settings):
+    output = Path(settings().path_model_save)
+    for seconds, name in ((1000, "older"), (2000, "newer")):
+        (output / name).mkdir(parents=True)
+        for file, content in (("settings.json", '{"settings": {}}'), ("metrics.csv", "step\n")):
+            (output / name / file).write_text(content)
+            os.utime(output / name / file, (seconds, seconds))
+    (output / "older" / "report.html").write_text("drawn anew")  # this touches the folder last
+    for name, content in (("list", "[]"), ("text", "no JSON"), ("other", '{"lr": 1}'), ("null", '{"settings": null}')):
+        (output / name).mkdir()
+        (output / name / "settings.json").write_text(content)  # another program's
+    assert find_run(settings(resume=True)) == output / "newer"
+    for path in (output / "newer", output / "older"):
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match="holds no unfinished run"):
+        find_run(settings(resume=True))
 
 
 def test_a_run_at_work_is_not_resumed_by_another_process(stopped):

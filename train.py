@@ -3,7 +3,7 @@
 import signal
 
 from Config import Config, parse_flags
-from mlm.errors import UserError, plain_errors
+from mlm.errors import UserError, optional, plain_errors
 from mlm.runtime import hardware, hub
 
 if __name__ == "__main__":  # before the imports that take seconds: help, wrong settings and a missing Hub are quick
@@ -62,9 +62,6 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
         return
     ending = fit(run, progress)
     finish(run, progress, ending)
-
-
-# -------------------------------------------------------------------------------------------------------------- set up
 
 
 def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
@@ -133,13 +130,16 @@ def begin(run: Run) -> Progress:
     setup, corpus, learner, accelerator = run.setup, run.corpus, run.learner, run.learner.accelerator
     if run.is_main:  # which alone shows them
         lines = islice(corpus.text.test(), LINES_WITH_HIDDEN_WORDS)
-        run.hidden_words = hide_words(lines, corpus.train, corpus.tokenizer, corpus.vocabulary)
+        max_tokens = learner.bert.config.max_position_embeddings - 2  # without [CLS] and [SEP]
+        run.hidden_words = hide_words(lines, corpus.train, corpus.tokenizer, corpus.vocabulary, max_tokens)
     if setup.resumed:
         progress = checkpoint.load_checkpoint(setup.resumed, learner.bert, learner.optimizer)
         run.timings.saved_step = progress.step
         say(f"resumed from {setup.resumed}")
     else:
-        progress = Progress(baseline_guesses=fill_mask.guess(learner.bert, run.hidden_words, corpus.tokenizer))
+        progress = Progress()
+        with optional("guessing hidden words"):
+            progress.baseline_guesses = fill_mask.guess(learner.bert, run.hidden_words, corpus.tokenizer)
         if setup.config.resume:
             say(f"{setup.folder} has no checkpoint yet, so it begins at the first step")
     size = micro_batch_size.choose(learner, setup.config, progress.micro_batch_tokens)
@@ -169,9 +169,6 @@ def predict_cost(run: Run, progress: Progress) -> None:
     )  # fmt: skip
     say(dry_run.describe_estimate(run, estimate))
     run.learner.shut_down()
-
-
-# ----------------------------------------------------------------------------------------------------------------- fit
 
 
 def fit(run: Run, progress: Progress) -> Ending:
@@ -230,7 +227,8 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
         if run.is_main:
             if len(evaluation.losses) == plan.test_chunks:  # a sample may be all of them, too
                 summary.save_scores(setup.folder, evaluation)
-            page.write_report(publish(run, progress))
+            with optional("report.html"):
+                page.write_report(publish(run, progress))
 
         # The best weights of the training so far, by the same chunks each time, go to best/.
         sample_loss = evaluation.first(progress.sampled_chunks).loss
@@ -282,9 +280,6 @@ def log_training(run: Run, progress: Progress, bar: tqdm) -> None:
     progress.since_last_log = SinceLastLog()
 
 
-# -------------------------------------------------------------------------------------------------------------- finish
-
-
 def finish(run: Run, progress: Progress, ending: Ending) -> None:
     """Saves the finished model in final/ and says what came of the run, or why it ended early.
 
@@ -310,16 +305,19 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
 
 
 def save_results(run: Run, progress: Progress, ending: Ending) -> summary.Summary:
-    """Writes how the run ended; of a finished one predictions and, last of all, the model with its card in final/."""
+    """Writes how the run ended: of a finished one the model in final/, and then what decorates it."""
     folder, bert, corpus = run.setup.folder, run.learner.bert, run.corpus
     result = publish(run, progress, ending)
-    page.write_report(result)
-    if ending in (Ending.FINISHED, Ending.EVALUATED):
-        fill_mask.save_predictions(folder / "predictions.csv", bert, corpus, run.setup.config.sen_max_length)
     if ending is Ending.FINISHED:
         with atomic_write(folder / "final") as temporary:
             checkpoint.save_model(temporary, bert, corpus.tokenizer)
-            model_card.make_card(result, corpus.text.test()).save(temporary / "README.md")
+            with optional("the model card"):
+                model_card.make_card(result, corpus.text.test()).save(temporary / "README.md")
+    with optional("report.html"):
+        page.write_report(result)
+    if ending in (Ending.FINISHED, Ending.EVALUATED):
+        with optional("predictions.csv"):
+            fill_mask.save_predictions(folder / "predictions.csv", bert, corpus, run.setup.config.sen_max_length)
     return result
 
 
@@ -327,7 +325,8 @@ def publish(run: Run, progress: Progress, ending: Ending | None = None) -> summa
     """Writes what came of the run so far to its folder; on the main rank, once the baseline is evaluated."""
     guesses = []
     if ending not in (Ending.BROKEN, Ending.SKIPPING):
-        guesses = fill_mask.guess(run.learner.bert, run.hidden_words, run.corpus.tokenizer)
+        with optional("guessing hidden words"):
+            guesses = fill_mask.guess(run.learner.bert, run.hidden_words, run.corpus.tokenizer)
     return summary.publish(run.setup, progress, run.corpus.stats, run.hidden_words, guesses, ending)
 
 

@@ -19,6 +19,15 @@ def plain_errors() -> Iterator[None]:
         sys.exit(2)
 
 
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Turns an error of work that the result does not depend on into a line on the terminal: `what` failed, and why."""
+    try:
+        yield
+    except Exception as error:  # whatever it is, it costs no more than this
+        print(f"warning: {what} failed: {first_line(error) or type(error).__name__}", file=sys.stderr)
+
+
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's text, which is all that fits into a sentence."""
     return str(error).partition("\n")[0]

@@ -19,21 +19,31 @@ MOST_LINES = 100  # of predictions.csv
 ALL_BECOME_MASK = BERT_RULE._replace(mask_share=1.0, random_share=0.0)
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Returns the ids (tokens,) that a token has, ascending: a model may have rows that no token has."""
+    return torch.tensor(sorted(tokenizer.get_vocab().values()))
+
+
 @torch.no_grad()
-def fill_in(model: BertForMaskedLM, input_ids: np.ndarray, places: np.ndarray) -> Tensor:
-    """Returns each token's probability (places, vocabulary) at some places of a text, by input ids (positions,)."""
+def fill_in(model: BertForMaskedLM, input_ids: np.ndarray, places: np.ndarray, candidates: Tensor) -> Tensor:
+    """Returns the probability (places, candidates) that each candidate, a token's id, stands at a place of a text.
+
+    input_ids: the text, (positions,); places: indices into it, (places,).
+    """
     logits = model.eval()(torch.from_numpy(input_ids).to(model.device)[None]).logits  # (1, positions, vocabulary)
-    return logits[0, places].float().softmax(-1).cpu()
+    return logits[0, places].float().cpu()[:, candidates].softmax(-1)
 
 
 def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTrainedTokenizerBase) -> list[list[Guess]]:
     """Returns the model's three likeliest words for the [MASK] of each line."""
-    guesses = []
+    guesses, candidates = [], token_ids(tokenizer)
     for line, _ in hidden:
         input_ids = np.array(tokenizer(line)["input_ids"])
-        [probabilities] = fill_in(model, input_ids, np.flatnonzero(input_ids == tokenizer.mask_token_id))
-        likeliest = zip(*(column.tolist() for column in probabilities.topk(3)), strict=True)
-        guesses.append([Guess(str(tokenizer.decode([token])), probability) for probability, token in likeliest])
+        places = np.flatnonzero(input_ids == tokenizer.mask_token_id)
+        [probabilities] = fill_in(model, input_ids, places, candidates)
+        top = probabilities.topk(3)
+        likeliest = zip(candidates[top.indices].tolist(), top.values.tolist(), strict=True)
+        guesses.append([Guess(str(tokenizer.decode([token])), probability) for token, probability in likeliest])
     return guesses
 
 
@@ -45,7 +55,7 @@ def save_predictions(path: Path, model: BertForMaskedLM, corpus: Corpus, sen_max
 def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iterator[dict[str, str]]:
     """Yields each test line that fits a chunk: as it is, with the tokens hidden that evaluations hide, and with the
     model's likeliest tokens in their places."""
-    tokenizer, vocabulary = corpus.tokenizer, corpus.vocabulary
+    tokenizer, vocabulary, candidates = corpus.tokenizer, corpus.vocabulary, token_ids(corpus.tokenizer)
     for line in corpus.text.test():
         encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens = np.array(encoded["input_ids"], dtype=np.int64)
@@ -54,12 +64,14 @@ def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iter
         lengths = np.array([len(tokens)])
         ids, masked, _ = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, ALL_BECOME_MASK)
         framed = np.concatenate([[vocabulary.cls_id], ids, [vocabulary.sep_id]])
-        likeliest = tokenizer.convert_ids_to_tokens(fill_in(model, framed, masked + 1).argmax(-1).tolist())
+        likeliest = candidates[fill_in(model, framed, masked + 1, candidates).argmax(-1)]
         spans = [encoded["offset_mapping"][place] for place in masked]
         yield {
             "src": line,
             "mask": _replace(line, spans, [tokenizer.mask_token] * len(spans)),
-            "pred": _replace(line, spans, [token.removeprefix("##") for token in likeliest]),
+            "pred": _replace(
+                line, spans, [token.removeprefix("##") for token in tokenizer.convert_ids_to_tokens(likeliest.tolist())]
+            ),
         }
 
 

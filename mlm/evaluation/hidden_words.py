@@ -39,12 +39,17 @@ class Guess(NamedTuple):
 
 
 def hide_words(
-    lines: Iterable[str], train: Chunks, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+    lines: Iterable[str],
+    train: Chunks,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    max_tokens: int = LINE_TOKENS[-1],
 ) -> list[HiddenWord]:
     """Returns at most `HIDDEN_WORDS` different words, each with its line, that a person and a trained model could know.
 
     They are chosen by counts of the training text, and by no model: content words that are often beside the same
-    neighbour, as 'pressure' behind 'blood'. Where a text has too few of these, others fill up.
+    neighbour, as 'pressure' behind 'blood'. Where a text has too few of these, others fill up. The lines have at most
+    `max_tokens` tokens, beside [CLS] and [SEP].
     """
     bigrams = _Bigrams(train, vocabulary)
     found: dict[str, tuple[float, HiddenWord]] = {}
@@ -53,7 +58,7 @@ def hide_words(
             continue
         encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, spans = np.array(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]
-        if len(ids) not in LINE_TOKENS or vocabulary.unk_id in ids:
+        if len(ids) not in LINE_TOKENS or len(ids) > max_tokens or vocabulary.unk_id in ids:
             continue
         candidates = [(bigrams.association(ids, place), place) for place in _whole_words(ids, spans, line, vocabulary)]
         if candidates:

@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from mlm.errors import optional
 from mlm.evaluation.loss import Change, Evaluation
 from mlm.storage import write_csv
 from mlm.training.progress import Progress, SinceLastLog
@@ -44,9 +45,10 @@ def record(figures: dict[str, float], progress: Progress, setup: Setup, accelera
     if not rows or rows[-1]["step"] != step:
         rows.append({"step": step, "epoch": setup.plan.epochs(step)})
     rows[-1] |= figures
-    accelerator.log(figures, step=step)
     if accelerator.is_main_process:
         write_metrics(setup.folder / "metrics.csv", rows)
+    with optional("the tracker"):
+        accelerator.log(figures, step=step)
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mlm.data.text_stats import histogram, text_warnings, used_splits
+from mlm.errors import optional
 from mlm.evaluation.loss import compare, load_evaluation, perplexity
 from mlm.report.plots import COLORS_OF_RUNS, Chart, Curve, Point, draw_curves, draw_histogram
 from mlm.report.summary import SCORES, Summary, read_summary
@@ -21,13 +22,17 @@ def write_report(summary: Summary) -> None:
 
 
 def redraw(folder: Path) -> None:
-    """Draws the page of a run anew, with what downstream.py has found since; does nothing where there is no run."""
+    """Draws the page of a run anew, with what downstream.py has found since; does nothing where there is no run.
+
+    Where it cannot, as the files are another program's or another version's, it says so.
+    """
     if (folder / "summary.json").exists():
-        write_report(read_summary(folder))
+        with optional(f"drawing {folder / 'report.html'} anew"):
+            write_report(read_summary(folder))
 
 
 def write_page(path: Path, page: str) -> None:
-    """Writes a page, atomically."""
+    """Writes a page, atomically; a run that goes on and whoever draws its page anew may both do so."""
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 

@@ -2,15 +2,18 @@
 
 import csv
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from mlm.data.chunks import Chunks
 from mlm.data.masking import BERT_RULE, content_keys, mask
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
-from mlm.evaluation.hidden_words import HIDDEN_WORDS, hide_words
+from mlm.evaluation.fill_mask import guess, predict
+from mlm.evaluation.hidden_words import HIDDEN_WORDS, HiddenWord, hide_words
 
 
 @pytest.fixture
@@ -66,3 +69,31 @@ def test_hidden_words_are_content_words_that_a_neighbour_foretells():
     assert not {"the", "then", "other", "form"} & set(words)
     assert all(line.replace("[MASK]", word) in lines for line, word in hidden)
     assert hide_words(iter([]), chunks, tokenizer, vocabulary) == []
+
+
+def test_a_row_that_no_token_has_is_no_guess():
+    """Models round their vocabulary up; a row to spare may be the likeliest of all."""
+    lines = ["the doctor and the nurse wrote on the form"] * 5
+    tokenizer = learn_tokenizer(lambda: iter(lines), 60)
+    vocabulary = read_vocabulary(tokenizer)
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForMaskedLM(BertConfig(vocab_size=vocabulary.size + 7, **shape))
+    with torch.no_grad():
+        model.cls.predictions.bias[vocabulary.size :] = 50.0
+    tokens = set(tokenizer.get_vocab())
+    [words] = guess(model, [HiddenWord("the [MASK] wrote", "doctor")], tokenizer)
+    assert {word for word, _ in words} <= tokens and all(0 < probability < 1 for _, probability in words)
+    text = SimpleNamespace(test=lambda: iter(lines))
+    corpus = SimpleNamespace(text=text, tokenizer=tokenizer, vocabulary=vocabulary)
+    assert len(list(predict(model, corpus, 32))) == 5
+
+
+def test_lines_with_hidden_words_fit_the_model():
+    lines = [f"the doctor and nurse number {number} wrote this on the form today" for number in range(20)]
+    tokenizer = learn_tokenizer(lambda: iter(lines), 300)
+    vocabulary = read_vocabulary(tokenizer)
+    encoded = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+    chunks = Chunks(np.concatenate(encoded).astype(np.uint16), np.cumsum([0, *map(len, encoded)]))
+    longest = max(map(len, encoded))
+    assert hide_words(lines, chunks, tokenizer, vocabulary, longest)
+    assert not hide_words(lines, chunks, tokenizer, vocabulary, min(map(len, encoded)) - 1)

@@ -5,11 +5,13 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from runs import ROOT
 
 from mlm.errors import UserError
 from mlm.evaluation.hidden_words import Guess
@@ -230,3 +232,40 @@ def test_results_on_tasks_and_general_text_are_shown(finished, tmp_path):
     redraw(tmp_path)  # which is no run's
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "better by 23.5" in page and "worse" not in page and "old 10.50" in page and "final 12.25" in page
+
+
+def test_two_processes_may_write_one_page_at_once(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from mlm.report.page import write_page
+for number in range(300):
+    write_page(Path(sys.argv[1]) / "report.html", sys.argv[2] * 10_000)
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), letter], cwd=ROOT) for letter in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert (tmp_path / "report.html").read_text() in ("a" * 10_000, "b" * 10_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("settings.json", "[]"),
+        ("settings.json", '{"settings": {}, "derived": {}, "versions": {}, "command": ""}'),
+        ("settings.json", '{"model": "another program\'s"}'),
+        ("summary.json", "[]"),
+        ("summary.json", '{"results": []}'),
+        ("metrics.csv", "step,epoch,train_loss\n"),
+        ("metrics.csv", ""),
+        ("metrics.csv", "step,eval_loss\n0,high\n"),
+    ],
+)
+def test_files_of_other_programs_and_versions_are_said_plainly(finished, tmp_path, capsys, name, content):
+    for kept in ("settings.json", "summary.json", "metrics.csv"):
+        (tmp_path / kept).write_bytes((finished.folder / kept).read_bytes())
+    read_summary(tmp_path)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="is not the folder of a run that has been evaluated"):
+        read_summary(tmp_path)
+    redraw(tmp_path)
+    assert "report.html anew failed: " in capsys.readouterr().err and not (tmp_path / "report.html").exists()

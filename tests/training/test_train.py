@@ -354,3 +354,26 @@ def test_bf16_agrees_with_float32(settings):
         rows = metrics(run(settings(run_name=precision, mixed_precision=precision, max_steps=20, hidden_dropout=0.0)))
         losses[precision] = float(rows[-1]["train_loss"])
     assert losses["bf16"] == pytest.approx(losses["no"], rel=0.01)
+
+
+def test_what_decorates_a_model_costs_it_nothing(settings, monkeypatch, capsys):
+    """Card, page, predictions, guesses and tracker may each fail: the model is saved, and a line says what failed."""
+
+    def fail(*arguments, **options):
+        raise AttributeError("'NoneType' object has no attribute 'removeprefix'")
+
+    for module, name in (
+        (train.model_card, "make_card"),
+        (train.page, "write_report"),
+        (train.fill_mask, "save_predictions"),
+        (train.fill_mask, "guess"),
+        (train.Accelerator, "log"),
+    ):
+        monkeypatch.setattr(module, name, fail)
+    folder = run(settings(run_name="mine", max_steps=8))
+    AutoModelForMaskedLM.from_pretrained(folder / "final")
+    assert json.loads((folder / "summary.json").read_text())["state"] == "finished"
+    said = capsys.readouterr()
+    assert "Better: " in said.out or "Cannot tell: " in said.out or "Worse: " in said.out
+    for what in ("the model card", "report.html", "predictions.csv", "guessing hidden words", "the tracker"):
+        assert f"warning: {what} failed: 'NoneType' object has no attribute 'removeprefix'" in said.err, what

@@ -72,7 +72,7 @@ def _remove_leftovers(path):
 
 def _remove(path):
     if path.is_file():
-        path.unlink()
+        path.unlink(missing_ok=True)  # two writers may tidy up at once
     else:
         shutil.rmtree(path, ignore_errors=True)
 

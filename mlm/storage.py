@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def _flush(path):
         if file.is_file():
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
-            file.chmod(0o666 & ~UMASK)
+            with suppress(PermissionError):  # of a mounted disk that has one mode for all files
+                file.chmod(0o666 & ~UMASK)
 
 
 def make_folder(path: Path, setting: str = "path_model_save") -> None:

@@ -64,14 +64,13 @@ def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iter
         lengths = np.array([len(tokens)])
         ids, masked, _ = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, ALL_BECOME_MASK)
         framed = np.concatenate([[vocabulary.cls_id], ids, [vocabulary.sep_id]])
-        likeliest = candidates[fill_in(model, framed, masked + 1, candidates).argmax(-1)]
+        likeliest = candidates[fill_in(model, framed, masked + 1, candidates).argmax(-1)].tolist()
+        guessed = [token.removeprefix("##") for token in tokenizer.convert_ids_to_tokens(likeliest)]
         spans = [encoded["offset_mapping"][place] for place in masked]
         yield {
             "src": line,
             "mask": _replace(line, spans, [tokenizer.mask_token] * len(spans)),
-            "pred": _replace(
-                line, spans, [token.removeprefix("##") for token in tokenizer.convert_ids_to_tokens(likeliest.tolist())]
-            ),
+            "pred": _replace(line, spans, guessed),
         }
 
 

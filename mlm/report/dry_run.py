@@ -77,13 +77,13 @@ def measure(
     baseline = score(min(plan.test_chunks, SCORED_CHUNKS))
     progress.baseline = baseline
     trained = _train_some_steps(run, progress, batches)
-    model_bytes, checkpoint_bytes = _save_once(run, progress)
-
     if not trained.tokens:
         raise UserError(
             "learning_rate: no step of the dry run had a finite loss and gradient, so the run would end early; most "
             "often a lower rate helps"
         )
+    model_bytes, checkpoint_bytes = _save_once(run, progress)
+
     tokens_per_s = trained.tokens / trained.seconds
     at_the_start = Progress(sampled_chunks=middle_sample(plan, run.corpus.test, baseline))
     left = time_left(plan, at_the_start, run.timings, plan.tokens_per_step / tokens_per_s)

@@ -6,42 +6,33 @@ The starting model is loaded as BertForMaskedLM; for downstream.py also as a cla
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    BertPreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, BertConfig, BertForMaskedLM, BertModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.bert import modeling_bert
 
 from Config import SCRATCH_SIZES, Config
 from mlm.errors import UserError, first_line
 from mlm.runtime.hub import locate
+
+Classifier = modeling_bert.BertForSequenceClassification | modeling_bert.BertForTokenClassification
 
 
 class PackedBert(nn.Module):
     """A BERT whose forward takes packed rows; subclasses add a head. A module, as DistributedDataParallel wraps
     `forward` alone."""
 
-    def __init__(self, bert: BertPreTrainedModel, sep_id: int | None = None):
+    def __init__(self, bert: modeling_bert.BertPreTrainedModel, sep_id: int | None = None):
         """sep_id: the id of [SEP], where a chunk may hold two texts."""
         super().__init__()
         self.bert, self.sep_id = bert, sep_id
         bert.set_attn_implementation("packed")
         for module in bert.modules():
-            if isinstance(module, BertSelfAttention):
+            if isinstance(module, modeling_bert.BertSelfAttention):
                 module.register_forward_pre_hook(_cast_once)
 
     def forward(
@@ -55,20 +46,17 @@ class PackedBert(nn.Module):
     ) -> Tensor:
         """Returns what the head makes of `label_positions`, (targets,) indices into the flattened (rows, width).
 
-        The ids are (rows, width). By a block-diagonal mask a position attends to those of its own row with its own
-        segment id, so padding (id 0) attends to padding and no softmax is empty; or, for one row, variable-length
-        attention takes `cu_seqlens` and `max_seqlen` instead (see `attend`).
+        The ids are (rows, width). By a block-diagonal mask, (rows, 1, width, width), a position attends to its own
+        segment id in its own row, so padding (id 0) to padding and no softmax is empty; or, for one row,
+        variable-length attention takes `cu_seqlens` and `max_seqlen` instead (see `attend`).
         """
         assert (segment_ids is None) == (cu_seqlens is not None), "chunks are kept apart in one of two ways"
-        if segment_ids is not None:  # a mask of (rows, 1, width, width)
-            apart: dict[str, Any] = {"attention_mask": segment_ids[:, None, :, None] == segment_ids[:, None, None, :]}
-        else:
-            apart = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-        token_type_ids = self._token_types(input_ids, position_ids)
-        hidden = self.bert.base_model(
-            input_ids, position_ids=position_ids, token_type_ids=token_type_ids, **apart
-        ).last_hidden_state  # (rows, width, hidden)
-        return self.head(hidden.flatten(0, 1)[label_positions])
+        mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        token_types = self._token_types(input_ids, position_ids)
+        output = self.bert.base_model(
+            input_ids, mask, token_types, position_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+        )
+        return self.head(output.last_hidden_state.flatten(0, 1)[label_positions])
 
     def _token_types(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Returns token type ids (rows, width): 0 up to a chunk's first [SEP], 1 behind it, where a second text may be.
@@ -101,7 +89,7 @@ class PackedMaskedLM(PackedBert):
 class PackedClassifier(PackedBert):
     """BertForSequenceClassification, at each chunk's [CLS], or BertForTokenClassification."""
 
-    bert: BertForSequenceClassification | BertForTokenClassification
+    bert: Classifier
 
     def head(self, hidden: Tensor) -> Tensor:
         """Returns logits (targets, classes) in float32: in 16 bits the likeliest classes would often tie."""
@@ -129,10 +117,8 @@ def attend(module, query, key, value, attention_mask, cu_seqlens=None, max_seqle
     if cu_seqlens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
-    def of_one_row(states):  # (1, heads, width, head size) to (width, heads, head size)
-        return states.squeeze(0).transpose(0, 1)  # its backward is a view; that of states[0] would allocate zeros
-
-    query, key, value = of_one_row(query), of_one_row(key), of_one_row(value)
+    # (width, heads, head size); squeeze's backward is a view, that of states[0] would allocate zeros
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return output[None], None
 
@@ -165,27 +151,31 @@ def load_model(
     Returns the model and warnings about it. Raises UserError where the checkpoint is missing or not BERT, or does not
     fit the tokenizer or `sen_max_length`.
     """
-    warnings: list[str] = []
-    if config.scratch_size and not checkpoint:
-        model = _new_bert(config, SCRATCH_SIZES[config.scratch_size], vocabulary_size, pad_id)
-        known_tokens = vocabulary_size
+    name, warnings = str(checkpoint or config.initial_pretrain_model), []
+    size = SCRATCH_SIZES[config.scratch_size] if config.scratch_size and not checkpoint else None
+    bert_config = (
+        _config_of_size(size, vocabulary_size, pad_id) if size else load_bert_config(name, "initial_pretrain_model")
+    )
+    _check_fit(config, bert_config, vocabulary_size if size or checkpoint else vocabulary_size - len(added))
+    torch.manual_seed(config.seed)  # of all weights, or of a head that the checkpoint lacks
+    if size:
+        model = BertForMaskedLM(bert_config)
     else:
-        known_tokens = vocabulary_size if checkpoint else vocabulary_size - len(added)
-        model, warnings = _pretrained_bert(config, str(checkpoint or config.initial_pretrain_model), known_tokens)
+        model, warnings = _pretrained_bert(name)
     if not checkpoint and added:
         _add_embeddings(model, vocabulary_size, added)
     _set_dropouts(model, config.hidden_dropout, config.attention_dropout)
     for module in model.modules():
-        if isinstance(module, BertSelfAttention):
+        if isinstance(module, modeling_bert.BertSelfAttention):
             # A softmax does not see a constant added to all its inputs, so this bias has no gradient but rounding
             # noise, which Adam would blow up into a random walk that differs between layouts.
             module.key.bias.requires_grad_(False)
     return model, warnings
 
 
-def _new_bert(config, size, vocabulary_size, pad_id):
-    """Makes a BERT of a size with random weights."""
-    bert_config = BertConfig(
+def _config_of_size(size, vocabulary_size, pad_id):
+    """Returns the config of a new BERT, with the proportions of the published ones."""
+    return BertConfig(
         vocab_size=vocabulary_size,
         num_hidden_layers=size.layers,
         hidden_size=size.hidden,
@@ -193,48 +183,33 @@ def _new_bert(config, size, vocabulary_size, pad_id):
         intermediate_size=4 * size.hidden,
         pad_token_id=pad_id,
     )
-    _check_fit(config, bert_config, vocabulary_size)
-    torch.manual_seed(config.seed)
-    return BertForMaskedLM(bert_config)
 
 
-def _pretrained_bert(config, name, known_tokens):
-    """Loads weights from a folder or the Hub. Returns the model, and a warning where its masked-token head is new."""
-    bert_config = load_bert_config(name, "initial_pretrain_model")
-    _check_fit(config, bert_config, known_tokens)
-    torch.manual_seed(config.seed)  # of a head that the checkpoint lacks
-    model, loading = _load(BertForMaskedLM, name, output_loading_info=True)
+def _pretrained_bert(name):
+    """Returns the model in a folder or on the Hub, and a warning where its masked-token head is new."""
+    model, missing = _load_weights(BertForMaskedLM, name, "initial_pretrain_model")
     warnings = []
-    if any(key.startswith("cls.predictions") for key in loading["missing_keys"]):
+    if any(key.startswith("cls.predictions") for key in missing):
         warnings.append(
             f"warning: {name} has no masked-language-model head. A random one takes its place: the first loss is near "
             "ln(vocabulary size), and the head must be learned before it can teach the rest. Most sentence-embedding "
             "and fine-tuned models have none; the checkpoint they were made from usually has it"
         )
-    encoder, loading = _load(BertModel, name, output_loading_info=True)
-    if not any(key.startswith("pooler") for key in loading["missing_keys"]):
+    encoder, missing = _load_weights(BertModel, name, "initial_pretrain_model")
+    if not any(key.startswith("pooler") for key in missing):
         model.bert.pooler = encoder.pooler.requires_grad_(False)
-    _own_memory(model)
     return model, warnings
-
-
-def _own_memory(model):
-    """Copies loaded weights out of the file that they are views of. Matrix products round by the alignment of their
-    inputs, which is arbitrary in the file, so that a resumed run would drift from the uninterrupted one."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
 
 
 def _set_dropouts(model, hidden_dropout, attention_dropout):
     """Sets dropout in the modules alone: inside attention, and outside, by the faster kind; None: the model's own."""
     for module in list(model.modules()):
+        if isinstance(module, modeling_bert.BertSelfAttention):
+            module.dropout.p = attention_dropout
+            continue
         for child_name, child in module.named_children():
             if isinstance(child, nn.Dropout):
-                share = child.p if hidden_dropout is None else hidden_dropout
-                setattr(module, child_name, Dropout(share))
-    for module in model.modules():
-        if isinstance(module, BertSelfAttention):
-            module.dropout.p = attention_dropout
+                setattr(module, child_name, Dropout(child.p if hidden_dropout is None else hidden_dropout))
 
 
 @torch.no_grad()
@@ -258,10 +233,21 @@ def load_bert_config(name: str, setting: str) -> BertConfig:
     return bert_config
 
 
-def _load(kind, name, setting="initial_pretrain_model", **options):
+def _load_weights(kind, name, setting, **options):
+    """Returns a model of a class in float32, whatever it was saved in, and the names of weights that the file lacks.
+
+    The weights are copied out of the file that they are views of: matrix products round by the alignment of their
+    inputs, which is arbitrary in the file, so that a resumed run would drift from the uninterrupted one.
+    """
+    options |= {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
+    model, loading = _load(kind, name, setting, **options)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model, loading["missing_keys"]
+
+
+def _load(kind, name, setting, **options):
     """Calls from_pretrained of a class, without code from the checkpoint. Raises UserError where that fails."""
-    if kind is not AutoConfig:
-        options |= {"dtype": torch.float32, "attn_implementation": "sdpa"}  # not the dtype the checkpoint was saved in
     is_local = locate(name, setting) != "hub"
     try:
         return kind.from_pretrained(name, local_files_only=is_local, trust_remote_code=False, **options)
@@ -285,9 +271,6 @@ def _check_fit(config, bert_config, vocabulary_size):
         )
 
 
-# ---------------------------------------------------------------------------------------------------- for downstream.py
-
-
 def load_encoder(name: str) -> BertModel:
     """Loads a model that `models` names, without a head. Its pooler, where the checkpoint has none, is always the same.
 
@@ -295,35 +278,27 @@ def load_encoder(name: str) -> BertModel:
     """
     load_bert_config(name, "models")
     torch.manual_seed(0)
-    encoder, loading = _load(BertModel, name, "models", output_loading_info=True)
-    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler"))
-    if missing:
-        raise UserError(f"models: {name} lacks {len(missing):,} of BERT's weights, such as {missing[0]}")
-    _own_memory(encoder)
+    encoder, missing = _load_weights(BertModel, name, "models")
+    lacking = sorted(key for key in missing if not key.startswith("pooler"))
+    if lacking:
+        raise UserError(f"models: {name} lacks {len(lacking):,} of BERT's weights, such as {lacking[0]}")
     return encoder
 
 
-def load_classifier(
-    name: str, classes: int, seed: int, of_words: bool
-) -> BertForSequenceClassification | BertForTokenClassification:
+def load_classifier(name: str, classes: int, seed: int, of_words: bool) -> Classifier:
     """Loads a model that `models` names, with a new head for the classes of each text or of each word.
 
     The head is drawn from the seed, so that models of one width start from the same one; so is a pooler that the
     checkpoint lacks. Dropout is the checkpoint's own, but for none inside attention, which rules out fast kernels.
     """
-    kind = BertForTokenClassification if of_words else BertForSequenceClassification
-    options = {"num_labels": classes, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    model, loading = _load(kind, name, "models", **options)
+    kind = modeling_bert.BertForTokenClassification if of_words else modeling_bert.BertForSequenceClassification
+    model, missing = _load_weights(kind, name, "models", num_labels=classes, ignore_mismatched_sizes=True)
+    new_layers = [model.classifier]
+    if any("pooler" in key for key in missing):
+        new_layers.append(model.bert.pooler.dense)
     torch.manual_seed(seed)
-    _init_linear(model.classifier)
-    if any("pooler" in key for key in loading["missing_keys"]):
-        _init_linear(model.bert.pooler.dense)
-    _own_memory(model)
+    for linear in new_layers:  # drawn as BERT's are, whatever the checkpoint's config says: all heads start alike
+        nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
     _set_dropouts(model, None, 0.0)
     return model
-
-
-def _init_linear(linear: nn.Linear) -> None:
-    """Draws weights as BERT does, whatever the checkpoint's config says: all models' heads start alike."""
-    nn.init.normal_(linear.weight, std=0.02)
-    nn.init.zeros_(linear.bias)

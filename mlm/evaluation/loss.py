@@ -20,13 +20,6 @@ from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
 from mlm.runtime.signals import Stopped, StopRequest
 from mlm.terminal import progress_bar, say
 
-# Evaluations between the first and the last score a sample of the test chunks.
-SAMPLE_ERROR = 0.01  # the standard error wanted of a loss, in nats: one per cent of the perplexity
-TYPICAL_LOSS_STD = 4.0  # nats, of a masked token's loss once a model has learned something: 1.8 to 3.8 in four runs
-LARGEST_EVALUATION_SHARE = 0.05  # of training's work, for all of them together
-SMALLEST_SAMPLE = 256  # chunks, whatever share they are
-STEP_IN_FORWARD_PASSES = 3  # a training step is a forward pass, and a backward pass of about twice its work
-
 
 class Evaluation(NamedTuple):
     """A model on n chunks of text, masked by BERT's rule at 15% with masks that depend on the text alone."""
@@ -115,22 +108,6 @@ def load_evaluation(path: Path) -> Evaluation:
         return Evaluation(**load_file(path))
     except (SafetensorError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def sample_size(
-    baseline: Evaluation, chunks: int, training_positions: int, positions_per_chunk: float, evaluations: int
-) -> int:
-    """Returns how many of the `chunks` of the test text each of the evaluations in the middle of a run scores.
-
-    baseline: the evaluation before training; training_positions: what the whole run trains on. By these counts alone,
-    and by no clock, so that a run that is resumed takes the same chunks.
-    """
-    for_the_error = (TYPICAL_LOSS_STD / SAMPLE_ERROR) ** 2 / baseline.masked.mean()
-    if math.isfinite(baseline.loss_se):
-        for_the_error = max(for_the_error, len(baseline.losses) * (baseline.loss_se / SAMPLE_ERROR) ** 2)
-    most_positions = LARGEST_EVALUATION_SHARE * STEP_IN_FORWARD_PASSES * training_positions / max(1, evaluations)
-    wanted = min(for_the_error, most_positions / positions_per_chunk)
-    return round(min(chunks, max(SMALLEST_SAMPLE, wanted)))
 
 
 @torch.no_grad()

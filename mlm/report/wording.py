@@ -2,10 +2,11 @@
 
 import math
 
-from mlm.evaluation.loss import SAMPLE_ERROR, perplexity
+from mlm.evaluation.loss import perplexity
 from mlm.report.summary import Summary
 from mlm.report.templates import render
 from mlm.terminal import figure, table, with_error
+from mlm.training.plan import SAMPLE_ERROR
 
 
 def verdict(summary: Summary) -> str:

@@ -157,19 +157,9 @@ def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
     state = _read_state(checkpoint)
     if state.get("format") != FORMAT:
         raise UserError(f"resume: {checkpoint} was written by another version of this program, which can resume it")
-    changed = _changes(state["recipe"], recipe)
-    if not changed:
-        return
-    named = changed.keys() - {"max_steps", "num_warmup_steps"}  # which mostly change because another setting did
-    lines = [f"  {name}: {changed[name]}" for name in sorted(named or changed)]
-    remedy = f"Resume it as it began, or begin a new run, perhaps with {checkpoint} as initial_pretrain_model"
-    raise UserError("\n".join([f"resume: {checkpoint} cannot be resumed", *lines, remedy]))
-
-
-def _changes(began_with: dict[str, Any], recipe: dict[str, Any]) -> dict[str, str]:
-    """Returns what differs from when the run began: by the name of the setting, how."""
-    changed = {}
+    began_with = state["recipe"]
     old_settings, settings = began_with["settings"], recipe["settings"]
+    changed = {}  # by the name of the setting, how it differs
     for name in (old_settings.keys() | settings.keys()) - MAY_CHANGE_ON_RESUME:
         old, new = old_settings.get(name, "no such setting"), settings.get(name, "no such setting")
         if old != new:
@@ -181,7 +171,11 @@ def _changes(began_with: dict[str, Any], recipe: dict[str, Any]) -> dict[str, st
         changed["initial_pretrain_tokenizer"] = f"the tokenizer is not {which}"
     if began_with["user_words"] != recipe["user_words"]:
         changed["user_words"] = "its words are not those that the run began with"
-    return changed
+    if changed:
+        named = changed.keys() - {"max_steps", "num_warmup_steps"}  # which mostly change because another setting did
+        lines = [f"  {name}: {changed[name]}" for name in sorted(named or changed)]
+        remedy = f"Resume it as it began, or begin a new run, perhaps with {checkpoint} as initial_pretrain_model"
+        raise UserError("\n".join([f"resume: {checkpoint} cannot be resumed", *lines, remedy]))
 
 
 def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOptimizer) -> Progress:
@@ -193,10 +187,9 @@ def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOpt
         moments = load_file(path / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"resume: {path / 'optimizer.safetensors'} cannot be read: {error}") from error
-    parameters = dict(bert.named_parameters())
     for key, tensor in moments.items():
         name, _, kind = key.rpartition("/")
-        parameter = parameters[name]
+        parameter = bert.get_parameter(name)
         optimizer.state[parameter][kind] = tensor.to(parameter.device, copy=True)  # not a view of the file
     state = _read_state(path)
     if optimizer.scaler is not None:

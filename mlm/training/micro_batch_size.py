@@ -44,12 +44,11 @@ def is_found_by_trial(accelerator: Accelerator, config: Config) -> bool:
 def fit_memory(learner: Learner, config: Config) -> int:
     """Returns the positions of the largest micro-batch, at most a step's, that every rank has the memory to train on.
 
-    Found by trial, beside what training will hold as well: full gradients, AdamW's moments and some spare memory.
+    Found by trial, beside what training will hold as well: full gradients, AdamW's moments and some spare memory. The
+    model is unwrapped for it, as a rank that runs out of memory must not leave others waiting.
     """
     accelerator = learner.accelerator
-    model = accelerator.unwrap_model(
-        learner.model
-    ).train()  # a rank that runs out of memory must not leave others waiting
+    model = accelerator.unwrap_model(learner.model).train()
     undivided = replace(learner.micro_batcher, max_positions=UNDIVIDED)
 
     def fits(chunks: int) -> bool:

@@ -8,7 +8,14 @@ from Config import SCRATCH_SIZES, Config
 from mlm.data.chunks import Chunks, Corpus, steps_per_epoch
 from mlm.data.text_files import text_folder
 from mlm.errors import UserError
-from mlm.evaluation.loss import Evaluation, sample_size
+from mlm.evaluation.loss import Evaluation
+
+# Evaluations between the first and the last score a sample of the test chunks.
+SAMPLE_ERROR = 0.01  # the standard error wanted of a loss, in nats: one per cent of the perplexity
+TYPICAL_LOSS_STD = 4.0  # nats, of a masked token's loss once a model has learned something: 1.8 to 3.8 in four runs
+LARGEST_EVALUATION_SHARE = 0.05  # of training's work, for all of them together
+SMALLEST_SAMPLE = 256  # chunks, whatever share they are
+STEP_IN_FORWARD_PASSES = 3  # a training step is a forward pass, and a backward pass of about twice its work
 
 
 def resolve(config: Config, epoch_steps: int, precision: str) -> Config:
@@ -82,17 +89,14 @@ class Plan:
 
     def is_save_due(self, step: int) -> bool:
         """Whether a step is the end of an epoch, or of `save_every` steps, and not that of the run."""
-        return any(step in _multiples(interval, 0, self.steps) for interval in self._save_intervals)
+        epoch, other = self.steps_per_epoch, self.save_every or self.steps_per_epoch
+        return 0 < step < self.steps and (step % epoch == 0 or step % other == 0)
 
     def saves_left(self, done: int) -> int:
         """Returns how many of the steps beyond `done` are such that `is_save_due`."""
-        epoch, other = self._save_intervals
+        epoch, other = self.steps_per_epoch, self.save_every or self.steps_per_epoch
         due = [_multiples(interval, done, self.steps) for interval in (epoch, other, math.lcm(epoch, other))]
         return len(due[0]) + len(due[1]) - len(due[2])
-
-    @property
-    def _save_intervals(self) -> tuple[int, int]:
-        return self.steps_per_epoch, self.save_every or self.steps_per_epoch
 
 
 def _multiples(of: int, above: int, below: int) -> range:
@@ -119,11 +123,15 @@ def make_plan(config: Config, corpus: Corpus) -> Plan:
 
 
 def middle_sample(plan: Plan, test: Chunks, baseline: Evaluation) -> int:
-    """Returns how many test chunks the evaluations between the first and the last score, so that they cost little.
+    """Returns how many test chunks each evaluation between the first and the last scores, so that they cost little.
 
-    baseline: the evaluation before training.
+    baseline: the evaluation before training. By counts alone, and by no clock, so that a run that is resumed takes the
+    same chunks.
     """
+    for_the_error = (TYPICAL_LOSS_STD / SAMPLE_ERROR) ** 2 / baseline.masked.mean()
+    if math.isfinite(baseline.loss_se):
+        for_the_error = max(for_the_error, len(baseline.losses) * (baseline.loss_se / SAMPLE_ERROR) ** 2)
+    positions = LARGEST_EVALUATION_SHARE * STEP_IN_FORWARD_PASSES * (plan.positions_per_step * plan.steps)
     positions_per_chunk = 2 + len(test.tokens) / len(test)
-    trained_positions = plan.positions_per_step * plan.steps
-    evaluations = len(plan.middle_evaluations())
-    return sample_size(baseline, plan.test_chunks, trained_positions, positions_per_chunk, evaluations)
+    affordable = positions / max(1, len(plan.middle_evaluations())) / positions_per_chunk
+    return round(min(plan.test_chunks, max(SMALLEST_SAMPLE, min(for_the_error, affordable))))

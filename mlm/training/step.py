@@ -68,18 +68,17 @@ def take_step(
     set_learning_rate(optimizer, plan.learning_rate(progress.step))
 
     # Gradients of the loss's mean over all ranks' masked tokens; a step that runs out of memory begins again.
-    rank_loss = None
-    while rank_loss is None:
+    while True:
         try:
             rank_loss = accumulate_gradients(
                 accelerator, learner.model, batches.micro_batches, batch.masked_tokens, config.seed, progress.step
             )
+            break
         except OutOfMemory:
             optimizer.zero_grad()
-        if rank_loss is None:
-            learner.micro_batcher.halve()
-            positions = learner.micro_batcher.max_positions
-            say(f"step {step}: out of memory; this and all later steps use micro-batches of {positions}")
+        learner.micro_batcher.halve()
+        positions = learner.micro_batcher.max_positions
+        say(f"step {step}: out of memory; this and all later steps use micro-batches of {positions}")
     rank_norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.max_grad_norm)
     batches.advance()  # while a GPU is still at work
 
@@ -143,19 +142,14 @@ def accumulate_gradients(
         if has_failed:
             raise OutOfMemory
         if is_last and is_shared:
-            _backward_of_all_ranks(accelerator, model, share)
+            try:
+                with detect_out_of_memory(), accelerator.trigger_sync_in_backward(model):
+                    accelerator.backward(share)
+            except OutOfMemory as error:
+                remedy = "A lower one, or a lower sen_max_length, needs less"
+                raise UserError(f"micro_batch_tokens: out of memory. {remedy}") from error
         loss_sum += loss.detach()
     return loss_sum
-
-
-def _backward_of_all_ranks(accelerator: Accelerator, model: nn.Module, loss: Tensor) -> None:
-    try:
-        with detect_out_of_memory(), accelerator.trigger_sync_in_backward(model):
-            accelerator.backward(loss)
-    except OutOfMemory as error:
-        raise UserError(
-            "micro_batch_tokens: out of memory. A lower one, or a lower sen_max_length, needs less"
-        ) from error
 
 
 def warm_up_reducer(learner: Learner) -> None:

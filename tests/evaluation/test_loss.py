@@ -11,7 +11,7 @@ from runs import assert_same_bits, metrics, micro_batcher_of, run, stop_at
 
 import data_process
 from data_process import evaluation_batches, prepare
-from mlm.data.chunks import take
+from mlm.data.chunks import Chunks, take
 from mlm.data.masking import BERT_RULE, content_keys, mask
 from mlm.data.micro_batches import chunk_of_target
 from mlm.data.packing import frame
@@ -19,8 +19,10 @@ from mlm.data.randomness import evaluation_order
 from mlm.data.text_files import find_text
 from mlm.data.tokenizer import load_tokenizer, read_vocabulary
 from mlm.evaluation import loss as evaluation
-from mlm.evaluation.loss import Evaluation, compare, evaluate, sample_size, standard_error
+from mlm.evaluation.loss import Evaluation, compare, evaluate, standard_error
 from mlm.runtime.signals import StopRequest
+from mlm.training import plan as training_plan
+from mlm.training.plan import Plan, middle_sample
 from model import PackedMaskedLM, load_model
 
 
@@ -147,23 +149,33 @@ def test_a_smaller_sample_is_a_part_of_a_larger_one_and_of_the_whole():
     assert np.array_equal(first.first(50).losses, first.losses[:50])
 
 
+def sample_of(baseline: Evaluation, training_positions: int, evaluate_every: int) -> int:
+    """How many chunks of 20 positions the evaluations in the middle of 32 steps score: ten of them, after every 3."""
+    chunks = len(baseline.losses)
+    plan = Plan(
+        steps=32, steps_per_epoch=32, warmup_steps=0, peak_learning_rate=1.0, evaluate_every=evaluate_every,
+        save_every=None, test_chunks=chunks, tokens_per_step=0, positions_per_step=training_positions // 32,
+    )  # fmt: skip
+    return middle_sample(plan, Chunks(np.zeros(18 * chunks), 18 * np.arange(chunks + 1)), baseline)
+
+
 def test_the_sample_suffices_for_one_percent_and_costs_a_twentieth():
     start, _ = draw_evaluations(np.random.default_rng(0), 100_000, gain=0.0, spread=0.0)
-    plenty = sample_size(start, 100_000, training_positions=10**12, positions_per_chunk=20, evaluations=9)
+    plenty = sample_of(start, training_positions=10**12, evaluate_every=3)
     assert plenty < 100_000
     assert start.first(plenty).loss_se == pytest.approx(0.01, rel=0.05)  # nats: one per cent of the perplexity
     # 5% of the work of a million positions, at three passes each, is 150,000 positions: 750 chunks of 20 ten times.
-    assert sample_size(start, 100_000, training_positions=10**6, positions_per_chunk=20, evaluations=10) == 750
-    assert sample_size(start, 100_000, training_positions=10**5, positions_per_chunk=20, evaluations=10) == 256
-    assert sample_size(start.first(100), 100, training_positions=10**5, positions_per_chunk=20, evaluations=10) == 100
-    assert sample_size(start.first(1), 1, training_positions=10**9, positions_per_chunk=20, evaluations=0) == 1
+    assert sample_of(start, training_positions=10**6, evaluate_every=3) == 750
+    assert sample_of(start, training_positions=10**5, evaluate_every=3) == 256
+    assert sample_of(start.first(100), training_positions=10**5, evaluate_every=3) == 100
+    assert sample_of(start.first(1), training_positions=10**9, evaluate_every=32) == 1
 
 
 def test_evaluations_in_the_middle_take_a_sample_and_a_resumed_run_the_same_bits(long_settings, monkeypatch):
     """Stopped in the middle, with another number of evaluations after: best/ and every figure are those of a run that
     was not."""
-    monkeypatch.setattr(evaluation, "SMALLEST_SAMPLE", 6)
-    monkeypatch.setattr(evaluation, "SAMPLE_ERROR", 10.0)
+    monkeypatch.setattr(training_plan, "SMALLEST_SAMPLE", 6)
+    monkeypatch.setattr(training_plan, "SAMPLE_ERROR", 10.0)
     whole = run(long_settings(run_name="whole"))
     rows = [row for row in metrics(whole) if row["eval_loss"]]
     taken = [int(row["test_chunks"]) for row in rows]
@@ -175,8 +187,8 @@ def test_evaluations_in_the_middle_take_a_sample_and_a_resumed_run_the_same_bits
 
 def test_the_best_is_found_by_the_chunks_that_all_evaluations_score(long_settings, monkeypatch):
     """The last is best on the sample, and worst on the rest that it alone scores: best/ is its model."""
-    monkeypatch.setattr(evaluation, "SMALLEST_SAMPLE", 2)
-    monkeypatch.setattr(evaluation, "SAMPLE_ERROR", 100.0)
+    monkeypatch.setattr(training_plan, "SMALLEST_SAMPLE", 2)
+    monkeypatch.setattr(training_plan, "SAMPLE_ERROR", 100.0)
     sampled = iter([9.0, 5.0, 6.0, 4.0])
 
     def scored(accelerator, model, batches, chunks, *others):

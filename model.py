@@ -165,16 +165,14 @@ def load_model(
     if not checkpoint and added:
         _add_embeddings(model, vocabulary_size, added)
     _set_dropouts(model, config.hidden_dropout, config.attention_dropout)
-    for module in model.modules():
-        if isinstance(module, modeling_bert.BertSelfAttention):
-            # A softmax does not see a constant added to all its inputs, so this bias has no gradient but rounding
-            # noise, which Adam would blow up into a random walk that differs between layouts.
-            module.key.bias.requires_grad_(False)
+    for layer in model.bert.encoder.layer:
+        # A softmax does not see a constant added to all its inputs, so this bias has no gradient but rounding noise,
+        # which Adam would blow up into a random walk that differs between layouts.
+        layer.attention.self.key.bias.requires_grad_(False)
     return model, warnings
 
 
 def _config_of_size(size, vocabulary_size, pad_id):
-    """Returns the config of a new BERT, with the proportions of the published ones."""
     return BertConfig(
         vocab_size=vocabulary_size,
         num_hidden_layers=size.layers,
@@ -204,12 +202,11 @@ def _pretrained_bert(name):
 def _set_dropouts(model, hidden_dropout, attention_dropout):
     """Sets dropout in the modules alone: inside attention, and outside, by the faster kind; None: the model's own."""
     for module in list(model.modules()):
-        if isinstance(module, modeling_bert.BertSelfAttention):
-            module.dropout.p = attention_dropout
-            continue
         for child_name, child in module.named_children():
             if isinstance(child, nn.Dropout):
                 setattr(module, child_name, Dropout(child.p if hidden_dropout is None else hidden_dropout))
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.dropout.p = attention_dropout
 
 
 @torch.no_grad()
@@ -256,7 +253,6 @@ def _load(kind, name, setting, **options):
 
 
 def _check_fit(config, bert_config, vocabulary_size):
-    """Raises UserError where a model does not fit the tokenizer or `sen_max_length`."""
     spare = bert_config.vocab_size - vocabulary_size
     if not 0 <= spare < 128:  # some models round their vocabulary up to a multiple of 64 or 128
         raise UserError(
@@ -272,10 +268,8 @@ def _check_fit(config, bert_config, vocabulary_size):
 
 
 def load_encoder(name: str) -> BertModel:
-    """Loads a model that `models` names, without a head. Its pooler, where the checkpoint has none, is always the same.
-
-    Raises UserError where it is no BERT, or lacks weights.
-    """
+    """Loads a model that `models` names, without a head; a pooler that it lacks is always the same. Raises UserError
+    where it is no BERT, or lacks other weights."""
     load_bert_config(name, "models")
     torch.manual_seed(0)
     encoder, missing = _load_weights(BertModel, name, "models")

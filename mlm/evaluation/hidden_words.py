@@ -60,7 +60,8 @@ def hide_words(
         ids, spans = np.array(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]
         if len(ids) not in LINE_TOKENS or len(ids) > max_tokens or vocabulary.unk_id in ids:
             continue
-        candidates = [(bigrams.association(ids, place), place) for place in _whole_words(ids, spans, line, vocabulary)]
+        associations = bigrams.associations(ids)
+        candidates = [(associations[place], place) for place in _whole_words(ids, spans, line, vocabulary)]
         if candidates:
             association, place = max(candidates)
             start, end = spans[place]
@@ -104,16 +105,11 @@ class _Bigrams:
         # the frequent: first * vocabulary + second, and how often
         self.bigrams = dict(zip(bigrams[often].tolist(), counts[often].tolist(), strict=True))
 
-    def association(self, ids: np.ndarray, place: int) -> float:
-        """Returns P(word given neighbour), the larger of both neighbours; -1 for a word that is no content word.
-
-        It is the share of the neighbour's occurrences in which the word stands on this side of it.
-        """
-        if not self.is_content_word[ids[place]]:
-            return -1.0
-        size, association = len(self.is_content_word), 0.0
-        for first, neighbour in ((place - 1, place - 1), (place, place + 1)):
-            if 0 <= neighbour < len(ids):
-                together = self.bigrams.get(int(ids[first] * size + ids[first + 1]), 0)
-                association = max(association, together / max(1, self.occurrences[ids[neighbour]]))
-        return association
+    def associations(self, ids: np.ndarray) -> np.ndarray:
+        """Returns P(word given neighbour) of a line's tokens (n,), the larger of both neighbours; -1 for a word that is
+        no content word. It is the share of the neighbour's occurrences in which the word stands on this side of it."""
+        pairs = ids[:-1] * len(self.occurrences) + ids[1:]
+        together = np.array([self.bigrams.get(pair, 0) for pair in pairs.tolist()])  # (n - 1,)
+        occurrences = np.maximum(1, self.occurrences[ids])
+        given_left, given_right = np.append(0, together / occurrences[:-1]), np.append(together / occurrences[1:], 0)
+        return np.where(self.is_content_word[ids], np.maximum(given_left, given_right), -1)

@@ -111,9 +111,7 @@ def _measure(file: Path) -> dict[str, Any]:
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """Returns a run's newest whole checkpoint, None if it has none at all, and a warning for each damaged newer one.
-
-    Raises UserError where all are damaged.
-    """
+    Raises UserError where all are damaged."""
     warnings: list[str] = []
     for path in reversed(list_checkpoints(run).values()):
         damage = _damage(path)
@@ -150,10 +148,8 @@ def make_recipe(config: Config, text_digest: str, tokenizer: PreTrainedTokenizer
 
 
 def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
-    """Raises UserError where something that decides the training differs from when the run began; names all of it.
-
-    recipe: what `make_recipe` returns.
-    """
+    """Raises UserError where a recipe, as `make_recipe` returns it, is not the one that the run began with; names all
+    that differs."""
     state = _read_state(checkpoint)
     if state.get("format") != FORMAT:
         raise UserError(f"resume: {checkpoint} was written by another version of this program, which can resume it")

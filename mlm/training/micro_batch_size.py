@@ -20,7 +20,6 @@ from mlm.training.step import accumulate_gradients
 CPU_MICRO_BATCH_POSITIONS = 3072
 LARGEST_MICRO_BATCH_POSITIONS = 1 << 16  # on a GPU, which more would not fill better
 SPARE_SHARE = 0.07  # of a GPU's memory
-UNDIVIDED = 1 << 30  # positions, which no batch has
 
 
 def choose(learner: Learner, config: Config, found: int | None) -> int:
@@ -49,7 +48,7 @@ def fit_memory(learner: Learner, config: Config) -> int:
     """
     accelerator = learner.accelerator
     model = accelerator.unwrap_model(learner.model).train()
-    undivided = replace(learner.micro_batcher, max_positions=UNDIVIDED)
+    undivided = replace(learner.micro_batcher, max_positions=1 << 30)  # which no batch has
 
     def fits(chunks: int) -> bool:
         micro_batches = undivided(_trial_chunks(chunks, undivided.vocabulary, config))

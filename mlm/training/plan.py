@@ -44,10 +44,7 @@ def resolve(config: Config, epoch_steps: int, precision: str) -> Config:
 
 
 def learning_rate_at(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Returns the rate of the step after `step` others: linear warm-up to the peak, then linear decay.
-
-    Above 0 in the first step and in the last.
-    """
+    """Returns the rate of the step after `step` others: linear warm-up to the peak, then linear decay; never 0."""
     if step < warmup_steps:
         return peak * ((step + 1) / warmup_steps)
     return peak * ((total_steps - step) / max(1, total_steps - warmup_steps))
@@ -100,7 +97,6 @@ class Plan:
 
 
 def _multiples(of: int, above: int, below: int) -> range:
-    """Returns the multiples of a number between two others."""
     return range(of * (above // of + 1), below, of)
 
 

@@ -82,8 +82,7 @@ def derive_numbers(accelerator: Accelerator, bert: BertForMaskedLM, corpus: Corp
 
 def library_versions() -> dict[str, str]:
     """Returns the versions of the libraries that the training's bits depend on."""
-    packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
-    return {name: version(name) for name in packages}
+    return {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")}
 
 
 class Ending(Enum):

@@ -66,9 +66,7 @@ def _claim(config: Config, held: ExitStack) -> tuple[Path, bool]:
 
 def _free_names(config: Config) -> Iterator[Path]:
     """Yields folders for a new run: `run_name`, or date, time and model, numbered where several begin in one second.
-
-    Raises UserError where `run_name` is taken.
-    """
+    Raises UserError where `run_name` is taken."""
     output = Path(config.path_model_save)
     if config.run_name:
         if (output / config.run_name).exists():

@@ -57,7 +57,6 @@ class TimeLeft(NamedTuple):
 
 def time_left(plan: Plan, progress: Progress, timings: Timings, seconds_per_step: float) -> TimeLeft:
     """Returns what is left from where the run stands to its end, each part as fast as it was last."""
-    steps = plan.steps - progress.step
     middle = len(plan.middle_evaluations(progress.step))
     at_an_end = sum(progress.last_evaluated_step < step for step in (0, plan.steps))
     test_chunks = middle * progress.sampled_chunks + at_an_end * plan.test_chunks
@@ -71,7 +70,7 @@ def time_left(plan: Plan, progress: Progress, timings: Timings, seconds_per_step
         evaluations=evaluations,
         test_chunks=test_chunks,
         checkpoints=checkpoints,
-        step_seconds=steps * seconds_per_step,
+        step_seconds=(plan.steps - progress.step) * seconds_per_step,
         evaluation_seconds=test_chunks * timings.score_chunk + (evaluations + 1) * timings.write_results,
         checkpoint_seconds=checkpoints * timings.save_checkpoint,
     )

@@ -17,8 +17,7 @@ if __name__ == "__main__":  # before the imports that take seconds: help, wrong 
 
 import sys
 import time
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,15 +28,15 @@ from data_process import evaluation_batches, temporary_chunks
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.text_files import read_sample
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
-from mlm.downstream import linear_probe, results
+from mlm.downstream import linear_probe, results, trials
 from mlm.downstream.comparison import Candidate, Comparison, fingerprint
 from mlm.downstream.contamination import count_contaminated
 from mlm.downstream.encoding import encode
 from mlm.downstream.finetuning import Budget, fine_tune, predict
 from mlm.downstream.metrics import choose_metric
 from mlm.downstream.plot import save_picture
-from mlm.downstream.task import Task, load_task, sample_per_class
-from mlm.downstream.trials import Result, Trial, Trials
+from mlm.downstream.task import load_task, sample_per_class
+from mlm.downstream.trials import Result, Trial
 from mlm.evaluation.loss import evaluate
 from mlm.report.page import redraw
 from mlm.runtime.distributed import make_accelerator, quiet_libraries
@@ -76,9 +75,6 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
     say(f"\nEvery seed, the differences and a picture: {comparison.folder}")
 
 
-# -------------------------------------------------------------------------------------------------------------- set up
-
-
 def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
     """Reads the task and the models, and says what was found. Raises UserError where something is missing."""
     task = load_task(config)
@@ -87,76 +83,76 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
     if config.general_text:
         general_lines = read_sample(Path(config.general_text), "general_text", MAX_GENERAL_LINES)
     say(results.describe_task(task))
-
-    # The models, each with the texts as its tokenizer sees them.
-    candidates = {name: read_candidate(name, task, config) for name in config.models}
-    say(results.describe_candidates(task, list(candidates.values())))
-
-    # A cache key holds all that decides a model's results, so that a second call finds those of the first.
-    budget = (config.num_epochs, config.min_steps, config.batch_size, config.sen_max_length)
-    machine = (accelerator.device.type, hardware.choose_precision(config))
-    cache_keys = {
-        name: digest(candidate.fingerprint, task.digest, metric, config.frozen, machine, budget)
-        for name, candidate in candidates.items()
-    }
-    num_predictions = {name: len(candidate.test.chunks.targets) for name, candidate in candidates.items()}
     kind = "-frozen" if config.frozen else ""
     folder = Path(config.path_model_save) / "downstream" / f"{task.name}-{task.digest[:6]}{kind}"
+    comparison = Comparison(config, accelerator, folder, task, metric, general_lines)
+    for name in config.models:
+        comparison.candidates[name] = read_candidate(comparison, name)
+    say(results.describe_candidates(task, list(comparison.candidates.values())))
     make_folder(folder / "trials")
-    trials = Trials(folder / "trials", cache_keys, num_predictions, len(task.classes))
-    return Comparison(config, accelerator, folder, task, metric, candidates, trials, general_lines)
+    return comparison
 
 
-def read_candidate(name: str, task: Task, config: DownstreamConfig) -> Candidate:
-    """Raises UserError where the model is missing, or is no BERT, or takes no texts of `sen_max_length`."""
+def read_candidate(comparison: Comparison, name: str) -> Candidate:
+    """Returns a model, and the texts as its tokenizer sees them.
+
+    Raises UserError where it is missing, or is no BERT, or takes no texts of `sen_max_length`.
+    """
+    config, task, accelerator = comparison.config, comparison.task, comparison.accelerator
     tokenizer = load_pretrained_tokenizer(name, "models")
     encoder = load_encoder(name)
     longest = encoder.config.max_position_embeddings
     if config.sen_max_length > longest:
         raise UserError(f"sen_max_length, models: {name} takes texts of at most {longest} positions")
-    tokens = read_vocabulary(tokenizer).size
-    if tokens > encoder.config.vocab_size:
+    vocabulary = read_vocabulary(tokenizer)
+    if vocabulary.size > encoder.config.vocab_size:
         raise UserError(
-            f"models: the tokenizer of {name} has {tokens:,} tokens, the model {encoder.config.vocab_size:,}; "
+            f"models: the tokenizer of {name} has {vocabulary.size:,} tokens, the model {encoder.config.vocab_size:,}; "
             "they do not belong together"
         )
     if task.kind == "pair" and encoder.config.type_vocab_size < 2:
         raise UserError(f"models: {name} was not made for pairs of texts: it knows one token type")
     if not has_finite_weights(encoder):
         raise UserError(f"models: {name} has weights that are not finite")
+
+    # The cache key holds all that decides the model's results, so that a second call finds those of the first.
+    budget = (config.num_epochs, config.min_steps, config.batch_size, config.sen_max_length)
+    machine = (accelerator.device.type, hardware.choose_precision(config))
+    weights = fingerprint(encoder, tokenizer)
+    head_size = encoder.config.hidden_size // encoder.config.num_attention_heads
+    varlen = hardware.has_variable_length_kernels(0.0, accelerator.mixed_precision, head_size)
     return Candidate(
         name=name,
         tokenizer=tokenizer,
-        fingerprint=fingerprint(encoder, tokenizer),
-        head_size=encoder.config.hidden_size // encoder.config.num_attention_heads,
+        cache_key=digest(weights, task.digest, comparison.metric, config.frozen, machine, budget),
+        micro_batcher=MicroBatcher(
+            vocabulary, accelerator.device, varlen, config.sen_max_length, CPU_MICRO_BATCH_POSITIONS
+        ),
+        sep_id=vocabulary.sep_id if task.kind == "pair" else None,
         dev=encode(task.dev, task, tokenizer, config.sen_max_length),
         test=encode(task.test, task, tokenizer, config.sen_max_length),
         contaminated=count_contaminated(name, task),
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- trials
-
-
 def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
     """Returns each model's results, one per seed, with `size` training texts per class."""
-    config, trials = comparison.config, comparison.trials
+    config = comparison.config
     seeds = range(config.seed, config.seed + config.num_seeds)
     if config.frozen:
         todo = [Trial(name, size, seed, None) for name in config.models for seed in seeds]
-        return trials.run(todo, partial(probe_once, comparison), results.say_result)
+        return trials.run(comparison, todo, probe_once, results.say_result)
 
     # The first seed tries every learning rate, and dev chooses one for each model.
-    run_trial = partial(fine_tune_once, comparison)
     if size != "all" and len(sample_per_class(comparison.task, size, config.seed)) == len(comparison.task.train):
         say(f"note: no class has more than {size} training texts, so these are all")
     first = [Trial(name, size, config.seed, rate) for name in config.models for rate in config.learning_rates]
-    tried = trials.run(first, run_trial, results.say_result)
+    tried = trials.run(comparison, first, fine_tune_once, results.say_result)
     chosen = {name: choose_rate(name, config.learning_rates, of_rates) for name, of_rates in tried.items()}
 
     # The other seeds, of all models in turn, so that a comparison that is stopped has about as many of each.
     todo = [Trial(name, size, seed, chosen[name]) for seed in seeds for name in config.models]
-    return trials.run(todo, run_trial, results.say_result)
+    return trials.run(comparison, todo, fine_tune_once, results.say_result)
 
 
 def choose_rate(model: str, rates: tuple[float, ...], tried: list[Result]) -> float:
@@ -177,7 +173,7 @@ def fine_tune_once(comparison: Comparison, trial: Trial) -> Result:
     """Fine-tunes one model with one seed; begins again with smaller micro-batches where memory runs out."""
     is_cuda = comparison.accelerator.device.type == "cuda"
     positions = GPU_MICRO_BATCH_POSITIONS if is_cuda else CPU_MICRO_BATCH_POSITIONS
-    micro_batcher = make_micro_batcher(comparison, comparison.candidates[trial.model], positions)
+    micro_batcher = replace(comparison.candidates[trial.model].micro_batcher, max_positions=positions)
     while True:
         try:
             with hardware.detect_out_of_memory():
@@ -201,7 +197,7 @@ def _fine_tune(comparison: Comparison, trial: Trial, micro_batcher: MicroBatcher
         len(drawn), len(task.dev), config.num_epochs, config.min_steps, config.batch_size, trial.learning_rate
     )
     bert = load_classifier(trial.model, len(task.classes), trial.seed, of_words=task.kind == "entities")
-    classifier = PackedClassifier(bert, comparison.sep_id(candidate)).to(accelerator.device)
+    classifier = PackedClassifier(bert, candidate.sep_id).to(accelerator.device)
 
     def score_on_dev() -> float:
         return comparison.score_on_dev(predict(classifier, candidate.dev, accelerator, micro_batcher))
@@ -231,32 +227,14 @@ def probe_once(comparison: Comparison, trial: Trial) -> Result:
 
 
 def compute_features(comparison: Comparison, candidate: Candidate) -> dict[str, np.ndarray]:
-    """Returns the features (texts or words, hidden) of train, dev and test."""
+    """Returns the features of all texts, or words, of each split."""
     task, accelerator = comparison.task, comparison.accelerator
     train = encode(task.train, task, candidate.tokenizer, comparison.config.sen_max_length)
-    encoder = PackedBert(load_encoder(candidate.name), comparison.sep_id(candidate)).to(accelerator.device)
-    micro_batcher = make_micro_batcher(comparison, candidate)
-    splits = {"train": train, "dev": candidate.dev, "test": candidate.test}
+    encoder = PackedBert(load_encoder(candidate.name), candidate.sep_id).to(accelerator.device)
     return {
-        split: linear_probe.features(encoder, encoded, accelerator, micro_batcher) for split, encoded in splits.items()
+        split: linear_probe.features(encoder, encoded, accelerator, candidate.micro_batcher)
+        for split, encoded in (("train", train), ("dev", candidate.dev), ("test", candidate.test))
     }
-
-
-def make_micro_batcher(
-    comparison: Comparison, candidate: Candidate, positions: int = CPU_MICRO_BATCH_POSITIONS
-) -> MicroBatcher:
-    """Returns what splits a candidate's texts into micro-batches of at most `positions`."""
-    accelerator = comparison.accelerator
-    return MicroBatcher(
-        vocabulary=read_vocabulary(candidate.tokenizer),
-        device=accelerator.device,
-        varlen=hardware.has_variable_length_kernels(0.0, accelerator.mixed_precision, candidate.head_size),
-        longest_chunk=comparison.config.sen_max_length,
-        max_positions=positions,
-    )
-
-
-# ------------------------------------------------------------------------------------------- general-domain perplexity
 
 
 def measure_general_perplexity(comparison: Comparison) -> None:
@@ -271,11 +249,9 @@ def measure_general_perplexity(comparison: Comparison) -> None:
 
 def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str, float] | None:
     """Returns perplexity and nats per character of general_text, by train.py's evaluation; None without a head."""
-    length, accelerator = comparison.config.sen_max_length, comparison.accelerator
-    vocabulary = read_vocabulary(candidate.tokenizer)
-    as_start = Config(
-        initial_pretrain_model=candidate.name, initial_pretrain_tokenizer=candidate.name, sen_max_length=length
-    )
+    name, length, accelerator = candidate.name, comparison.config.sen_max_length, comparison.accelerator
+    vocabulary = candidate.micro_batcher.vocabulary
+    as_start = Config(initial_pretrain_model=name, initial_pretrain_tokenizer=name, sen_max_length=length)
     try:
         bert, warnings = load_model(as_start, vocabulary.size, vocabulary.pad_id)
     except UserError:  # far more rows than its tokenizer has tokens
@@ -287,8 +263,7 @@ def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str
         batches = evaluation_batches(chunks, vocabulary, len(chunks), rank, ranks)
         with accelerator.autocast():
             model = PackedMaskedLM(bert).to(accelerator.device)
-            micro_batcher = make_micro_batcher(comparison, candidate)
-            evaluation = evaluate(accelerator, model, batches, len(chunks), micro_batcher, StopRequest())
+            evaluation = evaluate(accelerator, model, batches, len(chunks), candidate.micro_batcher, StopRequest())
     nats_per_character = evaluation.loss * stats.tokens / stats.characters
     return {"perplexity": evaluation.perplexity, "nats_per_character": nats_per_character}
 

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from Config import DownstreamConfig
+from mlm.data.micro_batches import MicroBatcher
 from mlm.downstream.encoding import Encoded
 from mlm.downstream.metrics import count_predictions, task_metrics
 from mlm.downstream.task import Task
-from mlm.downstream.trials import Trials
 
 IGNORED_IN_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype")  # that change no output
 
@@ -23,8 +23,9 @@ class Candidate:
 
     name: str
     tokenizer: PreTrainedTokenizerBase
-    fingerprint: str  # of weights and tokenizer
-    head_size: int  # of attention
+    cache_key: str  # a digest of all that decides its results beside what Trial says
+    micro_batcher: MicroBatcher  # splits its texts where nothing is trained
+    sep_id: int | None  # the token that separates two texts, where the task has pairs
     dev: Encoded
     test: Encoded
     contaminated: int | None  # test texts that it was pre-trained on, as far as that can be seen
@@ -33,20 +34,15 @@ class Candidate:
 
 @dataclass(eq=False)
 class Comparison:
-    """The models, the task and the trials, built once and kept to the end."""
+    """The models and the task, built once and kept to the end."""
 
     config: DownstreamConfig
     accelerator: Accelerator
     folder: Path
     task: Task
     metric: str  # that models, and weights in training, are compared by
-    candidates: dict[str, Candidate]
-    trials: Trials
     general_lines: list[str]  # of general_text
-
-    def sep_id(self, candidate: Candidate) -> int | None:
-        """Returns the token that separates two texts, where the task has pairs."""
-        return candidate.tokenizer.sep_token_id if self.task.kind == "pair" else None
+    candidates: dict[str, Candidate] = field(default_factory=dict)  # by name
 
     def score_on_dev(self, predictions: list[int]) -> float:
         metric = task_metrics(self.task)[self.metric]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
+from mlm.downstream.comparison import Comparison
 from mlm.downstream.task import group_by
 from mlm.storage import digest, lock, write_json
 
@@ -38,54 +39,51 @@ class Result:
     regularization_c: float | None = None  # of a linear probe's logistic regression
 
 
-@dataclass
-class Trials:
-    """The files of trials in a folder."""
+def run(
+    comparison: Comparison,
+    trials: list[Trial],
+    run_trial: Callable[[Comparison, Trial], Result],
+    report: Callable[[Result, int], None],
+) -> dict[str, list[Result]]:
+    """Returns each model's results, in the order of the trials, done by `run_trial` where there is none yet.
 
-    folder: Path
-    cache_keys: dict[str, str]  # of each model: a digest of all that decides its results beside what Trial says
-    num_predictions: dict[str, int]  # of each model, on the test
-    num_classes: int
+    report: called with each new result and the number of trials that are left. Trials that other processes are at work
+    on come last; once these have done them, or ended, their results are read, or they are done here.
+    """
 
-    def read(self, trial: Trial) -> Result | None:
-        """Returns the result, under the model's present name; None where there is none, or it is damaged."""
+    def finish(trial: Trial, timeout_s: float) -> Result:
+        path = _path(comparison, trial)
+        with lock(path.with_suffix(".lock"), timeout_s):
+            result = _read(comparison, trial)
+            if result is None:
+                result = run_trial(comparison, trial)
+                write_json(path, asdict(result))
+                report(result, sum(not _path(comparison, other).exists() for other in trials))
+            return result
+
+    results, taken = {}, []
+    for trial in trials:
         try:
-            content = json.loads(self._path(trial).read_text(encoding="utf-8"))
-            result = Result(**content | {"trial": trial})
-            valid = all(type(number) is int and 0 <= number < self.num_classes for number in result.predictions)
-            return result if valid and len(result.predictions) == self.num_predictions[trial.model] else None
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
+            results[trial] = finish(trial, timeout_s=0)
+        except Timeout:  # another process holds it
+            taken.append(trial)
+    for trial in taken:
+        results[trial] = finish(trial, timeout_s=-1)
+    return group_by([results[trial] for trial in trials], lambda result: result.trial.model)
 
-    def run(
-        self, trials: list[Trial], run_trial: Callable[[Trial], Result], report: Callable[[Result, int], None]
-    ) -> dict[str, list[Result]]:
-        """Returns each model's results, in the order of the trials, done by `run_trial` where there is none yet.
 
-        report: called with each new result and the number of trials that are left. Trials that other processes are at
-        work on come last; once these have done them, or ended, their results are read, or they are done here.
-        """
+def _read(comparison: Comparison, trial: Trial) -> Result | None:
+    """Returns the result, under the model's present name; None where there is none, or it is damaged."""
+    classes, targets = range(len(comparison.task.classes)), comparison.candidates[trial.model].test.chunks.targets
+    try:
+        content = json.loads(_path(comparison, trial).read_text(encoding="utf-8"))
+        result = Result(**content | {"trial": trial})
+        valid = all(type(number) is int and number in classes for number in result.predictions)
+        return result if valid and len(result.predictions) == len(targets) else None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
-        def finish(trial: Trial, timeout_s: float) -> Result:
-            path = self._path(trial)
-            with lock(path.with_suffix(".lock"), timeout_s):
-                result = self.read(trial)
-                if result is None:
-                    result = run_trial(trial)
-                    write_json(path, asdict(result))
-                    report(result, sum(not self._path(other).exists() for other in trials))
-                return result
 
-        results, taken = {}, []
-        for trial in trials:
-            try:
-                results[trial] = finish(trial, timeout_s=0)
-            except Timeout:  # another process holds it
-                taken.append(trial)
-        for trial in taken:
-            results[trial] = finish(trial, timeout_s=-1)
-        return group_by([results[trial] for trial in trials], lambda result: result.trial.model)
-
-    def _path(self, trial: Trial) -> Path:
-        decides = (FORMAT, trial.size, trial.seed, trial.learning_rate, self.cache_keys[trial.model])
-        return self.folder / f"{digest(*decides)}.json"
+def _path(comparison: Comparison, trial: Trial) -> Path:
+    decides = (FORMAT, trial.size, trial.seed, trial.learning_rate, comparison.candidates[trial.model].cache_key)
+    return comparison.folder / "trials" / f"{digest(*decides)}.json"

@@ -16,7 +16,6 @@ import downstream
 from Config import DownstreamConfig
 from mlm.downstream.metrics import accuracy, count_predictions
 from mlm.downstream.significance import compare as compare_counts
-from mlm.downstream.trials import Trials
 from mlm.runtime.distributed import make_accelerator
 
 
@@ -45,7 +44,7 @@ def test_copies_with_other_seeds_are_seldom_told_apart(tmp_path):
         )
         try:
             comparison = downstream.set_up(config, make_accelerator(config))
-            comparison.trials = Trials(tmp_path / f"trials-{repetition}", {model: ""}, {model: 60}, 2)
+            comparison.folder = tmp_path / f"results-{repetition}"
             [results] = downstream.try_models(comparison, "all").values()
         finally:
             reset_process_state()

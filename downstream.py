@@ -28,11 +28,10 @@ from data_process import evaluation_batches, temporary_chunks
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.text_files import read_sample
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
-from mlm.downstream import linear_probe, results, trials
+from mlm.downstream import finetuning, linear_probe, results, trials
 from mlm.downstream.comparison import Candidate, Comparison, fingerprint
 from mlm.downstream.contamination import count_contaminated
 from mlm.downstream.encoding import encode
-from mlm.downstream.finetuning import Budget, fine_tune, predict
 from mlm.downstream.metrics import choose_metric
 from mlm.downstream.plot import save_picture
 from mlm.downstream.task import load_task, sample_per_class
@@ -42,7 +41,7 @@ from mlm.report.page import redraw
 from mlm.runtime.distributed import make_accelerator, quiet_libraries
 from mlm.runtime.signals import StopRequest
 from mlm.storage import digest, lock, make_folder, write_json
-from mlm.terminal import progress_bar, say
+from mlm.terminal import say
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
 from mlm.training.step import has_finite_weights
 from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_model
@@ -193,21 +192,14 @@ def _fine_tune(comparison: Comparison, trial: Trial, micro_batcher: MicroBatcher
     drawn = [task.train[index] for index in sample_per_class(task, trial.size, trial.seed)]
     train = encode(drawn, task, candidate.tokenizer, config.sen_max_length)
     assert trial.learning_rate is not None
-    budget = Budget.for_examples(
-        len(drawn), len(task.dev), config.num_epochs, config.min_steps, config.batch_size, trial.learning_rate
-    )
+    budget = finetuning.Budget.for_examples(len(drawn), len(task.dev), config, trial.learning_rate)
     bert = load_classifier(trial.model, len(task.classes), trial.seed, of_words=task.kind == "entities")
     classifier = PackedClassifier(bert, candidate.sep_id).to(accelerator.device)
-
-    def score_on_dev() -> float:
-        return comparison.score_on_dev(predict(classifier, candidate.dev, accelerator, micro_batcher))
-
     try:
-        with progress_bar(f"seed {trial.seed}", budget.steps, " steps") as bar:
-            best_step, dev_score = fine_tune(
-                classifier, train, score_on_dev, budget, trial.seed, accelerator, micro_batcher, bar.update
-            )
-        predictions = predict(classifier, candidate.test, accelerator, micro_batcher)
+        best_step, dev_score = finetuning.fine_tune(
+            classifier, train, candidate.dev, comparison.score_on_dev, budget, trial.seed, accelerator, micro_batcher
+        )
+        predictions = finetuning.predict(classifier, candidate.test, accelerator, micro_batcher)
     finally:
         accelerator.free_memory()  # which holds the optimizer
     return Result(trial, dev_score, predictions, time.perf_counter() - began, best_step=best_step)

@@ -5,7 +5,7 @@ states are classified: [CLS] of each text, or the first subword of each word. It
 """
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, count
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +55,7 @@ def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBa
     lengths = np.array([len(input_ids) for input_ids, _ in chunks])
     starts = chunk_bounds(lengths)[:-1]
     input_ids, word_ids = (np.array(list(chain.from_iterable(lists))) for lists in zip(*chunks, strict=True))
-    inside = np.flatnonzero(word_ids >= 0)
-    first_subwords = inside[np.unique(word_ids[inside], return_index=True)[1]]
+    first_subwords = np.unique(word_ids, return_index=True)[1][1:]  # behind that of -1
     packed = Sequences(
         input_ids=input_ids,
         position_ids=np.arange(lengths.sum()) - np.repeat(starts, lengths),
@@ -107,16 +106,12 @@ def _frame(segments: list[dict[int, list[int]]], vocabulary: Vocabulary) -> Chun
 def select(encoded: Encoded, indices: np.ndarray) -> Sequences:
     """Returns the chunks of the examples at some indices (n,), in that order."""
     positions = chunk_bounds(encoded.chunks.lengths)
-    parts = [
-        slice_chunks(encoded.chunks, positions, first, after)
-        for first, after in zip(encoded.bounds[indices].tolist(), encoded.bounds[indices + 1].tolist(), strict=True)
-    ]
-    offsets = chunk_bounds(np.array([len(part.input_ids) for part in parts]))[:-1]
-    moved = [
-        part._replace(label_positions=part.label_positions + offset)
-        for part, offset in zip(parts, offsets, strict=True)
-    ]
-    return Sequences(*map(np.concatenate, zip(*moved, strict=True)))
+    parts, before = [], 0
+    for index in indices:
+        part = slice_chunks(encoded.chunks, positions, encoded.bounds[index], encoded.bounds[index + 1])
+        parts.append(part._replace(label_positions=part.label_positions + before))
+        before += len(part.input_ids)
+    return Sequences(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def training_order(encoded: Encoded, batch_size: int, seed: int) -> Iterator[Sequences]:
@@ -124,9 +119,8 @@ def training_order(encoded: Encoded, batch_size: int, seed: int) -> Iterator[Seq
 
     The seed alone decides it: all models see the same, however many tokens or chunks an example is to each.
     """
-    examples, epoch = len(encoded.bounds) - 1, 0
-    while True:
+    examples = len(encoded.bounds) - 1
+    for epoch in count():
         order = epoch_order(seed, epoch, examples)
         for start in range(0, examples, batch_size):
             yield select(encoded, order[start : start + batch_size])
-        epoch += 1

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from Config import DownstreamConfig
 from mlm.data.chunks import chunk_bounds, steps_per_epoch
 from mlm.data.micro_batches import MicroBatch, MicroBatcher
 from mlm.data.packing import Sequences, slice_chunks
 from mlm.data.randomness import dropout_seed
 from mlm.downstream.encoding import Encoded, training_order
+from mlm.terminal import progress_bar
 from mlm.training.plan import learning_rate_at
 from mlm.training.step import has_finite_weights, make_optimizer, set_learning_rate
 
@@ -37,53 +39,53 @@ class Budget(NamedTuple):
     learning_rate: float  # peak
 
     @classmethod
-    def for_examples(
-        cls, examples: int, dev_examples: int, num_epochs: int, min_steps: int, batch_size: int, learning_rate: float
-    ) -> "Budget":
-        """Returns a budget with an evaluation per epoch, or fewer where epochs are many, or dev is long."""
-        epoch_steps = steps_per_epoch(examples, batch_size)
-        steps = max(num_epochs * epoch_steps, min_steps)
-        evaluate_every = max(epoch_steps, math.ceil(steps / MAX_EVALUATIONS), dev_examples // batch_size)
-        return cls(steps, min(evaluate_every, steps), batch_size, learning_rate)
+    def for_examples(cls, train: int, dev: int, config: DownstreamConfig, learning_rate: float) -> "Budget":
+        """Returns a budget for a number of examples, with an evaluation per epoch, or fewer where epochs are many, or
+        dev is long."""
+        epoch_steps = steps_per_epoch(train, config.batch_size)
+        steps = max(config.num_epochs * epoch_steps, config.min_steps)
+        evaluate_every = max(epoch_steps, math.ceil(steps / MAX_EVALUATIONS), dev // config.batch_size)
+        return cls(steps, min(evaluate_every, steps), config.batch_size, learning_rate)
 
 
 def fine_tune(
     classifier: nn.Module,
     train: Encoded,
-    score_on_dev: Callable[[], float],
+    dev: Encoded,
+    score_on_dev: Callable[[list[int]], float],
     budget: Budget,
     seed: int,
     accelerator: Accelerator,
     micro_batcher: MicroBatcher,
-    advance: Callable[[], object],
 ) -> tuple[int, float]:
     """Trains the classifier, and leaves it with the weights that scored best on dev, the earliest of equals.
 
     Returns the step after which it was best, and its score. The seed decides order and dropout. Weights that are not
-    finite are never the best; where all are, it is left as it was, and the step is 0. advance: called after every step.
+    finite are never the best; where all are, it is left as it was, and the step is 0.
     """
     if accelerator.scaler is not None:  # which remembers the scale that the last classifier needed
         accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
     optimizer = accelerator.prepare(make_optimizer(classifier, budget.learning_rate, WEIGHT_DECAY))
     warmup_steps = round(WARMUP_SHARE * budget.steps)
     best_step, best_score, best_weights = 0, 0.0, copy_weights(classifier)
-    batches = training_order(train, budget.batch_size, seed)
-    for step, batch in enumerate(islice(batches, budget.steps), start=1):
-        classifier.train()
-        set_learning_rate(optimizer, learning_rate_at(step - 1, budget.learning_rate, warmup_steps, budget.steps))
-        for number, (inputs, targets) in enumerate(micro_batcher(batch)):
-            torch.manual_seed(dropout_seed(seed, step, number, 0))
-            with accelerator.autocast():
-                logits = classifier(**inputs).float()  # (targets, classes)
-            accelerator.backward(F.cross_entropy(logits, targets, reduction="sum") / len(batch.targets))
-        accelerator.clip_grad_norm_(classifier.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        advance()
-        if step % budget.evaluate_every == 0 or step == budget.steps:
-            score = score_on_dev()
-            if (score > best_score or best_step == 0) and has_finite_weights(classifier):
-                best_step, best_score, best_weights = step, score, copy_weights(classifier)
+    batches = islice(training_order(train, budget.batch_size, seed), budget.steps)
+    with progress_bar(f"seed {seed}", budget.steps, " steps") as bar:
+        for step, batch in enumerate(batches, start=1):
+            classifier.train()
+            set_learning_rate(optimizer, learning_rate_at(step - 1, budget.learning_rate, warmup_steps, budget.steps))
+            for number, (inputs, targets) in enumerate(micro_batcher(batch)):
+                torch.manual_seed(dropout_seed(seed, step, number, 0))
+                with accelerator.autocast():
+                    logits = classifier(**inputs).float()  # (targets, classes)
+                accelerator.backward(F.cross_entropy(logits, targets, reduction="sum") / len(batch.targets))
+            accelerator.clip_grad_norm_(classifier.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            if step % budget.evaluate_every == 0 or step == budget.steps:
+                score = score_on_dev(predict(classifier, dev, accelerator, micro_batcher))
+                if (score > best_score or best_step == 0) and has_finite_weights(classifier):
+                    best_step, best_score, best_weights = step, score, copy_weights(classifier)
     classifier.load_state_dict(best_weights)
     return best_step, best_score
 

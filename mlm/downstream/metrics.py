@@ -19,21 +19,17 @@ def count_predictions(task: Task, predictions: list[int], examples: list[Example
     predictions: the class id of each example; for entities, that of each word's tag, sentence after sentence. Entities
     are those of CoNLL-2000's evaluation, by seqeval, and the classes their types.
     """
-    if task.kind == "entities":
-        return _count_entities(task, predictions, examples)
-    one_hot = np.eye(len(task.classes), dtype=bool)
-    predicted, actual = one_hot[predictions], one_hot[task.targets(examples)]  # (examples, classes)
-    return np.stack([predicted & actual, predicted, actual], axis=1).astype(np.float32)
-
-
-def _count_entities(task: Task, predictions: list[int], examples: list[Example]) -> np.ndarray:
+    if task.kind != "entities":
+        one_hot = np.eye(len(task.classes), dtype=bool)
+        predicted, actual = one_hot[predictions], one_hot[task.targets(examples)]  # (examples, classes)
+        return np.stack([predicted & actual, predicted, actual], axis=1).astype(np.float32)
     types = entity_types(task.classes)
     counts = np.zeros((len(examples), 3, len(types)), dtype=np.float32)
     tags = iter(task.classes[prediction] for prediction in predictions)
     for number, example in enumerate(examples):
-        predicted = set(get_entities([next(tags) for _ in example.labels]))
-        actual = set(get_entities(list(example.labels)))
-        for count, entities in ((TRUE_POSITIVES, predicted & actual), (PREDICTED, predicted), (ACTUAL, actual)):
+        found = set(get_entities([next(tags) for _ in example.labels]))
+        true = set(get_entities(list(example.labels)))
+        for count, entities in ((TRUE_POSITIVES, found & true), (PREDICTED, found), (ACTUAL, true)):
             for entity_type, *_ in entities:
                 counts[number, count, types.index(entity_type)] += 1
     return counts

@@ -19,26 +19,24 @@ from mlm.storage import atomic_write
 
 def save_picture(path: Path, outcomes: list[Outcome]) -> None:
     """Writes an SVG whose text is text, so that its reader's fonts show names in any script."""
-    models = list(outcomes[0].results)
+    models = outcomes[0].results
     rows = len(outcomes) * max(1, len(models) - 1)
     options: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False}  # a $ in a name is a $
     with matplotlib.rc_context(options), warnings.catch_warnings(), atomic_write(path) as temporary:
         warnings.filterwarnings("ignore", "Glyph")  # that matplotlib's own font lacks, and is not to draw
         figure = Figure(figsize=(10, 2.2 + 0.5 * max(4, rows)), layout="constrained")
-        if len(models) == 1:
-            _draw_scores(figure.subplots(), outcomes)
-        else:
-            left, right = figure.subplots(1, 2)
-            _draw_scores(left, outcomes)
-            _draw_differences(right, outcomes)
+        axes = figure.subplots(1, min(2, len(models)), squeeze=False)[0]
+        _draw_scores(axes[0], outcomes)
+        if len(models) > 1:
+            _draw_differences(axes[1], outcomes)
         figure.savefig(temporary, format="svg")
 
 
 def _draw_scores(axes: Axes, outcomes: list[Outcome]) -> None:
     """Draws each model's scores, every seed a dot and the mean a bar, by number of training texts."""
-    short = short_names(list(outcomes[0].results))
-    for number, name in enumerate(short.values()):
-        color, offset = f"C{number}", (number - (len(short) - 1) / 2) * 0.6 / len(short)
+    names = short_names(outcomes[0].results)
+    for number, name in enumerate(names):
+        color, offset = f"C{number}", (number - (len(names) - 1) / 2) * 0.6 / len(names)
         scores = np.array([100 * outcome.scores[outcome.metric][number] for outcome in outcomes])  # (sizes, seeds)
         at = np.arange(len(outcomes)) + offset  # (sizes,)
         beside = np.linspace(-0.06, 0.06, scores.shape[1])  # so that equal seeds can be told apart
@@ -53,7 +51,7 @@ def _draw_scores(axes: Axes, outcomes: list[Outcome]) -> None:
 
 def _draw_differences(axes: Axes, outcomes: list[Outcome]) -> None:
     """Draws each model's difference from the first with its interval, in the colour of its scores; a line at 0."""
-    first, *others = short_names(list(outcomes[0].results)).values()
+    first, *others = short_names(outcomes[0].results)
     ticks: list[str] = []
     for outcome in outcomes:
         for number, (name, difference) in enumerate(zip(others, outcome.differences.values(), strict=True), start=1):

@@ -1,5 +1,6 @@
 """Text and tables for people about a comparison: the task, the models, each trial, scores and verdicts."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +35,7 @@ class Outcome(NamedTuple):
 def summarize(task: Task, metric: str, size: str, results: dict[str, list[Result]]) -> Outcome:
     """Scores all models and seeds, and compares each model with the first by the named metric."""
     counts = np.stack(
-        [
-            [count_predictions(task, result.predictions, task.test) for result in model_results]
-            for model_results in results.values()
-        ]
+        [[count_predictions(task, result.predictions, task.test) for result in tried] for tried in results.values()]
     )  # (models, seeds, texts, 3, classes)
     metrics = task_metrics(task)
     scores = {name: score(counts.sum(2)) for name, score in metrics.items()}
@@ -80,19 +78,18 @@ def describe_size(size: str) -> str:
     return "all texts" if size == "all" else f"{size} per class"
 
 
-def short_names(models: list[str]) -> dict[str, str]:
+def short_names(models: Iterable[str]) -> list[str]:
     """Returns each model's name without the folders above, and without final, where that tells them apart."""
-    short = {}
-    for model in models:
-        telling = [part for part in Path(model).parts if part not in ("final", "model")]
-        short[model] = telling[-1] if telling else model
-    return short if len(set(short.values())) == len(models) else {model: model for model in models}
+    full = list(models)
+    telling = [[part for part in Path(model).parts if part not in ("final", "model")] for model in full]
+    short = [parts[-1] if parts else model for parts, model in zip(telling, full, strict=True)]
+    return short if len({*short}) == len(full) else full
 
 
 def describe_outcome(outcome: Outcome) -> str:
     """Returns a table of scores in percent, a warning for each model with seeds that do not beat the majority baseline,
     and each difference from the first model with its verdict."""
-    names = list(short_names(list(outcome.results)).values())
+    names = short_names(outcome.results)
     title = METRIC_TITLES[outcome.metric]
     rows = [["", *(METRIC_TITLES[name] for name in outcome.scores), f"{title} of each seed"]]
     for number, name in enumerate(names):
@@ -150,7 +147,7 @@ def _render(name: str, **values: Any) -> str:
 def describe_general_perplexity(perplexities: Perplexities, text: str | None, num_lines: int) -> str:
     """Returns a table of each model's perplexity on general text."""
     rows = [["", "perplexity", "nats per character", ""]]
-    for name, scores in zip(short_names(list(perplexities)).values(), perplexities.values(), strict=True):
+    for name, scores in zip(short_names(perplexities), perplexities.values(), strict=True):
         if scores:
             rows.append([name, figure(scores["perplexity"]), f"{scores['nats_per_character']:.3f}"])
         else:

@@ -114,13 +114,8 @@ def estimate_components(differences: np.ndarray, replicas: np.ndarray, num_texts
     one_seed = _correct_bootstrap(float(replicas.var(1).mean()), num_texts)
     mean_of_seeds = _correct_bootstrap(float(replicas.mean(0).var()), num_texts)
     residual = max(0.0, (one_seed - mean_of_seeds) / (num_seeds - 1)) if num_seeds > 1 else 0.0
-    return VarianceComponents(
-        seeds=max(0.0, float(_variance_of_mean(differences)) - residual),
-        texts=max(0.0, mean_of_seeds - residual),
-        residual=residual,
-        num_seeds=num_seeds,
-        num_texts=num_texts,
-    )
+    seeds = max(0.0, float(_variance_of_mean(differences)) - residual)
+    return VarianceComponents(seeds, max(0.0, mean_of_seeds - residual), residual, num_seeds, num_texts)
 
 
 def _correct_bootstrap(variance: float, num_texts: int) -> float:
@@ -140,16 +135,14 @@ def sign_flip_p_values(differences: np.ndarray) -> np.ndarray:
 
     It is the share of all combinations of signs that give as large a mean. With n seeds the least is 2 / 2**n.
     """
-    flipped = np.abs(differences @ _combinations_of_signs(differences.shape[-1]).T)  # (..., combinations)
-    return (flipped >= np.abs(differences.sum(-1, keepdims=True)) - 1e-9).mean(-1)
-
-
-def _combinations_of_signs(num_seeds: int) -> np.ndarray:
+    num_seeds = differences.shape[-1]
     if num_seeds <= MOST_SEEDS_WITH_ALL_SIGNS:
-        return np.array(list(product((1.0, -1.0), repeat=num_seeds)))
-    signs = np.random.default_rng(0).choice((1.0, -1.0), (RANDOM_SIGNS, num_seeds))
-    signs[0] = 1.0  # what was observed is one of the possibilities
-    return signs
+        signs = np.array(list(product((1.0, -1.0), repeat=num_seeds)))  # (combinations, seeds)
+    else:
+        signs = np.random.default_rng(0).choice((1.0, -1.0), (RANDOM_SIGNS, num_seeds))
+        signs[0] = 1.0  # what was observed is one of the possibilities
+    flipped = np.abs(differences @ signs.T)  # (..., combinations)
+    return (flipped >= np.abs(differences.sum(-1, keepdims=True)) - 1e-9).mean(-1)
 
 
 def minimum_detectable_effect(components: VarianceComponents, alpha: float) -> float:

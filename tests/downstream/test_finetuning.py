@@ -1,5 +1,7 @@
 """Fine-tuning: the gradients of the stock models, the weights that dev likes best, seeds and dropout."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import (
     BertTokenizer,
 )
 
+from Config import DownstreamConfig
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.tokenizer import read_vocabulary
 from mlm.downstream.encoding import Encoded, encode, select
@@ -103,12 +106,13 @@ def test_the_weights_that_dev_likes_best_are_kept(tmp_path, accelerator, scores,
     classifier, train, micro_batcher = small_training(tmp_path)
     snapshots, expected = [], scores[best - 1]
 
-    def score_on_dev():
+    def score_on_dev(predictions):
+        assert len(predictions) == 40
         snapshots.append({name: weight.clone() for name, weight in classifier.state_dict().items()})
         return scores[len(snapshots) - 1]
 
     budget = Budget(steps=8, evaluate_every=2, batch_size=8, learning_rate=1e-3)
-    found = fine_tune(classifier, train, score_on_dev, budget, 3, accelerator, micro_batcher, lambda: None)
+    found = fine_tune(classifier, train, train, score_on_dev, budget, 3, accelerator, micro_batcher)
     assert found == (2 * best, expected) and len(snapshots) == 4
     for name, weight in classifier.state_dict().items():
         assert torch.equal(weight, snapshots[best - 1][name])
@@ -119,7 +123,7 @@ def test_a_rate_that_diverges_leaves_the_classifier_as_it_was(tmp_path, accelera
     classifier, train, micro_batcher = small_training(tmp_path)
     before = classifier.bert.classifier.weight.clone()
     budget = Budget(steps=8, evaluate_every=4, batch_size=8, learning_rate=1e30)
-    found = fine_tune(classifier, train, lambda: 0.7, budget, 3, accelerator, micro_batcher, lambda: None)
+    found = fine_tune(classifier, train, train, lambda _: 0.7, budget, 3, accelerator, micro_batcher)
     assert found == (0, 0.0) and torch.equal(classifier.bert.classifier.weight, before)
 
 
@@ -132,7 +136,7 @@ def test_training_follows_the_seed_and_drops_out(tmp_path, accelerator):
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout if module.p else 0.0
         budget = Budget(steps=3, evaluate_every=3, batch_size=40, learning_rate=1e-3)  # one batch is an epoch
-        fine_tune(classifier, train, lambda: 0.5, budget, seed, accelerator, micro_batcher, lambda: None)
+        fine_tune(classifier, train, train, lambda _: 0.5, budget, seed, accelerator, micro_batcher)
         return classifier.bert.bert.embeddings.word_embeddings.weight.detach().clone()
 
     one = train_with(1)
@@ -149,7 +153,7 @@ def test_every_step_of_every_seed_drops_out_anew(tmp_path, accelerator, monkeypa
         with monkeypatch.context() as patches:
             patches.setattr(torch, "manual_seed", drawn.append)
             budget = Budget(steps=5, evaluate_every=5, batch_size=40, learning_rate=1e-3)
-            fine_tune(classifier, train, lambda: 0.5, budget, seed, accelerator, micro_batcher, lambda: None)
+            fine_tune(classifier, train, train, lambda _: 0.5, budget, seed, accelerator, micro_batcher)
     assert len(drawn) == len(set(drawn)) == 10
 
 
@@ -160,13 +164,14 @@ def test_gradients_are_clipped(tmp_path, accelerator, monkeypatch):
         accelerator, "clip_grad_norm_", lambda parameters, norm: norms.append(norm) or clip(parameters, norm)
     )
     classifier, train, micro_batcher = small_training(tmp_path)
-    fine_tune(classifier, train, lambda: 0.5, Budget(2, 2, 8, 1e-3), 3, accelerator, micro_batcher, lambda: None)
+    fine_tune(classifier, train, train, lambda _: 0.5, Budget(2, 2, 8, 1e-3), 3, accelerator, micro_batcher)
     assert norms == [1.0, 1.0]
 
 
 def test_a_budget_follows_epochs_min_steps_and_the_size_of_dev():
     """Its first two fields are the steps and the steps between evaluations."""
-    assert Budget.for_examples(1000, 100, num_epochs=4, min_steps=10, batch_size=10, learning_rate=1)[:2] == (400, 100)
-    assert Budget.for_examples(20, 10, num_epochs=4, min_steps=300, batch_size=10, learning_rate=1)[:2] == (300, 30)
-    assert Budget.for_examples(20, 1000, num_epochs=4, min_steps=300, batch_size=10, learning_rate=1)[:2] == (300, 100)
-    assert Budget.for_examples(20, 9000, num_epochs=4, min_steps=300, batch_size=10, learning_rate=1)[:2] == (300, 300)
+    config = DownstreamConfig("t", ("a",), num_epochs=4, min_steps=300, batch_size=10)
+    assert Budget.for_examples(1000, 100, replace(config, min_steps=10), learning_rate=1) == (400, 100, 10, 1)
+    assert Budget.for_examples(20, 10, config, learning_rate=1) == (300, 30, 10, 1)
+    assert Budget.for_examples(20, 1000, config, learning_rate=1) == (300, 100, 10, 1)
+    assert Budget.for_examples(20, 9000, config, learning_rate=1) == (300, 300, 10, 1)

@@ -34,7 +34,7 @@ from mlm.report import console, dry_run, metrics, model_card, page, summary, tra
 from mlm.runtime import distributed
 from mlm.runtime.signals import Stopped, translate_failures
 from mlm.settings import repeat_command
-from mlm.storage import atomic_write
+from mlm.storage import atomic_write, write_csv
 from mlm.terminal import say, steps_bar
 from mlm.training import checkpoint, micro_batch_size, step
 from mlm.training.plan import make_plan, middle_sample, resolve
@@ -151,7 +151,7 @@ def begin(run: Run) -> Progress:
         trackers.start_tracker(accelerator, setup.config, setup.folder, progress.step if setup.resumed else None)
     if run.is_main:
         summary.save_settings(setup)
-        metrics.write_metrics(setup.folder / "metrics.csv", progress.metrics)
+        write_csv(setup.folder / "metrics.csv", metrics.COLUMNS, progress.metrics)
 
     # Several ranks, which from now on have to answer within minutes, sum gradients in one order from the first step on.
     if accelerator.num_processes > 1:

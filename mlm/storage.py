@@ -33,19 +33,15 @@ def atomic_write(path: Path, setting: str = "path_model_save") -> Iterator[Path]
     previous = path.with_name(f".{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _restore(path, previous)
-        _remove_leftovers(path)
+        _tidy(path, previous)
         try:
             yield temporary
             _flush(temporary)
             if path.is_dir():  # a folder cannot be replaced in one rename
-                _remove(previous)
                 path.rename(previous)
             temporary.replace(path)
         finally:
-            _restore(path, previous)
-            _remove(temporary)
-            _remove(previous)
+            _tidy(path, previous)
     except UserError:
         raise
     except Exception as error:
@@ -56,13 +52,11 @@ def atomic_write(path: Path, setting: str = "path_model_save") -> Iterator[Path]
         raise UserError(f"{setting}: cannot write {path}: {reason}") from error
 
 
-def _restore(path, previous):
+def _tidy(path, previous):
+    """Removes what this process, and those that were killed while they wrote `path`, have left beside it."""
     if previous.exists() and not path.exists():  # stopped between the two renames
         previous.rename(path)
-
-
-def _remove_leftovers(path):
-    """Removes what processes that were killed while they wrote `path` have left beside it."""
+    _remove(previous)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
         writer = leftover.name.split(".")[-2]
         is_at_work = writer.isdecimal() and int(writer) != os.getpid() and psutil.pid_exists(int(writer))
@@ -82,12 +76,11 @@ def _flush(path):
 
     Each file gets the mode of any new file: safetensors writes files that nobody else on a shared machine could read.
     """
-    for file in [path] if path.is_file() else path.rglob("*"):
-        if file.is_file():
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-            with suppress(PermissionError):  # of a mounted disk that has one mode for all files
-                file.chmod(0o666 & ~UMASK)
+    for file in _files(path):
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+        with suppress(PermissionError):  # of a mounted disk that has one mode for all files
+            file.chmod(0o666 & ~UMASK)
 
 
 def make_folder(path: Path, setting: str = "path_model_save") -> None:
@@ -114,27 +107,28 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
 
     make: writes a file or a folder at the path it is given. It is made again if a file is missing or of another size.
     """
-    if not _is_complete(path):
+    record = path.with_name(f".{path.name}.sizes")
+    if not _is_complete(path, record):
         with lock(path.with_name(f".{path.name}.lock")):
-            if not _is_complete(path):
+            if not _is_complete(path, record):
                 with atomic_write(path) as temporary:
                     make(temporary)
-                _record(path).write_text(json.dumps(_sizes(path)))
+                record.write_text(json.dumps(sizes(path)))
     return path
 
 
-def _record(path):
-    return path.with_name(f".{path.name}.sizes")
+def sizes(path: Path) -> dict[str, int]:
+    """Returns the bytes of a file, or of each file below a folder, by the path from there."""
+    return {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
 
 
-def _sizes(path):
-    files = [path] if path.is_file() else path.rglob("*")
-    return {str(file.relative_to(path)): file.stat().st_size for file in files if file.is_file()}
+def _files(path):
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
 
 
-def _is_complete(path):
+def _is_complete(path, record):
     try:
-        return path.exists() and json.loads(_record(path).read_text()) == _sizes(path)
+        return path.exists() and json.loads(record.read_text()) == sizes(path)
     except (FileNotFoundError, ValueError):  # killed before the record, or in it
         return False
 

@@ -1,5 +1,6 @@
 """Bars for what takes long: drawn on a terminal, a plain line now and then in a file."""
 
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -13,16 +14,13 @@ SECONDS_BEFORE_A_BAR = 1.0
 SECONDS_BETWEEN_LINES = 30.0  # in a file
 
 
-class _Lines:
+class _Lines(io.TextIOBase):
     """A stream for tqdm that writes each state of a bar as a line of its own."""
 
-    def write(self, text: str) -> None:
-        line = text.strip("\r\n ")
-        if line:
+    def write(self, text: str) -> int:
+        if line := text.strip("\r\n "):
             print(line, file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        pass
+        return len(text)
 
 
 def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:
@@ -30,11 +28,11 @@ def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:
 
     Where stderr is no terminal, such as a log file or a notebook's output, it is a line every half minute.
     """
-    options: dict[str, Any] = {"delay": SECONDS_BEFORE_A_BAR, "leave": False}
+    options: dict[str, Any] = {"delay": SECONDS_BEFORE_A_BAR}
     if not sys.stderr.isatty():
         options = {"delay": SECONDS_BETWEEN_LINES, "mininterval": SECONDS_BETWEEN_LINES, "miniters": 1}
-        options |= {"leave": False, "file": _Lines(), "ncols": 0}
-    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, disable=not shown, **options)
+        options |= {"file": _Lines(), "ncols": 0}
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, disable=not shown, **options)
 
 
 def steps_bar(total: int, done: int, shown: bool) -> tqdm:

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -20,6 +19,7 @@ from mlm.report.summary import publish
 from mlm.report.templates import render
 from mlm.runtime.distributed import decide_on_main
 from mlm.runtime.hardware import count_gpus, native_precision
+from mlm.storage import sizes
 from mlm.terminal import with_error
 from mlm.training.checkpoint import checkpoint_path, save_checkpoint, save_model
 from mlm.training.plan import middle_sample
@@ -65,23 +65,17 @@ def measure(
 
     score: evaluates the model on a number of test chunks; load_text: loads the text.
     """
-    # The whole run will find its text prepared: until its first evaluation it takes what this one took, but for the
-    # preparation, which is replaced by a second load.
-    age_seconds = time.time() - psutil.Process().create_time()
-    prepare_seconds = run.timings.prepare_text
-    with run.timings.measure("prepare_text"):
-        load_text()
-    start_seconds = age_seconds - prepare_seconds + run.timings.prepare_text
+    # The whole run will find its text prepared: it starts in the time of this process until now, with the second load
+    # in place of the preparation.
+    load_text()
+    start_seconds = time.time() - psutil.Process().create_time() - run.timings.prepare_text
 
     setup, plan = run.setup, run.setup.plan
-    baseline = score(min(plan.test_chunks, SCORED_CHUNKS))
-    progress.baseline = baseline
+    progress.baseline = baseline = score(min(plan.test_chunks, SCORED_CHUNKS))
     trained = _train_some_steps(run, progress, batches)
     if not trained.tokens:
-        raise UserError(
-            "learning_rate: no step of the dry run had a finite loss and gradient, so the run would end early; most "
-            "often a lower rate helps"
-        )
+        reason = "no step of the dry run had a finite loss and gradient, so the run would end early"
+        raise UserError(f"learning_rate: {reason}; most often a lower rate helps")
     model_bytes, checkpoint_bytes = _save_once(run, progress)
 
     tokens_per_s = trained.tokens / trained.seconds
@@ -110,10 +104,8 @@ def _train_some_steps(run: Run, progress: Progress, batches: Prefetcher) -> Sinc
         take()
     warm_up, progress.since_last_log = progress.since_last_log, SinceLastLog()
     seconds_per_step = max(1e-3, warm_up.seconds / max(1, warm_up.steps))
-    steps = decide_on_main(
-        run.learner.accelerator, lambda: min(MOST_TIMED_STEPS, round(TIMED_SECONDS / seconds_per_step))
-    )
-    for _ in range(min(max(steps, 3), last_step - progress.step)):
+    steps = min(MOST_TIMED_STEPS, max(3, round(TIMED_SECONDS / seconds_per_step)))
+    for _ in range(min(decide_on_main(run.learner.accelerator, lambda: steps), last_step - progress.step)):
         take()
     return progress.since_last_log
 
@@ -130,11 +122,8 @@ def _save_once(run: Run, progress: Progress) -> tuple[int, int]:
     with run.timings.measure("save_checkpoint"):
         save_checkpoint(setup, run.learner, corpus.tokenizer, progress)
     save_predictions(setup.folder / "predictions.csv", bert, corpus, setup.config.sen_max_length)  # for its memory
-    return _bytes(setup.folder / "best"), _bytes(checkpoint_path(setup.folder, progress.step))
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    model, checkpoint = setup.folder / "best", checkpoint_path(setup.folder, progress.step)
+    return sum(sizes(model).values()), sum(sizes(checkpoint).values())
 
 
 def _peak_memory() -> int:
@@ -148,25 +137,22 @@ def _peak_memory() -> int:
 
 def describe_estimate(run: Run, estimate: Estimate) -> str:
     """Returns one screen: text, model, steps, speed, time, memory, disk, and what would make it faster."""
-    setup, stats = run.setup, run.corpus.stats
-    warnings = text_warnings(stats, setup.config.initial_pretrain_tokenizer, only_test=False)
+    config, stats = run.setup.config, run.corpus.stats
+    warnings = text_warnings(stats, config.initial_pretrain_tokenizer, only_test=False)
     if estimate.disk_bytes + estimate.saving_bytes > estimate.free_bytes:
         warnings.insert(0, "warning: the disk is too small for that; a lower --keep_checkpoints needs less")
-    screen = render(
+    return render(
         "dry_run.txt",
+        run=run,
         estimate=estimate,
         perplexity=with_error(estimate.baseline.perplexity, estimate.baseline.perplexity_se),
-        setup=setup,
-        processes=run.learner.accelerator.num_processes,
-        stats=stats,
-        lengths=histogram(stats.train, setup.config.sen_max_length),
-        hints=hints_for_speed(run, estimate),
+        lengths=histogram(stats.train, config.sen_max_length),
+        hints=_hints_for_speed(run, estimate),
         warnings=warnings,
-    )
-    return screen.rstrip()
+    ).rstrip()
 
 
-def hints_for_speed(run: Run, estimate: Estimate) -> list[str]:
+def _hints_for_speed(run: Run, estimate: Estimate) -> list[str]:
     """Returns what would make the run faster, as far as it can be seen here."""
     config, train = run.setup.config, run.corpus.stats.train
     evaluating = estimate.left.evaluation_seconds / estimate.seconds

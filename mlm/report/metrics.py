@@ -1,7 +1,4 @@
-"""metrics.csv and the tracker: the figures of a run, row by row."""
-
-from pathlib import Path
-from typing import Any
+"""metrics.csv and the tracker: the figures of a run, a row for each log line or evaluation."""
 
 from accelerate import Accelerator
 
@@ -35,8 +32,7 @@ def scores(evaluation: Evaluation, change: Change | None) -> dict[str, float]:
 
 def training_figures(new: SinceLastLog, learning_rate: float) -> dict[str, float]:
     """Returns the figures of the steps since the last line in the log, by their columns."""
-    train_loss, tokens_per_s = new.loss / new.masked_tokens, new.tokens / new.seconds
-    return {"train_loss": train_loss, "lr": learning_rate, "tokens_per_s": tokens_per_s}
+    return {"train_loss": new.loss / new.masked_tokens, "lr": learning_rate, "tokens_per_s": new.tokens / new.seconds}
 
 
 def record(figures: dict[str, float], progress: Progress, setup: Setup, accelerator: Accelerator) -> None:
@@ -46,11 +42,6 @@ def record(figures: dict[str, float], progress: Progress, setup: Setup, accelera
         rows.append({"step": step, "epoch": setup.plan.epochs(step)})
     rows[-1] |= figures
     if accelerator.is_main_process:
-        write_metrics(setup.folder / "metrics.csv", rows)
+        write_csv(setup.folder / "metrics.csv", COLUMNS, rows)
     with optional("the tracker"):
         accelerator.log(figures, step=step)
-
-
-def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes metrics.csv, one row per log line or evaluation; what a row does not measure stays empty."""
-    write_csv(path, COLUMNS, rows)

@@ -14,21 +14,18 @@ os.environ["MPLBACKEND"] = "agg"  # nothing is shown; a notebook names a backend
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
 WIDTH, HEIGHT = 400, 230  # in units that are about pixels on a page
 MOST_POINTS = 250  # of a curve; more are averaged, as the picture shows no more and the page must stay small
 MOST_DOTS = 20  # of a curve; more would run together
 ROUND_STEPS = [1, 2, 5, 10]  # between ticks, times a power of ten
 
+COLORS_OF_RUNS = ("one", "two", "three", "four")  # beside each other
+
 # The names of the page's colours, each with the value that stands for it until the SVG is written: the page knows its
 # own colours in light and in dark.
-COLORS = {
-    name: f"#0000{number:02x}"
-    for number, name in enumerate(("soft", "line", "faint", "one", "two", "three", "four"), start=1)
-}
-
-COLORS_OF_RUNS = ("one", "two", "three", "four")  # beside each other
+COLORS = {name: f"#00000{number}" for number, name in enumerate(("soft", "line", "faint", *COLORS_OF_RUNS), start=1)}
 
 
 class Point(NamedTuple):
@@ -66,8 +63,7 @@ def draw_curves(
 
     label: writes a value of the vertical axis.
     """
-    arrays = [_drawable(curve.points, logarithmic) for curve in curves]
-    drawn = [(curve, array) for curve, array in zip(curves, arrays, strict=True) if array.size]
+    drawn = [(curve, array) for curve in curves if (array := _drawable(curve.points, logarithmic)).size]
     if not drawn:
         return None
     figure, axes = _new_figure()
@@ -136,7 +132,7 @@ def _scale(axes: Axes, logarithmic: bool, label: Callable[[float], str]) -> None
             locator = LogLocator(subs=(1.0,) if high - low > 3 else (1.0, 2.0, 5.0))
     axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter(lambda value, _: label(value))
-    axes.yaxis.set_minor_locator(NullLocator())
+    axes.minorticks_off()
     low, high = axes.get_ylim()
     axes.set_autoscaley_on(False)  # what is drawn from now on is cut off
     if not logarithmic and 0 < low < high - low:
@@ -144,9 +140,7 @@ def _scale(axes: Axes, logarithmic: bool, label: Callable[[float], str]) -> None
 
 
 def _to_svg(figure: Figure, title: str, description: str) -> Markup:
-    """Writes a picture as an element of a page, coloured by the page's variables.
-
-    description: what it shows, for who cannot see it.
+    """Writes a picture as an element of a page, coloured by the page's variables, and described for who cannot see it.
 
     Text stays text, measured by the font that matplotlib brings along. Ids are hashes salted with the title, so that
     pictures of one page share none.
@@ -159,7 +153,5 @@ def _to_svg(figure: Figure, title: str, description: str) -> Markup:
     drawing = re.sub(r'<g id="[^"]*"', "<g", group + rest)
     for name, color in COLORS.items():
         drawing = drawing.replace(color, f"var(--{name})")
-    start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-        WIDTH, HEIGHT, f"{title}: {description}"
-    )
-    return start + Markup(drawing)
+    start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}: {}">')
+    return start.format(WIDTH, HEIGHT, title, description) + Markup(drawing)

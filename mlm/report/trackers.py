@@ -32,15 +32,11 @@ def start_tracker(accelerator: Accelerator, config: Config, run_folder: Path, re
 
     What is written goes under `path_model_save`, but trackio's, which has one place for all of a user's runs.
     """
-    name, folder, is_resumed = config.tracker, run_folder.absolute(), resumed_step is not None
+    name, folder = config.tracker, run_folder.absolute()
+    resume = "never" if resumed_step is None else "allow"
     arguments: dict[str, dict[str, Any]] = {
         "tensorboard": {"purge_step": 0 if resumed_step is None else resumed_step + 1},
-        "trackio": {
-            "name": folder.name,
-            "resume": "allow" if is_resumed else "never",
-            "auto_log_cpu": False,
-            "auto_log_gpu": False,
-        },
+        "trackio": {"name": folder.name, "resume": resume, "auto_log_cpu": False, "auto_log_gpu": False},
         "wandb": {"name": folder.name, "dir": str(folder)},
         "mlflow": {"run_name": folder.name, "logging_dir": str(folder.parent / "mlartifacts")},
         "swanlab": {"name": folder.name, "log_dir": str(folder / "swanlog")},

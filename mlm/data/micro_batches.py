@@ -15,6 +15,7 @@ from mlm.data.chunks import chunk_bounds
 from mlm.data.packing import Batch, Rows, Sequences, pack, split_chunks, split_rows
 from mlm.data.tokenizer import Vocabulary
 from mlm.errors import UserError
+from mlm.runtime.hardware import release_memory
 
 # About how long a row is in which a block-diagonal mask keeps the chunks apart. Longer rows waste more attention scores
 # between chunks, shorter ones more padding.
@@ -64,7 +65,7 @@ class MicroBatcher:
         """Makes micro-batches no larger than some positions."""
         if positions < self.max_positions:
             self.max_positions = positions
-            torch.cuda.empty_cache()
+            release_memory()
 
     def _one_row(self, chunks: Sequences) -> MicroBatch:
         arrays = {

@@ -1,6 +1,7 @@
 """The hardware: its devices, the precision it computes in, its attention kernels, its memory."""
 
 import ctypes
+import gc
 import math
 import os
 import sys
@@ -115,6 +116,18 @@ def detect_out_of_memory() -> Iterator[None]:
         if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)):
             raise
         raise OutOfMemory(str(error)) from error
+
+
+def release_memory() -> None:
+    """Frees what a block that ran out of memory had made, and returns it to the device.
+
+    Its error can be part of a cycle of references, which keeps the activations of the failed pass until the garbage
+    collector comes by: seen with torch 2.11 on CUDA, where each attempt then had less memory than the one before.
+    """
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from Config import Config
 from mlm.data.packing import Sequences, frame
 from mlm.data.tokenizer import Vocabulary
-from mlm.runtime.hardware import OutOfMemory
+from mlm.runtime.hardware import OutOfMemory, release_memory
 from mlm.terminal import say
 from mlm.training.run import Learner
 from mlm.training.step import accumulate_gradients
@@ -54,11 +54,11 @@ def fit_memory(learner: Learner, config: Config) -> int:
         micro_batches = undivided(_trial_chunks(chunks, undivided.vocabulary, config))
         try:
             accumulate_gradients(accelerator, model, micro_batches, masked_tokens=1, seed=0, step=0)
+            return True
         except OutOfMemory:
             return False
         finally:
-            torch.cuda.empty_cache()
-        return True
+            release_memory()
 
     fits(1)  # loads kernels and handles, and leaves gradients as a second micro-batch finds them
     moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]

@@ -3,8 +3,10 @@
 Some tests start ranks by torchrun, as a user would, and others fork them, which is quicker.
 """
 
+import gc
 import json
 import signal
+import weakref
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -215,23 +217,33 @@ def test_machines_may_have_their_text_and_gpus_by_other_names(settings, monkeypa
     assert [digests.keys() for digests in gathered] == [{"text", "tokenizer", "user_words"}]
 
 
-def run_out_of_memory(monkeypatch, positions: int) -> None:
-    """Has every forward pass of more than so many positions fail as on a GPU without memory."""
-    forward = train.PackedMaskedLM.forward
+@pytest.fixture
+def run_out_of_memory(monkeypatch):
+    """Has every forward pass of more than so many positions fail as on a GPU without memory: with an error that is part
+    of a cycle, so that only the garbage collector frees what the pass had made. The next pass must find it freed."""
+    forward, left = train.PackedMaskedLM.forward, []
 
-    def limited(self, input_ids, *arguments, **more):
-        if input_ids.numel() > positions:
-            raise torch.OutOfMemoryError("no memory")
-        return forward(self, input_ids, *arguments, **more)
+    def limit(positions: int) -> None:
+        def limited(self, input_ids, *arguments, **more):
+            assert not any(activations() is not None for activations in left)
+            if input_ids.numel() > positions:
+                activations, error = torch.zeros(1), torch.OutOfMemoryError("no memory")
+                left.append(weakref.ref(activations))
+                raise error  # whose traceback knows this frame, which knows the error
+            return forward(self, input_ids, *arguments, **more)
 
-    monkeypatch.setattr(train.PackedMaskedLM, "forward", limited)
+        monkeypatch.setattr(train.PackedMaskedLM, "forward", limited)
+
+    gc.disable()  # it would come by at some time, or not
+    yield limit
+    gc.enable()
 
 
-def test_a_step_out_of_memory_is_cut_finer_and_repeated(settings, monkeypatch, capsys):
+def test_a_step_out_of_memory_is_cut_finer_and_repeated(settings, monkeypatch, run_out_of_memory, capsys):
     usual = {"max_steps": 6, "hidden_dropout": 0.1}
     small = run(settings(run_name="small", micro_batch_tokens=64, **usual))
     score_as(monkeypatch, repeat(1.0))
-    run_out_of_memory(monkeypatch, positions=64 + 32)  # a row may be longer by less than a chunk
+    run_out_of_memory(positions=64 + 32)  # a row may be longer by less than a chunk
     capsys.readouterr()
     cut = run(settings(run_name="cut", micro_batch_tokens=256, **usual))
     assert weights(cut).keys() == weights(small).keys()
@@ -240,18 +252,20 @@ def test_a_step_out_of_memory_is_cut_finer_and_repeated(settings, monkeypatch, c
     assert said == [f"step 1: out of memory; this and all later steps use micro-batches of {n}" for n in (128, 64)]
 
 
-def test_a_chunk_that_does_not_fit_the_memory_is_said_plainly(settings, monkeypatch):
+def test_a_chunk_that_does_not_fit_the_memory_is_said_plainly(settings, monkeypatch, run_out_of_memory):
     score_as(monkeypatch, repeat(1.0))
-    run_out_of_memory(monkeypatch, positions=20)
+    run_out_of_memory(positions=20)
     with pytest.raises(UserError, match="micro_batch_tokens: out of memory"):
         run(settings(max_steps=2, micro_batch_tokens=256))
 
 
 @pytest.mark.parametrize(("positions", "expected"), [(10**6, 16 * 32), (200, 128), (1, 32)])
-def test_the_largest_micro_batch_that_fits_is_found_by_trying(settings, vocabulary, monkeypatch, positions, expected):
+def test_the_largest_micro_batch_that_fits_is_found_by_trying(
+    settings, vocabulary, run_out_of_memory, positions, expected
+):
     """At most a step's 16 chunks of 32 tokens, and at least one chunk."""
     bert, _ = load_model(settings(), vocabulary.size, vocabulary.pad_id)
-    run_out_of_memory(monkeypatch, positions)
+    run_out_of_memory(positions)
     learner = learner_of(bert, vocabulary)
     assert fit_memory(learner, settings()) == expected
     assert all(parameter.grad is None for parameter in learner.model.parameters())  # nothing of it is left

@@ -198,6 +198,7 @@ def memory_trial_and_out_of_memory() -> str:
         next(train_steps(learner, chunks, config))
         halved = learner.micro_batcher.max_positions
         assert halved < too_large, "it never ran out of memory"
+        assert halved / 4 <= found <= halved, f"the trial finds {found:,} positions, halving {halved:,}"
     finally:
         micro_batch_size.SPARE_SHARE = spare
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -29,7 +29,7 @@ from mlm.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from mlm.data.words import SplitWord, add_words, make_encoders, read_words
 from mlm.storage import digest, once
 
-CACHE_FORMAT = 5  # raise when what the cache holds changes
+CACHE_FORMAT = 6  # raise when what the cache holds changes
 MASKED_AT_ONCE = 1 << 15  # tokens: enough that numpy's calls cost little, few enough for the processor's cache
 EVALUATION_CHUNKS = 256  # chunks masked and packed together in an evaluation
 
@@ -149,6 +149,11 @@ def _split_into_batches(chunks: Sequences, batch_size: int, rank: int, ranks: in
         first, after = (begin + chunks_in_batch * number // ranks for number in (rank, rank + 1))
         share = slice_chunks(chunks, bounds, first, after)
         yield Batch(share, masked_tokens=len(batch.targets), tokens=len(batch.input_ids) - 2 * chunks_in_batch)
+
+
+def sampled_lines(chunks: Chunks, number: int) -> np.ndarray:
+    """Returns which line each chunk of a sample of `number` chunks is from: (number,) uint64, as Chunks.lines."""
+    return chunks.lines[evaluation_order(len(chunks))[:number]]
 
 
 def evaluation_batches(

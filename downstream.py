@@ -24,7 +24,7 @@ from typing import Any, cast
 import numpy as np
 from accelerate import Accelerator
 
-from data_process import evaluation_batches, temporary_chunks
+from data_process import evaluation_batches, sampled_lines, temporary_chunks
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.text_files import read_sample
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
@@ -252,10 +252,11 @@ def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str
         return None
     with temporary_chunks(comparison.general_lines, candidate.tokenizer, length) as (chunks, stats):
         rank, ranks = accelerator.process_index, accelerator.num_processes
+        lines = sampled_lines(chunks, len(chunks))
         batches = evaluation_batches(chunks, vocabulary, len(chunks), rank, ranks)
         with accelerator.autocast():
             model = PackedMaskedLM(bert).to(accelerator.device)
-            evaluation = evaluate(accelerator, model, batches, len(chunks), candidate.micro_batcher, StopRequest())
+            evaluation = evaluate(accelerator, model, batches, lines, candidate.micro_batcher, StopRequest())
     nats_per_character = evaluation.loss * stats.tokens / stats.characters
     return {"perplexity": evaluation.perplexity, "nats_per_character": nats_per_character}
 

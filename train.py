@@ -244,9 +244,10 @@ def evaluate_chunks(run: Run, number: int) -> loss.Evaluation:
     """Scores the model on a sample of `number` test chunks. Raises Stopped where a signal comes meanwhile."""
     learner, corpus, accelerator = run.learner, run.corpus, run.learner.accelerator
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    lines = data_process.sampled_lines(corpus.test, number)
     batches = data_process.evaluation_batches(corpus.test, corpus.vocabulary, number, rank, ranks)
     with run.timings.measure("score_chunk", pieces=number):
-        return loss.evaluate(accelerator, learner.model, batches, number, learner.micro_batcher, run.stop)
+        return loss.evaluate(accelerator, learner.model, batches, lines, learner.micro_batcher, run.stop)
 
 
 def find_ending(run: Run, progress: Progress) -> Ending | None:

@@ -35,7 +35,7 @@ def main() -> None:
     draw = np.random.default_rng(0)
     lengths = draw.integers(given.length // 2, given.length * 3 // 2 + 1, 200_000)
     tokens = draw.integers(1000, SIZE, lengths.sum(), dtype=np.uint16)
-    chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+    chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths), dtype=np.uint64))
     vocabulary = Vocabulary(101, 102, 0, 100, 103, np.arange(999, SIZE), np.zeros(SIZE, dtype=bool))
     steps = training_batches(chunks, vocabulary, BERT_RULE, 42, given.batch_size)
     print(platform.platform(), *(f"{name} {version(name)}" for name in ("numpy", "torch")), sep=", ")

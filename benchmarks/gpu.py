@@ -64,7 +64,7 @@ def random_chunks(length: int, number: int) -> Chunks:
     draw = np.random.default_rng(length)
     lengths = draw.integers(length // 2, min(510, length * 3 // 2) + 1, number)
     tokens = draw.integers(1000, VOCABULARY_SIZE, lengths.sum(), dtype=np.uint16)
-    return Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+    return Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.arange(number, dtype=np.uint64))
 
 
 def random_bert(size: str, dropout: float = 0.0) -> BertForMaskedLM:

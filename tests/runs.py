@@ -119,7 +119,7 @@ def score_as(patches: pytest.MonkeyPatch, losses: Iterable[float]) -> None:
     masked, remaining = np.array([4.0, 6.0]), iter(losses)
 
     def evaluate(*arguments):
-        return loss.Evaluation(next(remaining) * masked, np.array([0.0, 1.0]), masked)
+        return loss.Evaluation(next(remaining) * masked, np.array([0.0, 1.0]), masked, np.array([1, 2], np.uint64))
 
     patches.setattr(loss, "evaluate", evaluate)
 

@@ -8,7 +8,7 @@ import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,15 +29,17 @@ class Chunks:
 
     tokens: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped; the highest bit: whether the token starts a word
     offsets: np.ndarray  # (chunks + 1,) int64
+    lines: np.ndarray  # (chunks,) uint64, memory-mapped; a hash of the line that a chunk is from
 
     @classmethod
     def read(cls, path: Path) -> "Chunks":
         """Memory-maps what `write_chunks` wrote."""
         from datasets import Dataset  # here, as it takes a second
 
-        column = Dataset.from_file(str(path)).data.column("tokens").chunk(0)
-        tokens = column.values.to_numpy(zero_copy_only=True)
-        return cls(tokens, offsets=column.offsets.to_numpy(zero_copy_only=True))
+        table = Dataset.from_file(str(path)).data
+        tokens, lines = (table.column(name).chunk(0) for name in ("tokens", "line"))
+        arrays = (array.to_numpy(zero_copy_only=True) for array in (tokens.values, tokens.offsets, lines))
+        return cls(*arrays)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -88,31 +90,36 @@ def write_chunks(
 ) -> WrittenSplit:
     """Tokenizes the lines, cuts them into chunks of at most `body_length` tokens and writes these to an Arrow file.
 
-    The tokens go to a plain file first, so that memory stays small for any text. Raises UserError where there is none.
+    The columns go to plain files first, so that memory stays small for any text. Raises UserError where there is none.
     """
     dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit tells where words start
     all_lines = characters = 0
     line_hashes, line_lengths, chunk_lengths = array("Q"), array("q"), array("q")
     occurrences, words = np.zeros(vocabulary.size, dtype=np.int64), WordCounts()
-    tokens_file = path.with_suffix(".tokens")
-    with open(tokens_file, "wb") as file:
+    tokens_file, lines_file = path.with_suffix(".tokens"), path.with_suffix(".lines")
+    with open(tokens_file, "wb") as to_tokens, open(lines_file, "wb") as to_lines:
         for block in _blocks(lines):
             filled = list(filter(None, block))
             tokenized = tokenize(filled, encoders, vocabulary.continues_word, segmenter)
             word_bits = np.left_shift(tokenized.starts_word.astype(dtype), _word_bit(dtype))
-            (tokenized.tokens.astype(dtype) | word_bits).tofile(file)
-            for starts_word in np.split(tokenized.starts_word, np.cumsum(tokenized.lengths)[:-1]):
-                chunk_lengths.extend(cut_line(starts_word, body_length))
+            (tokenized.tokens.astype(dtype) | word_bits).tofile(to_tokens)
+            of_lines = np.split(tokenized.starts_word, np.cumsum(tokenized.lengths)[:-1])
+            lengths = [cut_line(starts_word, body_length) for starts_word in of_lines]  # of each line's chunks
+            hashes = np.array([line_hash(line) for line in filled], dtype=np.uint64)
+            np.repeat(hashes, list(map(len, lengths))).tofile(to_lines)
+            chunk_lengths.extend(chain.from_iterable(lengths))
+            line_hashes.extend(hashes.tolist())
             all_lines += len(block)
             characters += sum(map(len, block))
-            line_hashes.extend(map(line_hash, filled))
             line_lengths.extend(tokenized.lengths.tolist())
             occurrences += np.bincount(tokenized.tokens, minlength=vocabulary.size)
             words.update(tokenized.tokens, vocabulary.continues_word, tokenized.segmented)
     if not chunk_lengths:
         raise UserError(f"path_datasets: no line of {path.stem}*.txt holds a token to train or test on")
-    _write_arrow(path, np.memmap(tokens_file, dtype, mode="r"), chunk_bounds(np.array(chunk_lengths)))
+    columns = np.memmap(tokens_file, dtype, mode="r"), np.memmap(lines_file, np.uint64, mode="r")
+    _write_arrow(path, Chunks(columns[0], chunk_bounds(np.array(chunk_lengths)), columns[1]))
     tokens_file.unlink()
+    lines_file.unlink()
     binned = np.histogram(line_lengths, [*length_bins(body_length), math.inf])[0]  # lines with a token, by their tokens
     stats = SplitStats(
         lines=all_lines,
@@ -141,11 +148,11 @@ def _blocks(lines: Iterator[str], characters: int = 1 << 19) -> Iterator[list[st
         yield block
 
 
-def _write_arrow(path: Path, tokens: np.ndarray, offsets: np.ndarray) -> None:
-    """Writes one column, one list of tokens per chunk, all in one record batch: one flat array to index."""
+def _write_arrow(path: Path, chunks: Chunks) -> None:
+    """Writes a list of tokens and a line for each chunk, all in one record batch: flat arrays to index."""
     import pyarrow as pa  # here, so that a GPU can be checked without it
 
-    table = pa.table({"tokens": pa.LargeListArray.from_arrays(offsets, tokens)})
+    table = pa.table({"tokens": pa.LargeListArray.from_arrays(chunks.offsets, chunks.tokens), "line": chunks.lines})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
 

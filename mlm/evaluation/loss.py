@@ -27,6 +27,7 @@ class Evaluation(NamedTuple):
     losses: np.ndarray  # (n,) float64: nats, summed over a chunk's masked tokens
     correct: np.ndarray  # (n,) float64: masked tokens whose most likely guess is right
     masked: np.ndarray  # (n,) float64: masked tokens, at least one
+    lines: np.ndarray  # (n,) uint64: which line a chunk is from; text is drawn by lines, and equal lines are one
 
     @property
     def loss(self) -> float:
@@ -36,7 +37,7 @@ class Evaluation(NamedTuple):
     @property
     def loss_se(self) -> float:
         """The standard error of `loss`, for more text of this kind."""
-        return standard_error(self.losses, self.masked)
+        return standard_error(self.losses, self.masked, self.lines)
 
     @property
     def perplexity(self) -> float:
@@ -54,7 +55,7 @@ class Evaluation(NamedTuple):
 
     def first(self, chunks: int) -> "Evaluation":
         """The part of it on the first so many chunks."""
-        return Evaluation(self.losses[:chunks], self.correct[:chunks], self.masked[:chunks])
+        return Evaluation(*(of_chunks[:chunks] for of_chunks in self))
 
 
 def perplexity(loss: float) -> float:
@@ -62,23 +63,36 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # exp of more overflows a float
 
 
-def standard_error(sums: np.ndarray, counts: np.ndarray) -> float:
-    """The standard error of sums.sum() / counts.sum(), where each chunk (n,) was drawn by itself; infinite for one.
+def standard_error(sums: np.ndarray, counts: np.ndarray, lines: np.ndarray) -> float:
+    """The standard error of sums.sum() / counts.sum() over chunks (n,), of which those with equal `lines` (n,) were
+    drawn together; infinite for one line.
 
-    The ratio estimator's, with chunks as clusters of tokens (Cochran, Sampling Techniques, 3rd edition, 6.3 and 9A.1).
+    The ratio estimator's, with lines as clusters of tokens (Cochran, Sampling Techniques, 3rd edition, 6.3 and 9A.1).
     """
-    n = len(sums)
+    n = count_distinct(lines)
     if n < 2:
         return math.inf
     residuals = sums - sums.sum() / counts.sum() * counts  # (n,) of the mean
-    return float(math.sqrt(n / (n - 1) * (residuals @ residuals)) / counts.sum())
+    order = np.argsort(lines, kind="stable")
+    of_lines = np.add.reduceat(residuals[order], _first_of_equals(lines[order]))
+    return float(math.sqrt(n / (n - 1) * (of_lines @ of_lines)) / counts.sum())
+
+
+def count_distinct(lines: np.ndarray) -> int:
+    """How many different lines chunks are from."""
+    return len(_first_of_equals(np.sort(lines)))
+
+
+def _first_of_equals(in_order: np.ndarray) -> np.ndarray:
+    """Where each value of a sorted array begins."""
+    return np.flatnonzero(np.append(True, in_order[1:] != in_order[:-1]))
 
 
 class Change(NamedTuple):
     """How a model's loss differs from another's on the same chunks, with the same masks."""
 
     loss: float  # nats per masked token; below 0 it fell
-    se: float  # its standard error, over the chunks
+    se: float  # its standard error, over lines of text
     low: float  # of the 95% interval
     high: float
 
@@ -86,14 +100,15 @@ class Change(NamedTuple):
 def compare(before: Evaluation, after: Evaluation) -> Change:
     """The paired difference, on the chunks that both have seen: what is hard in a chunk is hard for both, and cancels.
 
-    The interval is Student's t. Raises ValueError where the two do not have the same masks.
+    The interval is Student's t. Raises ValueError where the two are not of the same lines with the same masks.
     """
     n = min(len(before.losses), len(after.losses))
     before, after = before.first(n), after.first(n)
-    if not np.array_equal(before.masked, after.masked):
+    if not (np.array_equal(before.masked, after.masked) and np.array_equal(before.lines, after.lines)):
         raise ValueError("these evaluations are not of the same text and tokenizer")
-    loss, se = after.loss - before.loss, standard_error(after.losses - before.losses, before.masked)
-    margin = float(student_t.ppf(0.975, n - 1)) * se if n > 1 else math.inf
+    se = standard_error(after.losses - before.losses, before.masked, before.lines)
+    lines, loss = count_distinct(before.lines), after.loss - before.loss
+    margin = float(student_t.ppf(0.975, lines - 1)) * se if lines > 1 else math.inf
     return Change(loss, se, loss - margin, loss + margin)
 
 
@@ -115,21 +130,21 @@ def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
     batches: Iterable[tuple[np.ndarray, Sequences]],
-    chunks: int,
+    lines: np.ndarray,
     micro_batcher: MicroBatcher,
     stop: StopRequest,
 ) -> Evaluation:
     """Scores the chunks of all ranks, of which `batches` are this rank's, each with the chunks' places among all.
 
-    chunks: how many all ranks have. Where a rank runs out of memory it halves its micro-batches, and all ranks use the
-    smallest afterwards. Raises UserError where they cannot be halved any more, and Stopped, on all ranks, once any of
-    them has received a signal.
+    lines: (n,) uint64, which line each of all ranks' chunks is from. Where a rank runs out of memory it halves its
+    micro-batches, and all ranks use the smallest afterwards. Raises UserError where they cannot be halved any more, and
+    Stopped, on all ranks, once any of them has received a signal.
     """
     model = accelerator.unwrap_model(model).eval()
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    scores = torch.zeros((3, chunks), dtype=exact, device=accelerator.device)
+    scores = torch.zeros((3, len(lines)), dtype=exact, device=accelerator.device)
     positions_before = micro_batcher.max_positions
-    with progress_bar("evaluating", chunks, " chunks", shown=accelerator.is_main_process) as bar:
+    with progress_bar("evaluating", len(lines), " chunks", shown=accelerator.is_main_process) as bar:
         for places, masked_chunks in batches:
             if stop.received:
                 break
@@ -147,7 +162,8 @@ def evaluate(
         say(f"out of memory in an evaluation: micro-batches were cut to {micro_batcher.max_positions} positions")
     if stop.is_agreed:
         raise Stopped
-    return Evaluation(*reduced[:-1].reshape(scores.shape).numpy())
+    losses, correct, masked = reduced[:-1].reshape(scores.shape).numpy()
+    return Evaluation(losses, correct, masked, lines)
 
 
 def _score(model: nn.Module, chunks: Sequences, micro_batcher: MicroBatcher, dtype: torch.dtype) -> Tensor:

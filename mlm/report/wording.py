@@ -24,7 +24,7 @@ def describe_change(loss: float, low: float, high: float, fell: str, rose: str) 
     if not math.isfinite(loss):
         return "Worse: the test loss is not finite; training diverged."
     if not math.isfinite(low):
-        return "Cannot tell: one chunk of test text gives no standard error; test on more text."
+        return "Cannot tell: one line of test text gives no standard error; test on more lines."
     if low == high == 0:
         return "Equal: the loss is the same on every chunk of the test text."
     unit = "nats per masked token (95% interval"

@@ -24,7 +24,7 @@ from mlm.training.micro_batch_size import is_found_by_trial
 from mlm.training.progress import Progress
 from mlm.training.run import Ending, Learner, Run, Setup
 
-FORMAT = 4  # raise when what a checkpoint holds changes
+FORMAT = 5  # raise when what a checkpoint holds changes
 
 # Settings that may differ when a run is resumed, as they do not change the training but where and how fast it runs and
 # what it shows. Text and files of words are compared by what they hold, not by where they lie.

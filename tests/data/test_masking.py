@@ -239,7 +239,7 @@ def test_masks_are_new_in_every_epoch(vocabulary):
 def forty_chunks(vocabulary) -> Chunks:
     """Of 50 tokens each."""
     tokens, lengths = random_chunks(50, 40, vocabulary)
-    return Chunks(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
+    return Chunks(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]), np.arange(40))
 
 
 def hidden_tokens(batch, chunks: Chunks) -> set[tuple[int, int, int]]:
@@ -291,7 +291,7 @@ def test_steps_are_the_same_wherever_training_begins(vocabulary, monkeypatch, ra
     """And however many of them are masked at once."""
     lengths = np.random.default_rng(0).integers(1, 60, 100)
     tokens = np.random.default_rng(1).choice(vocabulary.regular_ids, lengths.sum()).astype(np.uint16)
-    chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+    chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.arange(100))
 
     def steps(number, **more):
         return list(islice(training_batches(chunks, vocabulary, BERT_RULE, 42, 8, rank=rank, ranks=2, **more), number))

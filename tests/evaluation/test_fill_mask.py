@@ -62,7 +62,7 @@ def test_hidden_words_are_content_words_that_a_neighbour_foretells():
     vocabulary = read_vocabulary(tokenizer)
     encoded = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in train]
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded])])
-    chunks = Chunks(np.concatenate(encoded).astype(np.uint16), offsets)
+    chunks = Chunks(np.concatenate(encoded).astype(np.uint16), offsets, np.arange(len(encoded)))
     hidden = hide_words(iter([*lines, "too short", *lines]), chunks, tokenizer, vocabulary)
     words = [word for _, word in hidden]
     assert words == list(dict.fromkeys(words)) and 1 <= len(words) <= HIDDEN_WORDS
@@ -93,7 +93,7 @@ def test_lines_with_hidden_words_fit_the_model():
     tokenizer = learn_tokenizer(lambda: iter(lines), 300)
     vocabulary = read_vocabulary(tokenizer)
     encoded = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
-    chunks = Chunks(np.concatenate(encoded).astype(np.uint16), np.cumsum([0, *map(len, encoded)]))
+    chunks = Chunks(np.concatenate(encoded).astype(np.uint16), np.cumsum([0, *map(len, encoded)]), np.arange(20))
     longest = max(map(len, encoded))
     assert hide_words(lines, chunks, tokenizer, vocabulary, longest)
     assert not hide_words(lines, chunks, tokenizer, vocabulary, min(map(len, encoded)) - 1)

@@ -10,7 +10,7 @@ from reference import pad, score
 from runs import assert_same_bits, metrics, micro_batcher_of, run, stop_at
 
 import data_process
-from data_process import evaluation_batches, prepare
+from data_process import evaluation_batches, prepare, sampled_lines
 from mlm.data.chunks import Chunks, take
 from mlm.data.masking import BERT_RULE, content_keys, mask
 from mlm.data.micro_batches import chunk_of_target
@@ -37,7 +37,9 @@ def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings, monkeypatch)
     model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
     batches = evaluation_batches(test, vocabulary, len(test))
     packed, micro_batcher = PackedMaskedLM(model).train(), micro_batcher_of(vocabulary, 100)
-    found = evaluate(Accelerator(), packed, batches, len(test), micro_batcher, StopRequest())
+    lines = sampled_lines(test, len(test))
+    found = evaluate(Accelerator(), packed, batches, lines, micro_batcher, StopRequest())
+    assert found.lines is lines
 
     def by_stock_model(chunks):
         tokens, lengths, _ = take(test, chunks)
@@ -85,27 +87,35 @@ def test_masked_tokens_know_their_chunk_in_either_layout(vocabulary, varlen):
 
 
 def draw_evaluations(
-    draw: np.random.Generator, chunks: int, gain: float, spread: float
+    draw: np.random.Generator, lines: int, gain: float, spread: float, chunks_of_line: int = 1, copies: int = 1
 ) -> tuple[Evaluation, Evaluation]:
     """Two models on chunks of 1 to 19 masked tokens: hard and easy chunks, skewed losses; the second is better by
-    `gain` in the mean, and by more or less than that from chunk to chunk."""
-    masked = draw.integers(1, 20, size=chunks).astype(float)
-    difficulty = draw.gamma(2.0, 1.5, size=chunks) + 0.05 * masked  # long chunks are harder: sums and counts depend
-    first = masked * difficulty + np.sqrt(masked) * draw.normal(0, 2, size=chunks)
-    second = first - masked * (gain + draw.normal(0, spread, size=chunks))
-    return Evaluation(first, masked, masked), Evaluation(second, masked, masked)
+    `gain` in the mean, and by more or less than that from chunk to chunk. Of that a tenth of the variance is the whole
+    line's. A line has as many chunks as told in the mean, in an order by chance; it occurs up to `copies` times."""
+    number = draw.integers(1, 2 * chunks_of_line, size=lines)  # of chunks
+    line = np.repeat(np.arange(lines), number)
+    masked = draw.integers(1, 20, size=len(line)).astype(float)
+    difficulty = draw.gamma(2.0, 1.5, size=len(line)) + 0.05 * masked  # long chunks are harder: sums and counts depend
+    by_line, by_chunk = draw.normal(size=lines)[line], draw.normal(size=len(line))
+    noise = math.sqrt(0.1) * by_line + math.sqrt(0.9) * by_chunk
+    first = masked * (difficulty + 0.7 * by_line) + np.sqrt(masked) * draw.normal(0, 2, size=len(line))
+    second = first - masked * (gain + spread * noise)
+    order = np.repeat(np.arange(len(line)), draw.integers(1, copies + 1, size=lines)[line])
+    draw.shuffle(order)
+    hashes = line[order].astype(np.uint64)
+    return tuple(Evaluation(sums[order], masked[order], masked[order], hashes) for sums in (first, second))
 
 
 TRUE_LOSS = 3.0 + 0.05 * np.mean(np.arange(1, 20) ** 2) / np.mean(np.arange(1, 20))  # of the first
 
 
-@pytest.mark.parametrize(("chunks", "student_t"), [(30, 2.045), (400, 1.966)])
-def test_95_percent_intervals_by_the_standard_error_hold_the_truth(chunks, student_t):
+@pytest.mark.parametrize(("lines", "student_t"), [(30, 2.045), (400, 1.966)])
+def test_95_percent_intervals_by_the_standard_error_hold_the_truth(lines, student_t):
     """Of a loss, and of the paired difference of two, over 2,000 drawn test texts."""
-    draw = np.random.default_rng(chunks)
+    draw = np.random.default_rng(lines)
     of_loss, of_change = [], []
     for _ in range(2000):
-        first, second = draw_evaluations(draw, chunks, gain=0.1, spread=0.5)
+        first, second = draw_evaluations(draw, lines, gain=0.1, spread=0.5)
         of_loss.append(abs(first.loss - TRUE_LOSS) < student_t * first.loss_se)
         change = compare(first, second)
         of_change.append(change.low < -0.1 < change.high)
@@ -122,6 +132,30 @@ def test_the_interval_of_two_equal_models_holds_zero():
     assert 0.93 <= np.mean([change.low < 0 < change.high for change in changes]) <= 0.97
 
 
+@pytest.mark.parametrize("copies", [1, 5])
+@pytest.mark.parametrize("chunks_of_line", [1, 5, 20])
+def test_intervals_hold_the_truth_whatever_the_chunks_of_a_line(chunks_of_line, copies):
+    """Lines are drawn, chunks are scored: in 94 to 96% of 4,000 texts of 100 lines the interval holds the true change,
+    and with no change at all Better is said in 1.5 to 3.5%."""
+    draw = np.random.default_rng(chunks_of_line)
+    of_lines = (100, 0.0, 0.5, chunks_of_line, copies)
+    changes = [compare(*draw_evaluations(draw, *of_lines)) for _ in range(4000)]
+    assert 0.94 <= np.mean([change.low < 0 < change.high for change in changes]) <= 0.96
+    assert 0.015 <= np.mean([change.high < 0 for change in changes]) <= 0.035
+
+
+def test_errors_are_those_of_lines_by_an_independent_way():
+    """The delete-one-line jackknife finds about the same; taken over chunks, the error would be too small."""
+    first, _ = draw_evaluations(np.random.default_rng(0), 200, 0.0, 0.0, chunks_of_line=20)
+    left_out = []
+    for line in np.unique(first.lines):
+        kept = first.lines != line
+        left_out.append(first.losses[kept].sum() / first.masked[kept].sum())
+    jackknife = math.sqrt(199 * np.var(left_out))
+    assert first.loss_se == pytest.approx(jackknife, rel=0.02)
+    assert first.loss_se > 1.5 * standard_error(first.losses, first.masked, np.arange(len(first.losses)))
+
+
 def test_pairs_are_sharper_than_the_single_errors():
     first, second = draw_evaluations(np.random.default_rng(0), 400, gain=0.1, spread=0.3)
     change = compare(first, second)
@@ -129,12 +163,15 @@ def test_pairs_are_sharper_than_the_single_errors():
     assert compare(first, second.first(50)) == compare(first.first(50), second.first(50))
     with pytest.raises(ValueError, match="same text"):
         compare(first, second._replace(masked=second.masked + 1))
+    with pytest.raises(ValueError, match="same text"):
+        compare(first, second._replace(lines=second.lines + np.uint64(1)))
 
 
-def test_one_chunk_has_no_error_and_a_constant_has_none():
-    assert standard_error(np.array([3.0]), np.array([2.0])) == math.inf
-    assert standard_error(np.array([6.0, 9.0]), np.array([2.0, 3.0])) == 0
-    alone = Evaluation(np.array([3.0]), np.array([0.0]), np.array([2.0]))
+def test_one_line_has_no_error_and_a_constant_has_none():
+    one, two = np.array([7, 7]), np.array([7, 8])
+    assert standard_error(np.array([3.0, 9.0]), np.array([2.0, 1.0]), one) == math.inf
+    assert standard_error(np.array([6.0, 9.0]), np.array([2.0, 3.0]), two) == 0
+    alone = Evaluation(np.array([3.0, 9.0]), np.array([0.0, 1.0]), np.array([2.0, 1.0]), one)
     assert compare(alone, alone)[2:] == (-math.inf, math.inf)
 
 
@@ -156,7 +193,7 @@ def sample_of(baseline: Evaluation, training_positions: int, evaluate_every: int
         steps=32, steps_per_epoch=32, warmup_steps=0, peak_learning_rate=1.0, evaluate_every=evaluate_every,
         save_every=None, test_chunks=chunks, tokens_per_step=0, positions_per_step=training_positions // 32,
     )  # fmt: skip
-    return middle_sample(plan, Chunks(np.zeros(18 * chunks), 18 * np.arange(chunks + 1)), baseline)
+    return middle_sample(plan, Chunks(np.zeros(18 * chunks), 18 * np.arange(chunks + 1), baseline.lines), baseline)
 
 
 def test_the_sample_suffices_for_one_percent_and_costs_a_twentieth():
@@ -191,10 +228,10 @@ def test_the_best_is_found_by_the_chunks_that_all_evaluations_score(long_setting
     monkeypatch.setattr(training_plan, "SAMPLE_ERROR", 100.0)
     sampled = iter([9.0, 5.0, 6.0, 4.0])
 
-    def scored(accelerator, model, batches, chunks, *others):
-        losses = np.full(chunks, 9.0)
+    def scored(accelerator, model, batches, lines, *others):
+        losses = np.full(len(lines), 9.0)
         losses[:2] = next(sampled)
-        return Evaluation(losses, np.zeros(chunks), np.ones(chunks))
+        return Evaluation(losses, np.zeros(len(lines)), np.ones(len(lines)), lines)
 
     monkeypatch.setattr(evaluation, "evaluate", scored)
     folder = run(long_settings(max_steps=12, max_test_chunks=20))

@@ -36,10 +36,10 @@ def test_a_verdict_has_the_change_and_its_interval(finished):
     ("figures", "word"),
     [
         ({"change": math.nan, "change_low": math.nan, "change_high": math.nan, "perplexity": math.nan}, "not finite"),
-        ({"change": -1.0, "change_low": -math.inf, "change_high": math.inf, "perplexity_se": math.inf}, "one chunk"),
+        ({"change": -1.0, "change_low": -math.inf, "change_high": math.inf, "perplexity_se": math.inf}, "one line"),
         ({"change": -900.0, "change_low": -1e6, "change_high": 1e6}, "Cannot tell"),  # wider than a float's exp
     ],
-    ids=["diverged", "one chunk of test text", "a wide interval"],
+    ids=["diverged", "one line of test text", "a wide interval"],
 )
 def test_figures_that_are_not_finite_are_said_and_not_shown(finished, figures, word):
     summary = changed(finished, **figures)

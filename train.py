@@ -222,19 +222,18 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
     with run.timings.measure("write_results"):
         change = loss.compare(progress.baseline, evaluation) if progress.step else None
         say(console.describe_evaluation(progress.step, plan.steps, evaluation, change, len(corpus.test)))
-        metrics.record(metrics.scores(evaluation, change), progress, setup, run.learner.accelerator)
+        metrics.record(metrics.scores(evaluation, progress), progress, setup, run.learner.accelerator)
         progress.last_evaluated_step = progress.step
         if run.is_main:
-            if len(evaluation.losses) == plan.test_chunks:  # a sample may be all of them, too
-                summary.save_scores(setup.folder, evaluation)
+            summary.save_scores(setup.folder, evaluation, progress.step)
             with optional("report.html"):
                 page.write_report(publish(run, progress))
 
         # The best weights of the training so far, by the same chunks each time, go to best/.
-        sample_loss = evaluation.first(progress.sampled_chunks).loss
-        best_loss = math.inf if progress.best_loss is None else progress.best_loss
-        if progress.step and sample_loss < best_loss and step.has_finite_weights(run.learner.bert):
-            progress.best_loss = sample_loss
+        sample = evaluation.first(progress.sampled_chunks)
+        is_best = sample.loss < (progress.best.loss if progress.best else math.inf)
+        if progress.step and is_best and step.has_finite_weights(run.learner.bert):
+            progress.best, progress.best_step = sample, progress.step
             if run.is_main:
                 with atomic_write(setup.folder / "best") as temporary:
                     checkpoint.save_model(temporary, run.learner.bert, corpus.tokenizer)

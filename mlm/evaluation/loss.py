@@ -97,10 +97,12 @@ class Change(NamedTuple):
     high: float
 
 
-def compare(before: Evaluation, after: Evaluation) -> Change:
+def compare(before: Evaluation, after: Evaluation, best_of: int = 1) -> Change:
     """The paired difference, on the chunks that both have seen: what is hard in a chunk is hard for both, and cancels.
 
-    The interval is Student's t. Raises ValueError where the two are not of the same lines with the same masks.
+    best_of: `before` was chosen, by these very chunks, as the best of so many, which makes it look better than it is.
+    The interval is Student's t, for so many comparisons (Bonferroni). Raises ValueError where the two are not of the
+    same lines with the same masks.
     """
     n = min(len(before.losses), len(after.losses))
     before, after = before.first(n), after.first(n)
@@ -108,20 +110,22 @@ def compare(before: Evaluation, after: Evaluation) -> Change:
         raise ValueError("these evaluations are not of the same text and tokenizer")
     se = standard_error(after.losses - before.losses, before.masked, before.lines)
     lines, loss = count_distinct(before.lines), after.loss - before.loss
-    margin = float(student_t.ppf(0.975, lines - 1)) * se if lines > 1 else math.inf
+    margin = float(student_t.ppf(1 - 0.025 / best_of, lines - 1)) * se if lines > 1 else math.inf
     return Change(loss, se, loss - margin, loss + margin)
 
 
-def save_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Writes it as a safetensors file."""
-    save_file(evaluation._asdict(), path)
+def save_evaluation(path: Path, evaluation: Evaluation, step: int) -> None:
+    """Writes the evaluation after a step as a safetensors file."""
+    save_file(evaluation._asdict() | {"step": np.array([step])}, path)
 
 
-def load_evaluation(path: Path) -> Evaluation:
-    """What `save_evaluation` wrote. Raises OSError or ValueError where it cannot be read."""
+def load_evaluation(path: Path) -> tuple[Evaluation, int]:
+    """What `save_evaluation` wrote, and after which step. Raises OSError or ValueError where it cannot be read."""
     try:
-        return Evaluation(**load_file(path))
-    except (SafetensorError, TypeError) as error:
+        arrays = load_file(path)
+        step = int(arrays.pop("step")[0])
+        return Evaluation(**arrays), step
+    except (SafetensorError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

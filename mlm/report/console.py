@@ -68,6 +68,6 @@ def describe_divergence(setup: Setup, progress: Progress, ending: Ending, saved_
     lines = [f"learning_rate: {what}; {rate}"]
     if saved_step is not None:
         lines.append(f"  the last finite weights are in {checkpoint_path(setup.folder, saved_step)}")
-    if progress.best_loss is not None:
+    if progress.best:
         lines.append(f"  those with the lowest test loss are in {setup.folder / 'best'}")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from accelerate import Accelerator
 
 from mlm.errors import optional
-from mlm.evaluation.loss import Change, Evaluation
+from mlm.evaluation.loss import Evaluation, compare
 from mlm.storage import write_csv
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Setup
@@ -11,12 +11,13 @@ from mlm.training.run import Setup
 COLUMNS = (
     "step", "epoch", "train_loss", "lr", "tokens_per_s",
     "eval_loss", "eval_loss_se", "perplexity", "perplexity_se", "masked_accuracy", "test_chunks",
-    "change", "change_low", "change_high",
+    "change", "change_low", "change_high", "best_step", "trend", "trend_low", "trend_high",
 )  # fmt: skip
 
 
-def scores(evaluation: Evaluation, change: Change | None) -> dict[str, float]:
-    """Returns the figures of an evaluation, and of what training changed, by their columns."""
+def scores(evaluation: Evaluation, progress: Progress) -> dict[str, float]:
+    """Returns the figures of an evaluation, by their columns: also of what changed from the baseline, and from the best
+    evaluation so far in training."""
     figures = {
         "eval_loss": evaluation.loss,
         "eval_loss_se": evaluation.loss_se,
@@ -25,8 +26,13 @@ def scores(evaluation: Evaluation, change: Change | None) -> dict[str, float]:
         "masked_accuracy": evaluation.accuracy,
         "test_chunks": len(evaluation.losses),
     }
-    if change:
+    if progress.baseline and progress.step:
+        change = compare(progress.baseline, evaluation)
         figures |= {"change": change.loss, "change_low": change.low, "change_high": change.high}
+    if progress.best:
+        change = compare(progress.best, evaluation, best_of=sum("change" in row for row in progress.metrics))
+        figures |= {"best_step": progress.best_step}
+        figures |= {"trend": change.loss, "trend_low": change.low, "trend_high": change.high}
     return figures
 
 

@@ -38,12 +38,13 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
             for metric, value in scores.items()
         ],
     )
-    is_public = _is_hub_name(base_model) or base_model.startswith("scratch:")
     body = render(
         "card.md",
         run=run,
         name=name,
-        base_model=base_model if is_public else "a local checkpoint",
+        base_model=base_model if _is_hub_name(base_model) else "a local checkpoint",
+        is_scratch=base_model.startswith("scratch:"),
+        epochs=run.rows[-1]["epoch"],
         language={"zh": "Chinese", "en": "English"}.get(language or "", "not determined"),
         scores=score_rows(run),
         verdict=verdict(run),

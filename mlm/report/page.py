@@ -94,7 +94,7 @@ def _percent(share: float) -> str:
 def _task_results(folder: Path) -> list[dict[str, str]]:
     """Returns what downstream.py found of the run's models, a row for each comparison."""
     return [
-        row | {"task": file.parent.name}
+        row | {"task": file.parent.name, "part": Path(row["model"]).name}
         for file in sorted(folder.parent.glob("downstream/*/comparison.csv"))
         for row in read_csv(file)
         if "sentence" in row and _is_model_of_run(row["model"], folder)
@@ -113,8 +113,14 @@ def _general_text_notes(folder: Path) -> list[str]:
 
 
 def _is_model_of_run(model: str, folder: Path) -> bool:
-    """Whether a model, by the name that downstream.py was given, is one of the run's."""
-    return Path(model).parent.name == folder.name and Path(model).name in ("final", "best")
+    """Whether a model, by the name that downstream.py was given here, is one of the run's."""
+    return Path(model).resolve().parent == folder.resolve() and Path(model).name in ("final", "best")
+
+
+def _names(runs: list[Summary]) -> list[str]:
+    """Returns how runs are called: by their folders' names, or by the whole paths where two are of one name."""
+    names = [run.folder.name for run in runs]
+    return names if len(set(names)) == len(runs) else [str(run.folder) for run in runs]
 
 
 def render_runs(runs: list[Summary]) -> str:
@@ -126,13 +132,15 @@ def render_runs(runs: list[Summary]) -> str:
         ("Perplexity", "perplexity", {"logarithmic": True}),
         ("Masked accuracy", "masked_accuracy", {"label": _percent}),
     ):
-        beside = zip(runs, COLORS_OF_RUNS, strict=False)
-        curves = [Curve(run.folder.name, color, _points(run, column)) for run, color in beside]
+        beside = zip(runs, _names(runs), COLORS_OF_RUNS, strict=False)
+        curves = [Curve(name, color, _points(run, column)) for run, name, color in beside]
         charts.append(draw_curves(title, curves, **options))
     return render(
         "runs.html",
-        runs=runs,
-        rows=[(run, score_rows(run), _compare(run, runs[0])) for run in runs],
+        names=_names(runs),
+        rows=[
+            (run, name, score_rows(run), _compare(run, runs[0])) for run, name in zip(runs, _names(runs), strict=True)
+        ],
         charts=charts,
         differing={name: values for name, values in settings.items() if len(set(map(str, values))) > 1},
         guesses=list(zip(*(run.guesses for run in runs), strict=True)) if has_same_hidden_words else [],
@@ -141,10 +149,19 @@ def render_runs(runs: list[Summary]) -> str:
 
 def _compare(run: Summary, first: Summary) -> str:
     """Returns the paired difference of two runs' last evaluations, in a sentence."""
+    evaluations = []
+    for each in (first, run):
+        try:
+            evaluation, step = load_evaluation(each.folder / SCORES)
+        except (ValueError, OSError):
+            return f"Not comparable: {each.folder / SCORES} cannot be read."
+        if step != each.evaluations[-1]["step"]:
+            return f"Not comparable: {each.folder / SCORES} is of step {step:,}, and metrics.csv ends elsewhere."
+        evaluations.append(evaluation)
     try:
         if run.text.test != first.text.test:
             raise ValueError("they are of other texts")
-        change = compare(*(load_evaluation(each.folder / SCORES) for each in (first, run)))
-    except (ValueError, OSError):
+        change = compare(evaluations[0], evaluations[1])
+    except ValueError:
         return "Not comparable: another test text, tokenizer or sen_max_length."
     return describe_change(change.loss, change.low, change.high, "is lower", "is higher")

@@ -14,7 +14,7 @@ from mlm.storage import atomic_write, read_csv, write_json
 from mlm.training.progress import Progress
 from mlm.training.run import Ending, Setup
 
-SCORES = "test_scores.safetensors"  # the last evaluation of all test chunks, to compare runs by
+SCORES = "test_scores.safetensors"  # the last evaluation, to compare runs by
 KEPT = ("state", "text", "skipped_steps", "guesses")  # in summary.json: what settings.json and metrics.csv do not hold
 
 
@@ -95,10 +95,10 @@ def publish(
     return summary
 
 
-def save_scores(folder: Path, evaluation: Evaluation) -> None:
-    """Writes an evaluation of all test chunks, chunk by chunk, by which runs are compared."""
+def save_scores(folder: Path, evaluation: Evaluation, step: int) -> None:
+    """Writes the evaluation after a step, chunk by chunk, by which runs are compared."""
     with atomic_write(folder / SCORES) as temporary:
-        save_evaluation(temporary, evaluation)
+        save_evaluation(temporary, evaluation, step)
 
 
 def read_summary(folder: Path) -> Summary:

@@ -36,21 +36,27 @@ def describe_change(loss: float, low: float, high: float, fell: str, rose: str) 
 
 
 def trend(summary: Summary) -> str:
-    """Returns a sentence: whether the test loss still falls; empty where too few evaluations were made to say."""
-    trained = [row for row in summary.evaluations if "change" in row]
-    if len(trained) < 2 or not math.isfinite(trained[-1]["change_low"]):
+    """Returns a sentence: whether the test loss still falls; empty where too few evaluations were made to say.
+
+    The last evaluation is compared with the best before it, whose model best/ holds unless the last is better.
+    """
+    last = summary.evaluations[-1]
+    if not math.isfinite(last.get("trend_low", -math.inf)):
         return ""
-    before, last = trained[-2:]
-    lowest = min(trained, key=lambda row: row["change"])
-    since = f"since step {before['step']:,.0f}"
-    if last["change"] > lowest["change"] + SAMPLE_ERROR:
+    change, low, high = last["trend"], last["trend_low"], last["trend_high"]
+    best = f"{last['best_step']:,.0f}"
+    if low > 0:
         return (
-            f"It was lowest after step {lowest['step']:,.0f}, and has risen by "
-            f"{last['change'] - lowest['change']:.3f} since; best/ holds that model."
+            f"It was lowest after step {best}, and has risen by {change:.3f} since (95% interval {low:.3f} to "
+            f"{high:.3f}); best/ holds that model."
         )
-    if last["change"] < before["change"] - SAMPLE_ERROR:
-        return f"It still fell, by {before['change'] - last['change']:.3f} {since}: more epochs may lower it further."
-    return f"It no longer fell {since}: more epochs on this text will hardly help."
+    interval = f"(95% interval {low:+.3f} to {high:+.3f})"
+    if high < 0:
+        interval = f"(95% interval {-high:.3f} to {-low:.3f})"
+        return f"It still fell, by {-change:.3f} since step {best} {interval}: more epochs may lower it further."
+    if low > -SAMPLE_ERROR:
+        return f"It no longer fell since step {best} {interval}: more epochs on this text will hardly help."
+    return f"Cannot tell whether it still falls: since step {best} it changed by {change:+.3f} {interval}."
 
 
 def notes(summary: Summary) -> list[str]:

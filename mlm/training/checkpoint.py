@@ -67,7 +67,7 @@ def save_if_due(run: Run, progress: Progress, ending: Ending | None) -> None:
 def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
     """Writes the checkpoint of the step that `progress` has reached, and removes older ones beyond `keep_checkpoints`.
 
-    A plain Hugging Face folder with the optimizer's state beside the weights, the evaluation of the baseline,
+    A plain Hugging Face folder with the optimizer's state beside the weights, the evaluations of the baseline and best,
     state.json (progress, recipe, gradient scaler) and a manifest of every file's size and checksum.
     """
     optimizer = learner.optimizer
@@ -86,8 +86,8 @@ def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokeniz
     with atomic_write(path) as temporary:
         save_model(temporary, learner.bert, tokenizer)
         save_file(moments, temporary / "optimizer.safetensors")
-        if progress.baseline:
-            save_evaluation(temporary / "baseline.safetensors", progress.baseline)
+        for name, evaluation in progress.evaluations.items():
+            save_evaluation(temporary / f"{name}.safetensors", evaluation, progress.step)
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -190,8 +190,9 @@ def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOpt
     state = _read_state(path)
     if optimizer.scaler is not None:
         optimizer.scaler.load_state_dict(state["scaler"])
-    baseline = path / "baseline.safetensors"
-    return Progress.from_state_dict(state["progress"], load_evaluation(baseline) if baseline.exists() else None)
+    files = {name: path / f"{name}.safetensors" for name in ("baseline", "best")}
+    evaluations = {name: load_evaluation(file)[0] for name, file in files.items() if file.exists()}
+    return Progress.from_state_dict(state["progress"], evaluations)
 
 
 def _read_state(checkpoint):

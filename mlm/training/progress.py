@@ -26,7 +26,8 @@ class Progress:
     last_evaluated_step: int = -1  # -1: not even the baseline was evaluated
     metrics: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.csv
     since_last_log: SinceLastLog = field(default_factory=SinceLastLog)
-    best_loss: float | None = None  # the lowest test loss in training, on the sampled chunks
+    best: Evaluation | None = None  # that with the lowest loss in training, on the sampled chunks
+    best_step: int = 0  # of it
     skipped_steps: int = 0  # without a finite loss and gradient
     skipped_in_a_row: int = 0
     baseline: Evaluation | None = None  # of the model before training, which later ones are compared with
@@ -34,15 +35,20 @@ class Progress:
     baseline_guesses: list[list[Guess]] = field(default_factory=list)  # for the hidden words, before training
     micro_batch_tokens: int | None = None  # what was found to fit a GPU's memory
 
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """Those that later ones are compared with, by name."""
+        return {name: found for name in ("baseline", "best") if (found := getattr(self, name)) is not None}
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything but the baseline, whose arrays have a file of their own, as JSON takes it."""
-        state = asdict(replace(self, baseline=None))
-        del state["baseline"]
+        """Returns everything but the evaluations, whose arrays have files of their own, as JSON takes it."""
+        state = asdict(replace(self, baseline=None, best=None))
+        del state["baseline"], state["best"]
         return state
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], baseline: Evaluation | None) -> "Progress":
-        """Returns what `state_dict` was made of, after JSON."""
+    def from_state_dict(cls, state: dict[str, Any], evaluations: dict[str, Evaluation]) -> "Progress":
+        """Returns what `state_dict` was made of, after JSON; evaluations: by their names here."""
         guesses = [[Guess(*guess) for guess in guesses] for guesses in state["baseline_guesses"]]
         restored = {"since_last_log": SinceLastLog(**state["since_last_log"]), "baseline_guesses": guesses}
-        return cls(**state | restored, baseline=baseline)
+        return cls(**state | restored | evaluations)

@@ -30,6 +30,20 @@ def test_the_card_has_the_scores_that_the_run_measured(finished, card):
         assert heading in card.text
 
 
+def test_the_card_says_what_was_done(finished):
+    """Not what the text holds: the chunks that were scored, how much of the training text was seen, from what."""
+    last = finished.evaluations[-1] | {"test_chunks": 9.0, "epoch": 0.125}
+    short = dataclasses.replace(finished, rows=[*finished.rows[:-1], last], skipped_steps=3)
+    text = make_card(short, []).text
+    assert f"On masked tokens of 9 of {finished.text.test.chunks} chunks" in text
+    assert f"Trained on 12.5% of the chunks of {finished.text.train.lines} lines" in text
+    assert "steps (3 of them skipped" in text
+    whole = dataclasses.replace(finished, rows=[*finished.rows[:-1], last | {"epoch": 2.5}])
+    assert "Trained for 2.5 epochs of" in make_card(whole, []).text and "skipped" not in make_card(whole, []).text
+    assert "A BERT trained from random weights on text" in card_of_base_model(finished, "scratch:tiny").text
+    assert "continued from bert-base-uncased" in card_of_base_model(finished, "bert-base-uncased").text
+
+
 def test_the_card_quotes_no_text(finished, card):
     starts = [guessed.line.partition("[MASK]")[0][:20] for guessed in finished.guesses if len(guessed.line) >= 20]
     assert any(starts)

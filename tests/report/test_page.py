@@ -167,9 +167,9 @@ def four_runs(finished, tmp_path):
     folders = [tmp_path / name for name in ("a", "b", "c", "d")]
     for folder in folders:
         shutil.copytree(finished.folder, folder)
-    scores = load_evaluation(folders[0] / SCORES)
-    save_evaluation(folders[1] / SCORES, scores._replace(losses=scores.losses - 0.5 * scores.masked))
-    save_evaluation(folders[2] / SCORES, scores._replace(masked=scores.masked + 1))  # as of other masks
+    scores, step = load_evaluation(folders[0] / SCORES)
+    save_evaluation(folders[1] / SCORES, scores._replace(losses=scores.losses - 0.5 * scores.masked), step)
+    save_evaluation(folders[2] / SCORES, scores._replace(masked=scores.masked + 1), step)  # as of other masks
     other = json.loads((folders[3] / "summary.json").read_text())
     other["text"]["test"]["characters"] += 1  # as many masked tokens in each chunk, but of another text
     (folders[3] / "summary.json").write_text(json.dumps(other))
@@ -181,6 +181,27 @@ def test_several_runs_are_compared_in_pairs_where_they_can_be(four_runs):
     Page(page)
     assert "the test loss is lower by 0.500 nats per masked token (95% interval 0.500 to 0.500)" in page
     assert page.count("another test text, tokenizer or sen_max_length") == 2
+
+
+def test_what_is_compared_is_of_the_step_that_is_shown(four_runs):
+    """A run that goes on, and was evaluated on a sample: by the chunks that both scored. One whose scores are of
+    another step, as it was resumed before them: not at all."""
+    scores, step = load_evaluation(four_runs[1] / SCORES)
+    save_evaluation(four_runs[1] / SCORES, scores.first(20), step)
+    save_evaluation(four_runs[2] / SCORES, scores, step - 1)
+    (four_runs[3] / SCORES).unlink()
+    page = render_runs([read_summary(folder) for folder in four_runs])
+    assert "the test loss is lower by 0.500 nats per masked token (95% interval 0.500 to 0.500)" in page
+    assert f"{SCORES} is of step {step - 1}, and metrics.csv ends elsewhere" in page
+    assert f"{four_runs[3] / SCORES} cannot be read" in page
+
+
+def test_runs_of_one_name_are_told_apart(four_runs, tmp_path):
+    twin = tmp_path / "elsewhere" / "a"
+    shutil.copytree(four_runs[1], twin)
+    page = render_runs([read_summary(folder) for folder in (four_runs[0], twin)])
+    assert page.count(str(twin)) >= 3 and page.count(str(four_runs[0])) >= 3  # its card, the curves, the settings
+    assert '<h2 class="first">a</h2>' in render_runs([read_summary(folder) for folder in four_runs])
 
 
 def test_guesses_of_several_runs_are_shown_where_the_hidden_words_are_the_same(four_runs):
@@ -216,15 +237,18 @@ def test_a_folder_that_is_no_runs_is_said_plainly(tmp_path, monkeypatch):
         program.main()
 
 
-def test_results_on_tasks_and_general_text_are_shown(finished, tmp_path):
-    folder = tmp_path / finished.folder.name
+def test_results_on_tasks_and_general_text_are_shown(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "output" / finished.folder.name
     shutil.copytree(finished.folder, folder)
-    task = tmp_path / "downstream" / "titles-1f"
+    task = tmp_path / "output" / "downstream" / "titles-1f"
     task.mkdir(parents=True)
     head = "examples_per_class,model,compared_with,metric,sentence\n"
     lines = [
         f"20,output/{folder.name}/final,old,accuracy,better by 23.5\n",
+        f"20,{folder}/best,old,accuracy,better by 0.4\n",
         "20,output/other/final,old,accuracy,worse\n",
+        f"20,/elsewhere/output/{folder.name}/final,old,accuracy,much worse\n",
     ]
     (task / "comparison.csv").write_text(head + "".join(lines))
     (task / "general_text.csv").write_text(f"model,perplexity\nold,10.5\noutput/{folder.name}/final,12.25\n")
@@ -232,6 +256,8 @@ def test_results_on_tasks_and_general_text_are_shown(finished, tmp_path):
     redraw(tmp_path)  # which is no run's
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "better by 23.5" in page and "worse" not in page and "old 10.50" in page and "final 12.25" in page
+    for part, found in (("final", "better by 23.5"), ("best", "better by 0.4")):
+        assert f"<td>{folder.name}/{part}</td><td>{found}" in page
 
 
 def test_two_processes_may_write_one_page_at_once(tmp_path):

@@ -49,7 +49,8 @@ def test_what_a_run_leaves(settings, capsys):
 
     rows = metrics(folder)
     scores = "eval_loss eval_loss_se perplexity perplexity_se masked_accuracy test_chunks"
-    assert list(rows[0]) == f"step epoch train_loss lr tokens_per_s {scores} change change_low change_high".split()
+    changes = "change change_low change_high best_step trend trend_low trend_high"
+    assert list(rows[0]) == f"step epoch train_loss lr tokens_per_s {scores} {changes}".split()
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(set(steps)) and steps[0] == 0  # the start is evaluated first, no step twice
     evaluated = [row for row in rows if row["eval_loss"]]

@@ -23,7 +23,7 @@ from mlm.data.chunks import Chunks, Corpus, WrittenSplit, chunk_bounds, steps_pe
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
 from mlm.data.packing import Batch, Sequences, frame, slice_chunks
 from mlm.data.randomness import epoch_order, evaluation_order, mask_keys
-from mlm.data.text_files import Text, find_text
+from mlm.data.text_files import Text, distinct, find_text
 from mlm.data.text_stats import SplitStats, TextStats
 from mlm.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from mlm.data.words import SplitWord, add_words, make_encoders, read_words
@@ -90,11 +90,13 @@ def temporary_chunks(
 
 def _compare(train: WrittenSplit, test: WrittenSplit, split_words: list[SplitWord]) -> TextStats:
     """The statistics of both splits; the unigram perplexity with each count of the training text raised by one."""
+    in_train, of_test = distinct(train.line_hashes), np.array(test.line_hashes, dtype=np.uint64)
+    nearest = np.minimum(np.searchsorted(in_train, of_test), len(in_train) - 1)
     log_shares = np.log((train.occurrences + 1) / (train.occurrences + 1).sum())  # (vocabulary,)
     return TextStats(
         train=train.stats,
         test=test.stats,
-        test_lines_in_train=int(np.isin(test.line_hashes, train.line_hashes).sum()),
+        test_lines_in_train=int((in_train[nearest] == of_test).sum()),
         unigram_perplexity=math.exp(-(test.occurrences @ log_shares) / test.occurrences.sum()),
         split_words=split_words,
     )

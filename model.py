@@ -4,8 +4,9 @@ The starting model is loaded as BertForMaskedLM; for downstream.py also as a cla
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -141,11 +142,15 @@ class Dropout(nn.Dropout):
 
 
 def load_model(
-    config: Config, vocabulary_size: int, pad_id: int, checkpoint: Path | None = None, added: Sequence[list[int]] = ()
+    config: Config,
+    vocabulary_size: int,
+    pad_id: int,
+    checkpoint: Path | None = None,
+    added: Mapping[int, list[int]] = MappingProxyType({}),
 ) -> tuple[BertForMaskedLM, list[str]]:
     """Loads the model in the folder `checkpoint`, or else the one that `initial_pretrain_model` names, in float32.
 
-    added: the ids of the subwords of each word that was added to the end of the vocabulary; a checkpoint knows them.
+    added: the ids of the subwords of each word that was added to the vocabulary, by its id; a checkpoint knows them.
     The pooler comes along untrained, so that a fine-tuned task starts from it. The dropouts of Config.py are set on the
     modules; the model's config, which is saved, keeps the model's own for whoever fine-tunes it.
     Returns the model and warnings about it. Raises UserError where the checkpoint is missing or not BERT, or does not
@@ -211,14 +216,15 @@ def _set_dropouts(model, hidden_dropout, attention_dropout):
 
 @torch.no_grad()
 def _add_embeddings(model, vocabulary_size, added):
-    """Gives each added word the mean of its subwords' embeddings and output biases; the rows of the others stay."""
+    """Gives each added word the mean of its subwords' rows and biases, in and out; the rows of the others stay."""
     if vocabulary_size > model.config.vocab_size:  # else the model has rows to spare
         model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
-    embeddings = model.get_input_embeddings().weight  # (vocabulary, hidden); the output's as well, which is tied to it
+    inputs = model.get_input_embeddings().weight  # (vocabulary, hidden)
+    outputs = model.get_output_embeddings().weight  # most often the same
     bias = model.cls.predictions.bias  # (vocabulary,)
-    for row, subwords in enumerate(added, start=vocabulary_size - len(added)):
-        embeddings[row] = embeddings[subwords].mean(0)
-        bias[row] = bias[subwords].mean()
+    for row, subwords in added.items():
+        for weights in (inputs, outputs, bias):
+            weights[row] = weights[subwords].mean(0)
 
 
 def load_bert_config(name: str, setting: str) -> BertConfig:

@@ -85,8 +85,9 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
         checkpoint.refuse_changes(resumed, recipe)
 
     # The weights: the checkpoint's, or those to start from.
-    vocabulary, added_words = corpus.vocabulary, list(corpus.added_words.values())
-    bert, model_warnings = load_model(config, vocabulary.size, vocabulary.pad_id, resumed, added_words)
+    vocabulary, ids = corpus.vocabulary, corpus.tokenizer.get_vocab()
+    added = {ids[word]: subwords for word, subwords in corpus.added_words.items()}
+    bert, model_warnings = load_model(config, vocabulary.size, vocabulary.pad_id, resumed, added)
 
     # What was found, for the user.
     derived = derive_numbers(accelerator, bert, corpus, plan)

@@ -4,6 +4,7 @@ import csv
 import errno
 import glob
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -145,6 +146,22 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_last_row(path: Path, columns: Sequence[str], row: Mapping[str, Any], is_new: bool) -> None:
+    """Appends a row to a CSV file that `write_csv` wrote, or writes it in the place of the last one, which had fewer
+    figures: in one write, so that a process that is killed leaves whole rows. Raises UserError as `atomic_write`."""
+    text = io.StringIO()
+    csv.DictWriter(text, columns).writerow(row)
+    try:
+        with open(path, "r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 4096))  # a row is shorter
+            last = file.read().splitlines(keepends=True)[-1:]
+            file.seek(end if is_new else end - len(b"".join(last)))
+            file.write(text.getvalue().encode())
+    except OSError as error:
+        raise UserError(f"path_model_save: cannot write {path}: {error.strerror}") from error
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -10,7 +10,8 @@ import pytest
 from filelock import Timeout
 from safetensors.numpy import save_file
 
-from mlm.storage import atomic_write, lock, once
+from mlm.errors import UserError
+from mlm.storage import atomic_write, lock, once, write_csv, write_last_row
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,3 +169,23 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
         (temporary / "config.json").write_text("{}")
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "final").iterdir()}
     assert modes == {0o666 & ~umask}
+
+
+def test_a_row_is_appended_or_takes_the_place_of_the_last_one(tmp_path):
+    """As if the whole file were written each time; also after long rows, and where the file has lost its end."""
+    path, columns, rows = tmp_path / "metrics.csv", ("step", "a", "b"), []
+    write_csv(path, columns, rows)
+    for step in range(300):
+        rows.append({"step": step, "a": 10.0**step})
+        write_last_row(path, columns, rows[-1], is_new=True)
+        if step % 2:
+            rows[-1]["b"] = -1e-300
+            write_last_row(path, columns, rows[-1], is_new=False)
+    written = path.read_bytes()
+    write_csv(path, columns, rows)
+    assert path.read_bytes() == written
+    path.write_text("")
+    write_last_row(path, columns, rows[-1], is_new=False)
+    assert path.read_text().startswith("299,")
+    with pytest.raises(UserError, match="cannot write"):
+        write_last_row(tmp_path / "none.csv", columns, rows[-1], is_new=True)

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.chinese import Segmenter
-from mlm.data.text_files import Text, line_hash
+from mlm.data.text_files import Text, distinct, line_hash
 from mlm.data.text_stats import SplitStats, TextStats, length_bins
 from mlm.data.tokenizer import Vocabulary
 from mlm.data.words import Encoders, WordCounts, tokenize
@@ -124,7 +124,7 @@ def write_chunks(
     stats = SplitStats(
         lines=all_lines,
         blank=all_lines - len(line_hashes),
-        duplicate=len(line_hashes) - len(np.unique(line_hashes)),
+        duplicate=len(line_hashes) - len(distinct(line_hashes)),
         dropped=len(line_hashes) - int(binned.sum()),
         characters=characters,
         tokens=int(occurrences.sum()),

@@ -75,7 +75,7 @@ def _hold_out(files: list[Path], digests: list[list[str]], config: Config) -> Te
     salt = config.seed.to_bytes(8, "little")
 
     def write_limit(path: Path) -> None:
-        hashes = np.unique(array("Q", (line_hash(line, salt) for line in read_lines(files) if line)))
+        hashes = distinct(array("Q", (line_hash(line, salt) for line in read_lines(files) if line)))
         if len(hashes) < 2:
             state = "holds one line only" if len(hashes) else "is empty"
             raise UserError(
@@ -111,6 +111,19 @@ def line_hash(line: str, salt: bytes = b"") -> int:
     return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8, salt=salt).digest(), "little")
 
 
+def distinct(hashes: array | np.ndarray) -> np.ndarray:
+    """Returns the different hashes, sorted: np.unique's table takes 15 times as long and 6 times the memory."""
+    in_order = np.sort(np.asarray(hashes, dtype=np.uint64))
+    return in_order[first_of_equals(in_order)]
+
+
+def first_of_equals(in_order: np.ndarray) -> np.ndarray:
+    """Returns where each different value of a sorted array begins."""
+    is_first = np.ones(len(in_order), dtype=bool)
+    is_first[1:] = in_order[1:] != in_order[:-1]
+    return np.flatnonzero(is_first)
+
+
 def read_lines(files: list[Path], setting: str = "path_datasets") -> Iterator[str]:
     """Returns the lines of UTF-8 files (.gz too), stripped of surrounding white space. Raises as `decode_lines`."""
     return (line.strip() for line in decode_lines(files, setting))
@@ -124,8 +137,8 @@ def read_sample(path: Path, setting: str, limit: int) -> list[str]:
     lines = list(filter(None, read_lines([path] if path.is_file() else _files(path), setting)))
     if not lines:
         raise UserError(f"{setting}: {path} is no file or folder of .txt files with a line of text in it")
-    every = max(1, len(lines) // limit)
-    return lines[::every][:limit]
+    places = np.linspace(0, len(lines) - 1, min(limit, len(lines))).round().astype(int)
+    return [lines[place] for place in places]
 
 
 def decode_lines(files: list[Path], setting: str) -> Iterator[str]:

@@ -150,15 +150,17 @@ class WordCounts:
 def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str, list[int]]:
     """Adds the words that are not one token already to the tokenizer. Returns the ids of each one's former subwords.
 
-    Their own ids follow the vocabulary's, in this order. A word is found where nothing but spaces and punctuation is
-    beside it; one with a Chinese character, anywhere.
+    What the vocabulary has, though it never comes of text (BERT's has "..."), stays so: it is a token already. A word
+    is found where nothing but spaces and punctuation is beside it; one with a Chinese character, anywhere.
     """
     normalizer = tokenizer.backend_tokenizer.normalizer
     distinct: dict[str, str] = {}  # by how the tokenizer sees them
     for word in words:  # "Insulin" and "insulin" may be the same
         distinct.setdefault(normalizer.normalize_str(word) if normalizer else word, word)
-    added, tokens = {}, []
+    added, tokens, known = {}, [], tokenizer.get_vocab()
     for word in distinct.values():
+        if word in known:
+            continue
         subwords = tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(subwords) > 1 or subwords == [tokenizer.unk_token_id]:
             added[word] = subwords

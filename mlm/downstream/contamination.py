@@ -13,20 +13,26 @@ from mlm.runtime.hub import wants_wikitext
 def count_contaminated(model: str, task: Task) -> int | None:
     """Returns how many test examples have a text that is a line of the run's training text.
 
-    Only whole lines are compared, by their letters and digits. None where the model is of no run, or its text has gone.
+    Only whole lines are compared, by their letters and digits. None where the model is of no run, or the
+    text that it was trained on has gone.
     """
     settings = Path(model).resolve().parent / "settings.json"
     try:
-        saved = json.loads(settings.read_text(encoding="utf-8"))["settings"]
-        config = Config(**{name: value for name, value in saved.items() if name in Config.__dataclass_fields__})
+        saved_run = json.loads(settings.read_text(encoding="utf-8"))
+        known = saved_run["settings"].items()
+        config = Config(**{name: value for name, value in known if name in Config.__dataclass_fields__})
         if config.demo or wants_wikitext(config):  # text that is made or fetched, which is not to be done for this
             return None
-        lines = {_hash_letters(line) for line in find_text(config).train()}
+        text = find_text(config)
+        if text.digest != saved_run["derived"]["text_digest"]:  # another text lies there now
+            return None
+        texts = [[" ".join(example.parts)] if task.kind == "entities" else example.parts for example in task.test]
+        wanted = {_letters(part) for parts in texts for part in parts}
+        found = wanted.intersection(map(_letters, text.train()))  # a line at a time, whatever the text's size
     except (OSError, AttributeError, KeyError, TypeError, ValueError, UserError):
         return None
-    texts = [[" ".join(example.parts)] if task.kind == "entities" else example.parts for example in task.test]
-    return sum(any(_hash_letters(part) in lines for part in parts) for parts in texts)
+    return sum(any(_letters(part) in found for part in parts) for parts in texts)
 
 
-def _hash_letters(text: str) -> int:
-    return hash("".join(filter(str.isalnum, text.casefold())))
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mlm.data.micro_batches import MicroBatch, MicroBatcher, chunk_of_target
 from mlm.data.packing import Sequences
+from mlm.data.text_files import distinct, first_of_equals
 from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
 from mlm.runtime.signals import Stopped, StopRequest
 from mlm.terminal import progress_bar, say
@@ -69,23 +70,13 @@ def standard_error(sums: np.ndarray, counts: np.ndarray, lines: np.ndarray) -> f
 
     The ratio estimator's, with lines as clusters of tokens (Cochran, Sampling Techniques, 3rd edition, 6.3 and 9A.1).
     """
-    n = count_distinct(lines)
+    n = len(distinct(lines))
     if n < 2:
         return math.inf
     residuals = sums - sums.sum() / counts.sum() * counts  # (n,) of the mean
     order = np.argsort(lines, kind="stable")
-    of_lines = np.add.reduceat(residuals[order], _first_of_equals(lines[order]))
+    of_lines = np.add.reduceat(residuals[order], first_of_equals(lines[order]))
     return float(math.sqrt(n / (n - 1) * (of_lines @ of_lines)) / counts.sum())
-
-
-def count_distinct(lines: np.ndarray) -> int:
-    """How many different lines chunks are from."""
-    return len(_first_of_equals(np.sort(lines)))
-
-
-def _first_of_equals(in_order: np.ndarray) -> np.ndarray:
-    """Where each value of a sorted array begins."""
-    return np.flatnonzero(np.append(True, in_order[1:] != in_order[:-1]))
 
 
 class Change(NamedTuple):
@@ -109,7 +100,7 @@ def compare(before: Evaluation, after: Evaluation, best_of: int = 1) -> Change:
     if not (np.array_equal(before.masked, after.masked) and np.array_equal(before.lines, after.lines)):
         raise ValueError("these evaluations are not of the same text and tokenizer")
     se = standard_error(after.losses - before.losses, before.masked, before.lines)
-    lines, loss = count_distinct(before.lines), after.loss - before.loss
+    lines, loss = len(distinct(before.lines)), after.loss - before.loss
     margin = float(student_t.ppf(1 - 0.025 / best_of, lines - 1)) * se if lines > 1 else math.inf
     return Change(loss, se, loss - margin, loss + margin)
 

@@ -71,6 +71,9 @@ def measure(
     start_seconds = time.time() - psutil.Process().create_time() - run.timings.prepare_text
 
     setup, plan = run.setup, run.setup.plan
+    is_cuda = run.learner.accelerator.device.type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()  # the trial for the size of micro-batches has tried what did not fit
     progress.baseline = baseline = score(min(plan.test_chunks, SCORED_CHUNKS))
     trained = _train_some_steps(run, progress, batches)
     if not trained.tokens:
@@ -81,7 +84,6 @@ def measure(
     tokens_per_s = trained.tokens / trained.seconds
     at_the_start = Progress(sampled_chunks=middle_sample(plan, run.corpus.test, baseline))
     left = time_left(plan, at_the_start, run.timings, plan.tokens_per_step / tokens_per_s)
-    is_cuda = run.learner.accelerator.device.type == "cuda"
     return Estimate(
         baseline=baseline,
         trained_steps=progress.step,

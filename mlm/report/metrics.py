@@ -4,7 +4,7 @@ from accelerate import Accelerator
 
 from mlm.errors import optional
 from mlm.evaluation.loss import Evaluation, compare
-from mlm.storage import write_csv
+from mlm.storage import write_csv, write_last_row
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Setup
 
@@ -44,10 +44,14 @@ def training_figures(new: SinceLastLog, learning_rate: float) -> dict[str, float
 def record(figures: dict[str, float], progress: Progress, setup: Setup, accelerator: Accelerator) -> None:
     """Adds figures of the step just done to metrics.csv and the tracker."""
     rows, step = progress.metrics, progress.step
-    if not rows or rows[-1]["step"] != step:
+    is_new = not rows or rows[-1]["step"] != step
+    if is_new:
         rows.append({"step": step, "epoch": setup.plan.epochs(step)})
     rows[-1] |= figures
-    if accelerator.is_main_process:
-        write_csv(setup.folder / "metrics.csv", COLUMNS, rows)
+    path = setup.folder / "metrics.csv"
+    if accelerator.is_main_process and path.exists():
+        write_last_row(path, COLUMNS, rows[-1], is_new)
+    elif accelerator.is_main_process:  # somebody has removed it
+        write_csv(path, COLUMNS, rows)
     with optional("the tracker"):
         accelerator.log(figures, step=step)

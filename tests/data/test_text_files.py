@@ -2,6 +2,7 @@
 
 import gzip
 import math
+from array import array
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,7 @@ from data_process import prepare, training_batches
 from mlm.data.chunks import cut_line, take
 from mlm.data.masking import BERT_RULE
 from mlm.data.packing import pack
-from mlm.data.text_files import find_text, read_lines
+from mlm.data.text_files import distinct, find_text, read_lines, read_sample
 from mlm.data.text_stats import histogram
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
 from mlm.errors import UserError
@@ -206,3 +207,19 @@ def test_lines_are_counted_by_their_tokens(tmp_path, settings, tokenizer, text_o
     assert [label for label, _ in counts] == [f"{first} to {first + 1}" for first in range(1, 30, 2)] + ["over 30"]
     assert [number for _, number in counts] == [3, *[0] * 6, 1, *[0] * 6, 1, 2]
     assert sum(number for _, number in counts) == len(lines)
+
+
+@pytest.mark.parametrize("lines", [1, 2, 1999, 2000, 2001, 3999, 4001])
+def test_a_sample_is_spread_over_the_whole_file(tmp_path, lines):
+    (tmp_path / "a.txt").write_text("\n\n".join(map(str, range(lines))))
+    sample = [int(line) for line in read_sample(tmp_path / "a.txt", "general_text", 2000)]
+    assert len(sample) == min(lines, 2000) and sample == sorted(set(sample))
+    assert (sample[0], sample[-1]) == (0, lines - 1)
+    assert max(np.diff(sample), default=0) <= math.ceil(lines / 2000) + 1
+
+
+def test_hashes_are_counted_as_numpy_counts_them():
+    hashes = np.random.default_rng(0).integers(0, 2**63, 1000, dtype=np.uint64) * np.uint64(2)
+    repeated = array("Q", np.concatenate([hashes, hashes[:300]]).tolist())
+    assert np.array_equal(distinct(repeated), np.unique(hashes))
+    assert len(distinct(array("Q"))) == 0

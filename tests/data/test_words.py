@@ -256,7 +256,8 @@ def test_added_words_start_as_the_mean_of_their_subwords(tmp_path, settings, spa
     known = len(tokenizer)
     added = list(add_words(tokenizer, ["glimepiride", "二甲双胍", "sulfonylurea"]).values())
     config = settings(initial_pretrain_model=str(tmp_path), initial_pretrain_tokenizer=str(tmp_path))
-    model, _ = load_model(config, known + 3, 0, added=added)
+    by_id = dict(enumerate(added, start=known))
+    model, _ = load_model(config, known + 3, 0, added=by_id)
     rows, bias = model.bert.embeddings.word_embeddings.weight, model.cls.predictions.bias
     old_rows, old_bias = start.bert.embeddings.word_embeddings.weight, start.cls.predictions.bias
     assert len(rows) == len(bias) == model.config.vocab_size == max(known + spare, known + 3)
@@ -275,8 +276,68 @@ def test_added_words_start_as_the_mean_of_their_subwords(tmp_path, settings, spa
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(loaded.cls.predictions.decoder.weight, rows)
     assert (tmp_path / "saved" / "vocab.txt").read_text(encoding="utf-8").splitlines()[known] == "glimepiride"
-    again, _ = load_model(config, known + 3, 0, tmp_path / "saved", added)  # a checkpoint has them already
+    again, _ = load_model(config, known + 3, 0, tmp_path / "saved", by_id)  # a checkpoint has them already
     assert torch.equal(again.bert.embeddings.word_embeddings.weight, rows)
+
+
+def test_an_untied_output_row_is_the_mean_of_its_subwords_too(tmp_path, settings):
+    tokenizer = learn_tokenizer(lambda: iter(make_lines(400)), 300)
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    start = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **shape))
+    save_model(tmp_path, start, tokenizer)
+    known = len(tokenizer)
+    [subwords] = add_words(tokenizer, ["glimepiride"]).values()
+    config = settings(initial_pretrain_model=str(tmp_path), initial_pretrain_tokenizer=str(tmp_path))
+    model, _ = load_model(config, known + 1, 0, added={known: subwords})
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    old_inputs, old_outputs = start.get_input_embeddings().weight, start.get_output_embeddings().weight
+    assert not torch.equal(inputs, outputs)
+    for new, old in ((inputs, old_inputs), (outputs, old_outputs)):
+        assert torch.equal(new[:known], old)
+        torch.testing.assert_close(new[known], old[subwords].mean(0))
+
+
+def test_a_word_that_the_vocabulary_has_is_not_added(tmp_path, settings):
+    """Though the tokenizer never makes it of text: its row stays what it was, and every other word gets its own."""
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        ".",
+        "...",
+        "gmail.com",
+        "gm",
+        "##ail",
+        "com",
+        "##com",
+        "ins",
+        "##ulin",
+    ]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    tokenizer = BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    save_model(tmp_path, BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), **shape)), tokenizer)
+    (tmp_path / "words.txt").write_text("...\ninsulin\ngmail.com\n##com\n[MASK]\ninscom\n", encoding="utf-8")
+    (tmp_path / "train.txt").write_text("insulin ... gmail.com ins com\ninscom gm\n", encoding="utf-8")
+    start = str(tmp_path)
+    folder = run(
+        settings(
+            initial_pretrain_model=start, initial_pretrain_tokenizer=start, path_datasets=start, max_steps=1,
+            add_words=str(tmp_path / "words.txt"), learning_rate=1e-9,
+        )
+    )  # fmt: skip
+    saved = AutoTokenizer.from_pretrained(folder / "final").get_vocab()
+    assert saved.keys() - set(vocabulary) == {"insulin", "inscom"} and len(saved) == len(vocabulary) + 2
+    old, new = (
+        BertForMaskedLM.from_pretrained(path).get_input_embeddings().weight for path in (tmp_path, folder / "final")
+    )
+    for index in range(len(vocabulary)):
+        torch.testing.assert_close(new[index], old[index], atol=1e-6, rtol=0)
+    for word, subwords in (("insulin", ("ins", "##ulin")), ("inscom", ("ins", "##com"))):
+        mean = old[[saved[subword] for subword in subwords]].mean(0)
+        torch.testing.assert_close(new[saved[word]], mean, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("setting", ["add_words", "user_words"])

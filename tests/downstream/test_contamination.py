@@ -2,6 +2,7 @@
 
 import json
 
+from mlm.data.text_files import find_text
 from mlm.downstream.contamination import count_contaminated
 from mlm.downstream.task import Task
 from mlm.downstream.task_files import Example
@@ -12,7 +13,8 @@ def test_test_texts_in_the_pre_training_text_of_a_run_are_counted(tmp_path, sett
     output = tmp_path / "output" / "mine"
     output.mkdir(parents=True)
     recorded = {"path_datasets": str(text_folder), "path_model_save": str(tmp_path / "output"), "removed_setting": 1}
-    output.joinpath("settings.json").write_text(json.dumps({"settings": recorded}))
+    derived = {"text_digest": find_text(settings()).digest}
+    output.joinpath("settings.json").write_text(json.dumps({"settings": recorded, "derived": derived}))
     examples = [Example((text,), ("x",)) for text in ("the patient took metformin", "A third", "a third one", "new")]
     task = Task("t", "text", ["x"], [], [], examples, [])
     assert count_contaminated(str(output / "final"), task) == 2
@@ -21,6 +23,9 @@ def test_test_texts_in_the_pre_training_text_of_a_run_are_counted(tmp_path, sett
     words = task._replace(kind="entities", test=[Example(("another", "line", "."), ("O", "O", "O"))])
     assert count_contaminated(str(output / "final"), words) == 1
     assert count_contaminated(str(tmp_path), task) is None
+    with text_folder.joinpath("train.txt").open("a") as file:  # no longer the text that it was trained on
+        file.write("One more.\n")
+    assert count_contaminated(str(output / "final"), task) is None
     text_folder.joinpath("train.txt").unlink()
     assert count_contaminated(str(output / "final"), task) is None
     for damaged in ("[]", '{"settings": []}', '{"settings": null}', "{"):

@@ -23,6 +23,7 @@ from mlm.storage import atomic_write, digest
 from mlm.training.micro_batch_size import is_found_by_trial
 from mlm.training.progress import Progress
 from mlm.training.run import Ending, Learner, Run, Setup
+from mlm.training.step import has_finite_weights
 
 FORMAT = 5  # raise when what a checkpoint holds changes
 
@@ -55,6 +56,8 @@ def save_if_due(run: Run, progress: Progress, ending: Ending | None) -> None:
     is_wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
     if ending is None and setup.plan.is_save_due(progress.step):
         is_wanted = bool(setup.plan.save_every) or timings.is_save_affordable()
+    elif ending is None and not setup.plan.save_every and timings.is_save_overdue():
+        is_wanted = has_finite_weights(learner.bert)
     if not is_wanted or not run.is_main or timings.saved_step == progress.step:
         return
     if is_found_by_trial(learner.accelerator, setup.config):

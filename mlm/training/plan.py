@@ -15,6 +15,7 @@ SAMPLE_ERROR = 0.01  # the standard error wanted of a loss, in nats: one per cen
 TYPICAL_LOSS_STD = 4.0  # nats, of a masked token's loss once a model has learned something: 1.8 to 3.8 in four runs
 LARGEST_EVALUATION_SHARE = 0.05  # of training's work, for all of them together
 SMALLEST_SAMPLE = 256  # chunks, whatever share they are
+MOST_STEPS_UNEVALUATED = 10_000  # where eval_every is unset
 STEP_IN_FORWARD_PASSES = 3  # a training step is a forward pass, and a backward pass of about twice its work
 
 
@@ -31,6 +32,7 @@ def resolve(config: Config, epoch_steps: int, precision: str) -> Config:
         warmup_steps = round(warmup_steps * total_steps)
     if warmup_steps > total_steps:
         raise UserError(f"num_warmup_steps: {warmup_steps:g} is more than the {total_steps} steps of num_epochs")
+    evaluations_per_epoch = math.ceil(epoch_steps / MOST_STEPS_UNEVALUATED)
     usual_rate = SCRATCH_SIZES[config.scratch_size].learning_rate if config.scratch_size else 3e-5
     return replace(
         config,
@@ -38,7 +40,7 @@ def resolve(config: Config, epoch_steps: int, precision: str) -> Config:
         max_steps=total_steps,
         num_warmup_steps=warmup_steps,
         learning_rate=config.learning_rate or usual_rate,
-        eval_every=config.eval_every or epoch_steps,
+        eval_every=config.eval_every or math.ceil(epoch_steps / evaluations_per_epoch),
         mixed_precision=cast(Any, precision),
     )
 

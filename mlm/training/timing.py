@@ -9,7 +9,9 @@ from typing import NamedTuple
 from mlm.training.plan import Plan
 from mlm.training.progress import Progress
 
-LARGEST_SAVE_SHARE = 0.05  # of the time, for checkpoints at the ends of epochs where save_every is unset
+# Where save_every is unset: checkpoints at the ends of epochs and at least so often, up to a share of the time.
+LARGEST_SAVE_SHARE = 0.05
+LONGEST_UNSAVED_S = 1800.0
 
 
 class Timings:
@@ -36,7 +38,16 @@ class Timings:
 
     def is_save_affordable(self) -> bool:
         """Whether one more checkpoint of the same cost keeps the time for them below LARGEST_SAVE_SHARE."""
-        return time.perf_counter() - self._saved_at >= self.save_checkpoint / LARGEST_SAVE_SHARE
+        return time.perf_counter() - self._saved_at >= self.affordable_interval_s
+
+    def is_save_overdue(self) -> bool:
+        """Whether more work is unsaved than need be at risk."""
+        return time.perf_counter() - self._saved_at >= max(LONGEST_UNSAVED_S, self.affordable_interval_s)
+
+    @property
+    def affordable_interval_s(self) -> float:
+        """The seconds between two checkpoints that take LARGEST_SAVE_SHARE of the time."""
+        return self.save_checkpoint / LARGEST_SAVE_SHARE
 
 
 class TimeLeft(NamedTuple):
@@ -48,6 +59,7 @@ class TimeLeft(NamedTuple):
     step_seconds: float  # of all steps, and so on
     evaluation_seconds: float  # with what is written after each, and the finished model
     checkpoint_seconds: float
+    unsaved_seconds: float  # of steps, at most, between two checkpoints: what a kill can cost
 
     @property
     def seconds(self) -> float:
@@ -61,16 +73,20 @@ def time_left(plan: Plan, progress: Progress, timings: Timings, seconds_per_step
     at_an_end = sum(progress.last_evaluated_step < step for step in (0, plan.steps))
     test_chunks = middle * progress.sampled_chunks + at_an_end * plan.test_chunks
     evaluations = middle + at_an_end
+    step_seconds = (plan.steps - progress.step) * seconds_per_step
     checkpoints = plan.saves_left(progress.step)
-    if not plan.save_every and checkpoints:  # at the end of the first epoch, and then of as many as are affordable
-        seconds_per_epoch = seconds_per_step * plan.steps_per_epoch
-        epochs_between = max(1, math.ceil(timings.save_checkpoint / LARGEST_SAVE_SHARE / seconds_per_epoch))
-        checkpoints = 1 + (checkpoints - 1) // epochs_between
+    between = seconds_per_step * min(plan.steps_per_epoch, plan.save_every or plan.steps_per_epoch)
+    if not plan.save_every:  # at the end of the first epoch, then of as many as are affordable, and each half hour
+        epochs_between = max(1, math.ceil(timings.affordable_interval_s / between))
+        longest = max(LONGEST_UNSAVED_S, timings.affordable_interval_s)
+        checkpoints = max(1 + (checkpoints - 1) // epochs_between, int(step_seconds / longest))
+        between = min(epochs_between * between, longest)
     return TimeLeft(
         evaluations=evaluations,
         test_chunks=test_chunks,
         checkpoints=checkpoints,
-        step_seconds=(plan.steps - progress.step) * seconds_per_step,
+        step_seconds=step_seconds,
         evaluation_seconds=test_chunks * timings.score_chunk + (evaluations + 1) * timings.write_results,
         checkpoint_seconds=checkpoints * timings.save_checkpoint,
+        unsaved_seconds=min(between, step_seconds),
     )

@@ -79,5 +79,23 @@ def test_checkpoints_that_nobody_asked_for_are_predicted_as_seldom_as_they_are_a
     plan = plan_of(100, epoch=10)
     # One costs 7 s, so 140 s lie between two: at 2 s a step 7 epochs of 20 s.
     assert time_left(plan, Progress(), TIMINGS, seconds_per_step=2.0).checkpoints == 1 + 8 // math.ceil(140 / 20)
-    assert time_left(plan, Progress(), TIMINGS, seconds_per_step=1000.0).checkpoints == 9
+    assert time_left(plan, Progress(), TIMINGS, seconds_per_step=100.0).checkpoints == 9
     assert time_left(plan, Progress(step=95), TIMINGS, seconds_per_step=2.0).checkpoints == 0
+
+
+def test_what_a_kill_can_cost_is_the_time_between_two_checkpoints():
+    def of(seconds_per_step, save_every=None):
+        left = time_left(plan_of(100, epoch=10, save_every=save_every), Progress(), TIMINGS, seconds_per_step)
+        return left.unsaved_seconds, left.checkpoints
+
+    assert of(2.0) == (140, 2)  # seven epochs, as one of 7 s is to cost a twentieth
+    assert of(100.0) == (1000, 9)  # each epoch
+    assert of(1000.0) == (1800, 55)  # half an hour of the 10,000 s that an epoch takes
+    assert of(1000.0, save_every=25) == (10_000, 11)  # as the user wants it
+    assert of(0.1) == (10, 1)  # all steps
+
+
+@pytest.mark.parametrize(("epoch", "every"), [(1, 1), (10_000, 10_000), (10_001, 5001), (3_125_000, 9985)])
+def test_a_long_epoch_does_not_make_the_first_evaluation_wait(settings, epoch, every):
+    assert resolve(settings(), epoch_steps=epoch, precision="no").eval_every == every
+    assert resolve(settings(eval_every=7), epoch_steps=epoch, precision="no").eval_every == 7

@@ -298,6 +298,37 @@ def test_checkpoints_take_a_twentieth_of_the_time_unless_more_are_asked_for(sett
     assert saved == [done for done in range(1, 20) if done % epoch == 0 or done % 7 == 0]
 
 
+def test_half_an_hour_is_the_most_that_is_unsaved(settings, monkeypatch):
+    """By a clock that a step moves by ten minutes, in epochs of two hours; also where a save takes two minutes, but not
+    where more would cost more than a twentieth, nor weights that are not finite."""
+    clock, saved, cost = [0.0], [], 0.0
+
+    def step(*arguments):
+        clock[0] += 600
+        return torch.zeros(())
+
+    def save(setup, learner, tokenizer, progress):
+        clock[0] += cost
+        saved.append(progress.step)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(training_step, "accumulate_gradients", step)
+    monkeypatch.setattr("mlm.training.checkpoint.save_checkpoint", save)
+    score_as(monkeypatch, repeat(1.0))
+    plain = settings(max_steps=24)
+    folder = run(plain)
+    assert json.loads((folder / "settings.json").read_text())["derived"]["steps_per_epoch"] == 12
+    assert saved == [3, 6, 9, 12, 15, 18, 21]
+    saved.clear()
+    cost = 120.0
+    run(plain)
+    assert saved == [3, 7, 11, 15, 19, 23]  # 40 minutes for 2
+    saved.clear()
+    monkeypatch.setattr("mlm.training.checkpoint.has_finite_weights", lambda bert: False)
+    run(plain)
+    assert saved == [12]
+
+
 def test_a_taken_name_is_refused_and_nothing_saved_is_touched(settings):
     folder = run(settings(run_name="mine", max_steps=1))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -167,6 +167,11 @@ def decode_lines(files: list[Path], setting: str) -> Iterator[str]:
                         f"{setting}: {path}, line {number} is not UTF-8; it looks like {encoding}. "
                         f"Save it as plain UTF-8 text{remedy}"
                     ) from error
+                if number == 1 and not raw.endswith(b"\n") and b"\r" in raw.strip():
+                    raise UserError(
+                        f"{setting}: {path} is one line, as its lines end in \\r alone, which is white space here. "
+                        f"Convert them, for example with tr '\\r' '\\n'"
+                    )
                 yield line.removesuffix("\n").removesuffix("\r")
 
 

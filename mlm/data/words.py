@@ -1,7 +1,8 @@
 """Words: where they start in the raw text, which are split into subwords, and new ones for the vocabulary."""
 
+import re
 from collections import Counter
-from itertools import chain, compress
+from itertools import chain, compress, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from mlm.data.text_files import read_lines
 from mlm.errors import UserError
 
 MANY_SUBWORDS = 3  # from here on a word is listed, as one that may be worth a token of its own
+PIECE_CHARACTERS = 1 << 20  # of a line that is longer
+BETWEEN_WORDS = re.compile("[ \t\r\u3000\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f]")  # and Chinese punctuation
 COUNTED_WORDS = 1 << 18  # of more distinct ones the rarer half is dropped, so that memory stays small
 
 
@@ -61,6 +64,29 @@ class TokenizedLines(NamedTuple):
 
 
 def tokenize(lines: list[str], encoders: Encoders, continues_word: np.ndarray, segmenter: Segmenter) -> TokenizedLines:
+    """Tokenizes lines as `_tokenize` does, a line that may be a book in pieces: a character takes hundreds of bytes."""
+    if max(map(len, lines), default=0) <= PIECE_CHARACTERS:
+        return _tokenize(lines, encoders, continues_word, segmenter)
+    pieces = [cut_text(line, PIECE_CHARACTERS) for line in lines]
+    tokenized = [_tokenize([piece], encoders, continues_word, segmenter) for piece in chain.from_iterable(pieces)]
+    tokens, lengths, starts_word = (np.concatenate(arrays) for arrays in list(zip(*tokenized, strict=True))[:3])
+    first_pieces = np.cumsum([0, *map(len, pieces)])[:-1]
+    segmented = [word for piece in tokenized for word in piece.segmented]
+    return TokenizedLines(tokens, np.add.reduceat(lengths, first_pieces), starts_word, segmented)
+
+
+def cut_text(line: str, limit: int) -> list[str]:
+    """Returns a line in pieces of hardly more than `limit` characters, which begin where the tokenizer cuts anyway."""
+    bounds = [0]
+    while bounds[-1] + limit < len(line):
+        cut = BETWEEN_WORDS.search(line, bounds[-1] + limit)
+        if not cut:
+            break
+        bounds.append(cut.start())
+    return [line[start:end] for start, end in pairwise([*bounds, len(line)])]
+
+
+def _tokenize(lines: list[str], encoders: Encoders, continues_word: np.ndarray, segmenter: Segmenter) -> TokenizedLines:
     """Tokenizes lines and finds where words start.
 
     Words are what the tokenizer's own pre-tokenizer cuts, at spaces and punctuation. Beside a Chinese character the

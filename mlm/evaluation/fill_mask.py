@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
-from mlm.data.chunks import Corpus
+from mlm.data.chunks import Corpus, cut_line
 from mlm.data.masking import BERT_RULE, content_keys, mask
 from mlm.evaluation.hidden_words import Guess, HiddenWord
 from mlm.storage import write_csv
 
 MOST_LINES = 100  # of predictions.csv
+MOST_CHARACTERS_OF_A_TOKEN = 100  # with the white space beside it: longer words are one [UNK] to BERT
 # Every chosen token becomes [MASK]: a reader would not see that one which stays as it is was chosen.
 ALL_BECOME_MASK = BERT_RULE._replace(mask_share=1.0, random_share=0.0)
 
@@ -48,19 +49,23 @@ def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTraine
 
 
 def save_predictions(path: Path, model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> None:
-    """Writes a CSV of the first test lines that fit a chunk."""
+    """Writes a CSV of the first test lines, or of the first chunk of those that are longer."""
     write_csv(path, ("src", "mask", "pred"), islice(predict(model, corpus, sen_max_length), MOST_LINES))
 
 
 def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iterator[dict[str, str]]:
-    """Yields each test line that fits a chunk: as it is, with the tokens hidden that evaluations hide, and with the
+    """Yields each test line, or its first chunk: as it is, with the tokens hidden that evaluations hide, and with the
     model's likeliest tokens in their places."""
     tokenizer, vocabulary, candidates = corpus.tokenizer, corpus.vocabulary, token_ids(corpus.tokenizer)
-    for line in corpus.text.test():
+    body_length = sen_max_length - 2  # without [CLS] and [SEP]
+    for whole_line in corpus.text.test():
+        line = whole_line[: MOST_CHARACTERS_OF_A_TOKEN * body_length]  # and not what may be a book
         encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens = np.array(encoded["input_ids"], dtype=np.int64)
-        if not 0 < len(tokens) <= sen_max_length - 2:  # without [CLS] and [SEP]
+        [first, *_] = cut_line(~vocabulary.continues_word[tokens], body_length) or [0]
+        if not first:
             continue
+        tokens, line = tokens[:first], line[: encoded["offset_mapping"][first - 1][1]] if first < len(tokens) else line
         lengths = np.array([len(tokens)])
         ids, masked, _ = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, ALL_BECOME_MASK)
         framed = np.concatenate([[vocabulary.cls_id], ids, [vocabulary.sep_id]])

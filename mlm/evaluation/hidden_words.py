@@ -49,12 +49,17 @@ def hide_words(
 
     They are chosen by counts of the training text, and by no model: content words that are often beside the same
     neighbour, as 'pressure' behind 'blood'. Where a text has too few of these, others fill up. The lines have at most
-    `max_tokens` tokens, beside [CLS] and [SEP].
+    `max_tokens` tokens, beside [CLS] and [SEP]; where all are longer than a person would read, they are cut.
     """
     bigrams = _Bigrams(train, vocabulary)
-    found: dict[str, tuple[float, HiddenWord]] = {}
+    short: list[str] = []
+    cut: list[str] = []
     for line in lines:
-        if len(line) > MAX_LINE_CHARACTERS or tokenizer.mask_token in line:
+        is_short = len(line) <= MAX_LINE_CHARACTERS
+        (short if is_short else cut).append(line if is_short else line[:MAX_LINE_CHARACTERS].rpartition(" ")[0])
+    found: dict[str, tuple[float, HiddenWord]] = {}
+    for line in short or cut:
+        if tokenizer.mask_token in line:
             continue
         encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, spans = np.array(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]

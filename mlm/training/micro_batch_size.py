@@ -77,7 +77,8 @@ def fit_memory(learner: Learner, config: Config) -> int:
 
 
 def _trial_chunks(number: int, vocabulary: Vocabulary, config: Config) -> Sequences:
-    """Returns chunks of the greatest length, with more masked tokens than chance will bring."""
+    """Returns chunks of the greatest length, with more masked tokens than chance brings in lines of three tokens or
+    more; of one token by itself all are masked."""
     lengths = np.full(number, config.sen_max_length - 2)  # without [CLS] and [SEP]
     ids = np.full(lengths.sum(), vocabulary.mask_id)
     share = min(1.0, max(0.25, 1.5 * config.mlm_probability))

@@ -223,3 +223,15 @@ def test_hashes_are_counted_as_numpy_counts_them():
     repeated = array("Q", np.concatenate([hashes, hashes[:300]]).tolist())
     assert np.array_equal(distinct(repeated), np.unique(hashes))
     assert len(distinct(array("Q"))) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "is_old"), [(b"a\rb\rc", True), (b"a\rb\r", True), (b"a\r", False), (b"a\rb\n", False)]
+)
+def test_a_file_whose_lines_end_in_carriage_returns_is_said_to_be_so(tmp_path, content, is_old):
+    (tmp_path / "train.txt").write_bytes(content)
+    if is_old:
+        with pytest.raises(UserError, match=r"train.txt is one line, as its lines end in \\r alone"):
+            list(read_lines([tmp_path / "train.txt"]))
+    else:
+        assert len(list(read_lines([tmp_path / "train.txt"]))) == 1

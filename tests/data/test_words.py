@@ -16,7 +16,7 @@ from data_process import prepare
 from mlm.data.chinese import HAN_CHARACTER, make_segmenter
 from mlm.data.chunks import take
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
-from mlm.data.words import WordCounts, add_words, make_encoders, read_words, tokenize
+from mlm.data.words import WordCounts, add_words, cut_text, make_encoders, read_words, tokenize
 from mlm.errors import UserError
 from mlm.training.checkpoint import save_model
 from model import load_model
@@ -212,6 +212,21 @@ def test_word_counts_stay_small_and_keep_the_frequent(monkeypatch):
         )
         assert len(counts.chinese) <= 191
     assert counts.chinese["常"] == 50
+
+
+@pytest.mark.parametrize("limit", [1, 10, 100])
+def test_a_line_in_pieces_is_the_same_tokens_and_words(tokenizer, monkeypatch, limit):
+    """Long lines of both languages between short ones; nothing but a space is where a piece ends."""
+    lines = make_lines(60)
+    lines = [*lines[:9], " ".join(lines[9:40]), "", lines[40], "\u3000".join(lines[41:]), "x" * 300]
+    rest = (make_encoders(tokenizer), read_vocabulary(tokenizer).continues_word, make_segmenter([]))
+    whole = tokenize(lines, *rest)
+    assert all("".join(cut_text(line, limit)) == line for line in lines)
+    assert max(len(cut_text(line, limit)) for line in lines) > 5
+    monkeypatch.setattr("mlm.data.words.PIECE_CHARACTERS", limit)
+    pieces = tokenize(lines, *rest)
+    assert np.array_equal(pieces.tokens, whole.tokens) and np.array_equal(pieces.lengths, whole.lengths)
+    assert (pieces.starts_word != whole.starts_word).mean() < 0.01  # the segmenter may see a word's context cut
 
 
 # ------------------------------------------------------------------------------------------------ added words

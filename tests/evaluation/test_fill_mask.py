@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from runs import run
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from mlm.data.chunks import Chunks
@@ -14,6 +15,7 @@ from mlm.data.masking import BERT_RULE, content_keys, mask
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
 from mlm.evaluation.fill_mask import guess, predict
 from mlm.evaluation.hidden_words import HIDDEN_WORDS, HiddenWord, hide_words
+from mlm.report.summary import read_summary
 
 
 @pytest.fixture
@@ -24,11 +26,32 @@ def predictions(whole):
 
 def test_predictions_are_of_test_lines_and_differ_from_them_at_masks_alone(whole, predictions):
     test_lines = (whole.parent.parent / "text" / "test.txt").read_text(encoding="utf-8").splitlines()
-    assert list(predictions[0]) == ["src", "mask", "pred"] and len(predictions) > 10
+    tokenizer = AutoTokenizer.from_pretrained(whole / "final")
+    assert list(predictions[0]) == ["src", "mask", "pred"]
+    assert len(predictions) == min(100, sum(bool(tokenizer.tokenize(line)) for line in test_lines))
     for row in predictions:
-        assert row["src"] in test_lines
+        [line] = [line for line in test_lines if line.startswith(row["src"])][:1]
+        assert row["src"] == line or len(tokenizer.tokenize(row["src"])) <= 30 < len(tokenizer.tokenize(line))
         kept = ".+".join(map(re.escape, row["mask"].split("[MASK]")))
         assert re.fullmatch(kept, row["src"]) and re.fullmatch(kept, row["pred"])
+
+
+def test_text_of_long_lines_alone_has_predictions_and_hidden_words(settings, text_folder):
+    """Of a line that is a page the first chunk is shown, and it ends where a word does."""
+    for split in ("train", "test"):
+        lines = (text_folder / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+        english = [line for line in lines if line.isascii()]
+        pages = [" ".join(english[start : start + 6]) for start in range(0, len(english) - 5, 6)]
+        (text_folder / f"{split}.txt").write_text("\n".join(pages), encoding="utf-8")
+        assert min(map(len, pages)) > 200
+    folder = run(settings(max_steps=2))
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(pages)
+    for row, page in zip(rows, pages, strict=True):
+        assert page.startswith(row["src"]) and (row["src"] == page or not page[len(row["src"])].isalnum())
+    guesses = read_summary(folder).guesses
+    assert guesses and all(len(guessed.line) <= 130 for guessed in guesses)
 
 
 def test_predictions_mask_the_tokens_that_an_evaluation_masks(whole, predictions):

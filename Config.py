@@ -81,9 +81,9 @@ class Config:
     path_model_save: str = "output"  # folder that receives one folder per run, and the cache of tokenized text
     run_name: str | None = None  # name of this run's folder; unset: date, time and model
     log_every: int = 50  # steps between lines in the log and in metrics.csv
-    eval_every: int | None = None  # steps between evaluations; unset: an epoch, or less than 10,000 steps
+    eval_every: int | None = None  # steps between evaluations; unset: an epoch, or at most 10,000 steps
     max_test_chunks: int | None = None  # size of the random sample of test chunks that an evaluation scores; unset: all
-    save_every: int | None = None  # steps between checkpoints, and epoch ends; unset: up to 5% of the time
+    save_every: int | None = None  # steps between checkpoints, and epoch ends; unset: those and half hours
     keep_checkpoints: int = 2  # number of checkpoints that stay on disk, the newest
     push_to_hub: str | None = None  # name on the Hugging Face Hub that the finished model is uploaded to, privately
     tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)

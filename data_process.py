@@ -38,8 +38,6 @@ def load_corpus(config: Config) -> Corpus:
     """Finds the text and the tokenizer, and cuts the text into chunks of tokens. Raises UserError where it cannot."""
     text = find_text(config)
     tokenizer = load_tokenizer(config, text.train, text.digest)
-    if config.evaluate_only:  # of the training text nothing is scored or shown
-        text = text._replace(train=text.test, digest=digest(text.digest, "the test text alone"))
     if config.automatic_words is None:
         words = read_words(config.add_words, "add_words")
     else:  # those of the text that are most often split into subwords
@@ -47,6 +45,8 @@ def load_corpus(config: Config) -> Corpus:
         words = [split.word for split in stats.split_words[: config.automatic_words]]
     added_words = add_words(tokenizer, words)
     vocabulary = read_vocabulary(tokenizer)
+    if config.evaluate_only:  # of the training text nothing is scored or shown
+        text = text._replace(train=text.test, digest=digest(text.digest, "the test text alone"))
     train, test, stats = prepare(config, text, tokenizer, vocabulary)
     return Corpus(text, tokenizer, added_words, vocabulary, train, test, stats)
 

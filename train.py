@@ -178,6 +178,7 @@ def fit(run: Run, progress: Progress) -> Ending:
     if not config.evaluate_only:
         run.stop.listen(speak=run.is_main)
     batches = prefetch(run, progress)
+    run.timings.begin_training()
     with steps_bar(plan.steps, progress.step, shown=run.is_main) as bar:
         while True:  # here `progress.step` steps are done
             # When due, and before the first step and after the last: how good is it on the test text?

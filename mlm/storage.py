@@ -160,6 +160,7 @@ def write_last_row(path: Path, columns: Sequence[str], row: Mapping[str, Any], i
             last = file.read().splitlines(keepends=True)[-1:]
             file.seek(end if is_new else end - len(b"".join(last)))
             file.write(text.getvalue().encode())
+            file.truncate()
     except OSError as error:
         raise UserError(f"path_model_save: cannot write {path}: {error.strerror}") from error
 

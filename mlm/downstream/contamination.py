@@ -24,7 +24,7 @@ def count_contaminated(model: str, task: Task) -> int | None:
         if config.demo or wants_wikitext(config):  # text that is made or fetched, which is not to be done for this
             return None
         text = find_text(config)
-        if text.digest != saved_run["derived"]["text_digest"]:  # another text lies there now
+        if text.digest != saved_run["text_digest"]:  # another text lies there now
             return None
         texts = [[" ".join(example.parts)] if task.kind == "entities" else example.parts for example in task.test]
         wanted = {_letters(part) for parts in texts for part in parts}

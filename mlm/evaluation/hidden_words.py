@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.chinese import HAN_CHARACTER
-from mlm.data.chunks import Chunks, chunk_bounds, take
+from mlm.data.chunks import Chunks, chunk_bounds, cut_line, take
 from mlm.data.tokenizer import Vocabulary
 
 HIDDEN_WORDS = 12  # in the report; the log shows the first few of them
@@ -55,14 +55,20 @@ def hide_words(
     short: list[str] = []
     cut: list[str] = []
     for line in lines:
-        is_short = len(line) <= MAX_LINE_CHARACTERS
-        (short if is_short else cut).append(line if is_short else line[:MAX_LINE_CHARACTERS].rpartition(" ")[0])
+        beginning = line[:MAX_LINE_CHARACTERS]
+        if beginning == line:
+            short.append(line)
+        else:  # without its last word, which may be half a one; Chinese has no spaces
+            cut.append(beginning.rpartition(" ")[0] or beginning)
     found: dict[str, tuple[float, HiddenWord]] = {}
     for line in short or cut:
         if tokenizer.mask_token in line:
             continue
         encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, spans = np.array(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]
+        if not short and len(ids) > LINE_TOKENS[-1]:
+            kept = cut_line(~vocabulary.continues_word[ids], LINE_TOKENS[-1])[0]
+            ids, spans, line = ids[:kept], spans[:kept], line[: spans[kept - 1][1]]
         if len(ids) not in LINE_TOKENS or len(ids) > max_tokens or vocabulary.unk_id in ids:
             continue
         associations = bigrams.associations(ids)

@@ -49,9 +49,9 @@ def record(figures: dict[str, float], progress: Progress, setup: Setup, accelera
         rows.append({"step": step, "epoch": setup.plan.epochs(step)})
     rows[-1] |= figures
     path = setup.folder / "metrics.csv"
-    if accelerator.is_main_process and path.exists():
+    if accelerator.is_main_process and path.exists() and path.stat().st_size:
         write_last_row(path, COLUMNS, rows[-1], is_new)
-    elif accelerator.is_main_process:  # somebody has removed it
+    elif accelerator.is_main_process:  # somebody has removed or emptied it
         write_csv(path, COLUMNS, rows)
     with optional("the tracker"):
         accelerator.log(figures, step=step)

@@ -154,7 +154,7 @@ def _compare(run: Summary, first: Summary) -> str:
         try:
             evaluation, step = load_evaluation(each.folder / SCORES)
         except (ValueError, OSError):
-            return f"Not comparable: {each.folder / SCORES} cannot be read."
+            return f"Not comparable: {each.folder / SCORES} cannot be read, or is another version's."
         if step != each.evaluations[-1]["step"]:
             return f"Not comparable: {each.folder / SCORES} is of step {step:,}, and metrics.csv ends elsewhere."
         evaluations.append(evaluation)

@@ -62,7 +62,8 @@ class Summary:
 def save_settings(setup: Setup) -> None:
     """Writes settings.json."""
     content = {"settings": asdict(setup.config), "derived": setup.derived, "versions": setup.versions}
-    write_json(setup.folder / "settings.json", content | {"command": setup.command})
+    known = {"command": setup.command, "text_digest": setup.recipe["text"]}  # by which downstream.py knows the text
+    write_json(setup.folder / "settings.json", content | known)
 
 
 def publish(
@@ -107,6 +108,7 @@ def read_summary(folder: Path) -> Summary:
         raise UserError(f"there is no folder {folder}")
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        settings.pop("text_digest", None)
         kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         metrics = read_csv(folder / "metrics.csv")
         rows = [{name: float(value) for name, value in row.items() if value} for row in metrics]

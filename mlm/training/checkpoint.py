@@ -53,12 +53,14 @@ def checkpoint_path(run: Path, step: int) -> Path:
 def save_if_due(run: Run, progress: Progress, ending: Ending | None) -> None:
     """Saves a checkpoint when the plan says so and it is affordable, and one where the run is stopped or given up."""
     setup, learner, timings = run.setup, run.learner, run.timings
+    if not run.is_main or timings.saved_step == progress.step:
+        return
     is_wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
     if ending is None and setup.plan.is_save_due(progress.step):
         is_wanted = bool(setup.plan.save_every) or timings.is_save_affordable()
     elif ending is None and not setup.plan.save_every and timings.is_save_overdue():
         is_wanted = has_finite_weights(learner.bert)
-    if not is_wanted or not run.is_main or timings.saved_step == progress.step:
+    if not is_wanted:
         return
     if is_found_by_trial(learner.accelerator, setup.config):
         progress.micro_batch_tokens = learner.micro_batcher.max_positions

@@ -61,7 +61,7 @@ class Plan:
     warmup_steps: int
     peak_learning_rate: float
     evaluate_every: int  # steps
-    save_every: int | None  # steps; None: at the ends of epochs alone, as long as that costs little
+    save_every: int | None  # steps; None: at the ends of epochs, and by the clock, as long as that costs little
     test_chunks: int  # that the first and the last evaluation score
     tokens_per_step: int  # on average
     positions_per_step: int  # on average, with [CLS] and [SEP]

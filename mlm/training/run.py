@@ -73,7 +73,6 @@ def derive_numbers(accelerator: Accelerator, bert: BertForMaskedLM, corpus: Corp
         "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
         "parameters": sum(parameter.numel() for parameter in bert.parameters()),
         "added_words": len(corpus.added_words),
-        "text_digest": corpus.text.digest,
         "chunks": len(corpus.train),
         "steps_per_epoch": plan.steps_per_epoch,
         "tokens_per_step": plan.tokens_per_step,

@@ -23,6 +23,10 @@ class Timings:
     saved_step: int | None = None  # or the one that the run was resumed from
 
     def __init__(self):
+        self.begin_training()
+
+    def begin_training(self) -> None:
+        """Notes that nothing is unsaved yet."""
         self._saved_at = time.perf_counter()
 
     @contextmanager

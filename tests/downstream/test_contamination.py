@@ -13,8 +13,8 @@ def test_test_texts_in_the_pre_training_text_of_a_run_are_counted(tmp_path, sett
     output = tmp_path / "output" / "mine"
     output.mkdir(parents=True)
     recorded = {"path_datasets": str(text_folder), "path_model_save": str(tmp_path / "output"), "removed_setting": 1}
-    derived = {"text_digest": find_text(settings()).digest}
-    output.joinpath("settings.json").write_text(json.dumps({"settings": recorded, "derived": derived}))
+    text_digest = find_text(settings()).digest
+    output.joinpath("settings.json").write_text(json.dumps({"settings": recorded, "text_digest": text_digest}))
     examples = [Example((text,), ("x",)) for text in ("the patient took metformin", "A third", "a third one", "new")]
     task = Task("t", "text", ["x"], [], [], examples, [])
     assert count_contaminated(str(output / "final"), task) == 2

@@ -53,6 +53,17 @@ def test_text_of_long_lines_alone_has_predictions_and_hidden_words(settings, tex
     assert guesses and all(len(guessed.line) <= 130 for guessed in guesses)
 
 
+def test_long_lines_without_spaces_have_hidden_words(tmp_path):
+    lines = ["".join(line for line in make_lines(60) if not line.isascii())[40 * number :][:300] for number in range(8)]
+    tokenizer = learn_tokenizer(lambda: iter(lines), 300)
+    vocabulary = read_vocabulary(tokenizer)
+    encoded = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+    chunks = Chunks(np.concatenate(encoded).astype(np.uint16), np.cumsum([0, *map(len, encoded)]), np.arange(8))
+    hidden = hide_words(lines, chunks, tokenizer, vocabulary)
+    assert hidden and all(len(tokenizer.tokenize(line)) <= 40 for line, _ in hidden)
+    assert all(any(line.replace("[MASK]", word) in each for each in lines) for line, word in hidden)
+
+
 def test_predictions_mask_the_tokens_that_an_evaluation_masks(whole, predictions):
     tokenizer = AutoTokenizer.from_pretrained(whole / "final")
     vocabulary = read_vocabulary(tokenizer)

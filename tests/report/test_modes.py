@@ -83,6 +83,7 @@ def test_evaluate_only_scores_any_checkpoint_on_any_text_and_trains_nothing(sett
     (tmp_path / "other").mkdir()
     test = (tmp_path / "text" / "test.txt").read_text(encoding="utf-8")
     (tmp_path / "other" / "test.txt").write_text(test, encoding="utf-8")
+    (tmp_path / "other" / "train.txt").write_bytes(b"\xff is no text, and nobody tokenizes it")
     start = str(trained / "final")
     only = {"initial_pretrain_model": start, "initial_pretrain_tokenizer": start, "evaluate_only": True}
     capsys.readouterr()

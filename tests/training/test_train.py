@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict
 from itertools import pairwise, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,10 @@ from mlm.data.tokenizer import load_tokenizer, read_vocabulary
 from mlm.errors import UserError
 from mlm.storage import lock
 from mlm.training import step as training_step
+from mlm.training.checkpoint import save_if_due
 from mlm.training.plan import learning_rate_at
+from mlm.training.progress import Progress
+from mlm.training.timing import Timings
 from model import Dropout, load_model
 
 
@@ -296,6 +300,17 @@ def test_checkpoints_take_a_twentieth_of_the_time_unless_more_are_asked_for(sett
     saved.clear()
     run(settings(batch_size=64, max_steps=20, save_every=7))
     assert saved == [done for done in range(1, 20) if done % epoch == 0 or done % 7 == 0]
+
+
+def test_only_the_rank_that_saves_looks_whether_it_is_time(settings, monkeypatch):
+    """A look at every weight at every step would cost the others, and so all of them, much."""
+    monkeypatch.setattr("mlm.training.timing.LONGEST_UNSAVED_S", 0.0)
+    monkeypatch.setattr("mlm.training.checkpoint.has_finite_weights", lambda bert: pytest.fail("looked"))
+    timings = Timings()
+    timings.begin_training()
+    plan = SimpleNamespace(is_save_due=lambda step: False, save_every=None)
+    run = SimpleNamespace(setup=SimpleNamespace(plan=plan), learner=None, timings=timings, is_main=False)
+    save_if_due(run, Progress(step=3), None)
 
 
 def test_half_an_hour_is_the_most_that_is_unsaved(settings, monkeypatch):

@@ -85,7 +85,7 @@ class Config:
     max_test_chunks: int | None = None  # size of the random sample of test chunks that an evaluation scores; unset: all
     save_every: int | None = None  # steps between checkpoints, and epoch ends; unset: those and half hours
     keep_checkpoints: int = 2  # number of checkpoints that stay on disk, the newest
-    push_to_hub: str | None = None  # name on the Hugging Face Hub that the finished model is uploaded to, privately
+    push_to_hub: str | None = None  # name on the Hugging Face Hub for the finished model, private if it is new there
     tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
 
     # --- mode
@@ -266,6 +266,11 @@ def demo_config() -> Config:
         hidden_dropout=0.0,  # a model this small, this briefly trained, does not overfit
         num_epochs=8,
     )
+
+
+def defaults_of(config: Config) -> Config:
+    """Returns the settings that hold where nothing but `--demo`, if that is set, is given."""
+    return replace(demo_config(), demo=False) if config.demo else Config()
 
 
 def parse_flags(arguments: list[str] | None = None) -> Config:

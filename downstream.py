@@ -144,7 +144,7 @@ def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
 
     # The first seed tries every learning rate, and dev chooses one for each model.
     if size != "all" and len(sample_per_class(comparison.task, size, config.seed)) == len(comparison.task.train):
-        say(f"note: no class has more than {size} training texts, so these are all")
+        say(f"note: {size} per class are all the training texts")
     first = [Trial(name, size, config.seed, rate) for name in config.models for rate in config.learning_rates]
     tried = trials.run(comparison, first, fine_tune_once, results.say_result)
     chosen = {name: choose_rate(name, config.learning_rates, of_rates) for name, of_rates in tried.items()}

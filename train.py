@@ -2,7 +2,7 @@
 
 import signal
 
-from Config import Config, parse_flags
+from Config import Config, defaults_of, parse_flags
 from mlm.errors import UserError, optional, plain_errors
 from mlm.runtime import hardware, hub
 
@@ -100,7 +100,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
         say("Settings and text are in order.")
         return None
 
-    command = repeat_command("train.py", given, Config(), without=("resume", "run_name", "dry_run"))
+    command = repeat_command("train.py", given, defaults_of(given), without=("resume", "run_name", "dry_run"))
     setup = Setup(config, plan, folder, resumed, recipe, derived, library_versions(), command)
     return Run(setup, corpus, make_learner(config, bert, corpus, accelerator), timings)
 

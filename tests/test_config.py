@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from Config import Config, DownstreamConfig, parse_flags
+from Config import Config, DownstreamConfig, defaults_of, parse_flags
 from mlm.errors import UserError
+from mlm.settings import repeat_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,3 +179,14 @@ if __name__ == "__main__":
     tables = iter([settings_table(Config), settings_table(DownstreamConfig)])
     page = TABLE.sub(lambda _: next(tables), SETTINGS_PAGE.read_text(encoding="utf-8"))
     SETTINGS_PAGE.write_text(page, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--num_epochs", "3"], ["--hidden_dropout", "0.2", "--initial_pretrain_model", "scratch:mini"]]
+)
+@pytest.mark.parametrize("mode", [[], ["--demo"]])
+def test_the_command_that_repeats_a_run_means_the_same_settings(mode, flags):
+    """Also with --demo, beside which other defaults hold."""
+    given = parse_flags([*mode, *flags])
+    command = shlex.split(repeat_command("train.py", given, defaults_of(given), without=()))
+    assert command[:2] == ["python", "train.py"] and parse_flags(command[2:]) == given

@@ -60,7 +60,8 @@ def find_text(config: Config) -> Text:
     if folder.is_file():
         raise UserError(f"path_datasets: {folder} is a file; give the folder, and name the file train.txt")
     if not train:
-        raise UserError(f"path_datasets: no train*.txt in {folder}; put your text there, one example per line")
+        name = "test*.txt" if config.evaluate_only else "train*.txt"
+        raise UserError(f"path_datasets: no {name} in {folder}; put your text there, one example per line")
     digests = [[_file_digest(path) for path in paths] for paths in (train, test)]
     if test:
         return Text(partial(read_lines, train), partial(read_lines, test), digest(digests))

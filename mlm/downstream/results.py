@@ -99,7 +99,7 @@ def describe_outcome(outcome: Outcome) -> str:
     label, baseline = score_majority_baseline(outcome.task)
     if baseline:
         rows.append([f"(always {label})", *map(_percent, baseline.values())])
-        failed = (outcome.scores["accuracy"] <= baseline["accuracy"] + 1e-9).sum(1)
+        failed = (outcome.scores[outcome.metric] <= baseline[outcome.metric] + 1e-9).sum(1)
     return _render(
         "outcome.txt",
         size=describe_size(outcome.size),
@@ -151,7 +151,7 @@ def describe_general_perplexity(perplexities: Perplexities, text: str | None, nu
         if scores:
             rows.append([name, figure(scores["perplexity"]), f"{scores['nats_per_character']:.3f}"])
         else:
-            rows.append([name, "", "", "no masked-language-model head"])
+            rows.append([name, "", "", "not measured: no masked-language-model head, or not as many rows as tokens"])
     closing = "(Perplexities compare between models with the same tokenizer; else compare nats.)"
     return "\n".join([f"\n{text}, {num_lines:,} line(s), masked as in train.py", table(rows, "<>><"), closing])
 

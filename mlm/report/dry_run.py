@@ -142,7 +142,9 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
     config, stats = run.setup.config, run.corpus.stats
     warnings = text_warnings(stats, config.initial_pretrain_tokenizer, only_test=False)
     if estimate.disk_bytes + estimate.saving_bytes > estimate.free_bytes:
-        warnings.insert(0, "warning: the disk is too small for that; a lower --keep_checkpoints needs less")
+        fewer = min(estimate.left.checkpoints, config.keep_checkpoints) > 1
+        remedy = "; a lower --keep_checkpoints needs less" if fewer else ""
+        warnings.insert(0, f"warning: the disk is too small for that{remedy}")
     return render(
         "dry_run.txt",
         run=run,

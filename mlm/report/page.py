@@ -1,5 +1,6 @@
 """The page that says whether a run worked, in one file: report.html; and the one that sets several side by side."""
 
+import math
 from pathlib import Path
 
 from mlm.data.text_stats import histogram, text_warnings, used_splits
@@ -164,4 +165,6 @@ def _compare(run: Summary, first: Summary) -> str:
         change = compare(evaluations[0], evaluations[1])
     except ValueError:
         return "Not comparable: another test text, tokenizer or sen_max_length."
+    if not math.isfinite(evaluations[0].loss):
+        return "Not comparable: the test loss of the first run is not finite."
     return describe_change(change.loss, change.low, change.high, "is lower", "is higher")

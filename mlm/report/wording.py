@@ -24,7 +24,9 @@ def describe_change(loss: float, low: float, high: float, fell: str, rose: str) 
     if not math.isfinite(loss):
         return "Worse: the test loss is not finite; training diverged."
     if not math.isfinite(low):
-        return "Cannot tell: one line of test text gives no standard error; test on more lines."
+        return (
+            "Cannot tell: the chunks that were scored are of one line, which gives no standard error; score more text."
+        )
     if low == high == 0:
         return "Equal: the loss is the same on every chunk of the test text."
     unit = "nats per masked token (95% interval"
@@ -55,6 +57,8 @@ def trend(summary: Summary) -> str:
         interval = f"(95% interval {-high:.3f} to {-low:.3f})"
         return f"It still fell, by {-change:.3f} since step {best} {interval}: more epochs may lower it further."
     if low > -SAMPLE_ERROR:
+        if last["step"] - last["best_step"] < summary.settings["eval_every"] / 2:
+            return ""  # too few steps to tell
         return f"It no longer fell since step {best} {interval}: more epochs on this text will hardly help."
     return f"Cannot tell whether it still falls: since step {best} it changed by {change:+.3f} {interval}."
 
@@ -63,8 +67,8 @@ def notes(summary: Summary) -> list[str]:
     """Returns what else to know of the scores: the trend of the loss, and whether word frequencies do as well."""
     unigram, last = summary.text.unigram_perplexity, summary.evaluations[-1]
     found = [trend(summary)] if trend(summary) else []
-    upper = last["perplexity"] + 1.96 * last["perplexity_se"]  # of its 95% interval
-    if not summary.settings["evaluate_only"] and not upper < unigram:
+    error = last["perplexity_se"] if math.isfinite(last["perplexity_se"]) else 0.0
+    if summary.has_trained and not last["perplexity"] + 1.96 * error < unigram:  # the end of its 95% interval
         found.append(
             f"Word frequencies alone would reach a perplexity of {figure(unigram)}: it has hardly learned yet what "
             "words tell of each other, and needs more steps or another learning rate."

@@ -62,6 +62,8 @@ def locate(
             "spelling, or run `hf auth login` if it is private"
         )
     unreachable = f"{setting}: {name} is no folder and not in the local cache, and the Hub ({hub}) cannot be reached."
+    if setting == WIKITEXT["setting"]:
+        raise UserError(f"{unreachable} Put text of your own into data/train.txt, or look at --demo")
     if setting == "models":
         raise UserError(f"{unreachable} Name a local folder, or a mirror by HF_ENDPOINT=https://your.mirror")
     raise UserError(f"{unreachable} Ways out:\n{WAYS_OUT}")

@@ -34,6 +34,27 @@ def test_models_that_learned_nothing_are_named(tmp_path, compare, monkeypatch, c
     assert row[2] == "66.7"  # accuracy: two thirds of the test texts
 
 
+def test_whether_a_model_learned_is_asked_of_the_metric_that_was_chosen(tmp_path, compare, monkeypatch, capsys):
+    """One that finds all of a rare class, and calls as many others it, is no more accurate than the majority label."""
+    rows = [(text, "no" if n % 4 else "yes") for n, (text, _) in enumerate(make_rows(120, 6))]
+    model, task = save_model(tmp_path / "seeing"), write_rows(tmp_path / "task.tsv", rows)
+
+    def half_right(comparison, trial):
+        labels = [example.labels[0] for example in comparison.task.test]
+        rare, swapped = labels.count("yes"), 0
+        for place, label in enumerate(labels):
+            if label == "no" and swapped < rare:
+                labels[place], swapped = "yes", swapped + 1
+        predictions = [comparison.task.classes.index(label) for label in labels]
+        return Result(trial, dev_score=0.5, predictions=predictions, seconds=1.0, best_step=1)
+
+    monkeypatch.setattr(downstream, "fine_tune_once", half_right)
+    compare(task, model, num_seeds=3, learning_rates=(1e-5,), metric="macro_f1")
+    assert "did not learn" not in capsys.readouterr().out
+    compare(task, model, num_seeds=3, learning_rates=(1e-5,), metric="accuracy")
+    assert "3 of 3 seed(s) of seeing did not learn" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_terminal_that_lacks_characters_shows_their_numbers(tmp_path):
     model = save_model(tmp_path / "model")

@@ -37,7 +37,9 @@ def test_the_card_says_what_was_done(finished):
     text = make_card(short, []).text
     assert f"On masked tokens of 9 of {finished.text.test.chunks} chunks" in text
     assert f"Trained on 12.5% of the chunks of {finished.text.train.lines} lines" in text
-    assert "steps (3 of them skipped" in text
+    assert "steps (3 of them skipped, as their loss or gradient was not finite) of 16 chunks" in text
+    many = dataclasses.replace(finished, settings=finished.settings | {"batch_size": 10**6})
+    assert f"steps of {finished.text.train.chunks} chunks" in make_card(many, []).text
     whole = dataclasses.replace(finished, rows=[*finished.rows[:-1], last | {"epoch": 2.5}])
     assert "Trained for 2.5 epochs of" in make_card(whole, []).text and "skipped" not in make_card(whole, []).text
     assert "A BERT trained from random weights on text" in card_of_base_model(finished, "scratch:tiny").text

@@ -196,6 +196,15 @@ def test_what_is_compared_is_of_the_step_that_is_shown(four_runs):
     assert f"{four_runs[3] / SCORES} cannot be read" in page
 
 
+def test_a_first_run_that_diverged_makes_no_other_worse(four_runs):
+    scores, step = load_evaluation(four_runs[0] / SCORES)
+    save_evaluation(four_runs[0] / SCORES, scores._replace(losses=scores.losses * np.nan), step)
+    page = render_runs([read_summary(folder) for folder in four_runs[:2]])
+    assert "the test loss of the first run is not finite" in page and "Worse" not in page
+    page = render_runs([read_summary(folder) for folder in four_runs[1::-1]])
+    assert "Worse:</strong> the test loss is not finite" in page
+
+
 def test_runs_of_one_name_are_told_apart(four_runs, tmp_path):
     twin = tmp_path / "elsewhere" / "a"
     shutil.copytree(four_runs[1], twin)

@@ -44,7 +44,7 @@ def test_a_verdict_has_the_change_and_its_interval(finished):
     ("figures", "word"),
     [
         ({"change": math.nan, "change_low": math.nan, "change_high": math.nan, "perplexity": math.nan}, "not finite"),
-        ({"change": -1.0, "change_low": -math.inf, "change_high": math.inf, "perplexity_se": math.inf}, "one line"),
+        ({"change": -1.0, "change_low": -math.inf, "change_high": math.inf, "perplexity_se": math.inf}, "of one line"),
         ({"change": -900.0, "change_low": -1e6, "change_high": 1e6}, "Cannot tell"),  # wider than a float's exp
     ],
     ids=["diverged", "one line of test text", "a wide interval"],
@@ -66,6 +66,10 @@ def test_a_model_no_better_than_word_frequencies_is_said_to_be_so(finished):
     for perplexity, error, is_said in ((2.0, 0.0, True), (0.9, 0.1, True), (0.5, 0.1, False)):
         summary = changed(finished, perplexity=perplexity * unigram, perplexity_se=error * unigram)
         assert ("Word frequencies alone" in render_run(summary)) == is_said
+        without_error = changed(finished, perplexity=perplexity * unigram, perplexity_se=math.inf)
+        assert ("Word frequencies alone" in render_run(without_error)) == (perplexity > 1)
+    untrained = dataclasses.replace(finished, rows=finished.rows[:1])
+    assert untrained.evaluations[0]["perplexity"] > unigram and "Word frequencies alone" not in render_run(untrained)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +92,13 @@ def test_the_trend_follows_the_interval_of_the_change_since_the_best(finished, c
     assert trend(changed(finished, **figures)).startswith(said)
     baseline = finished.evaluations[0]
     assert trend(dataclasses.replace(finished, rows=[baseline])) == ""
+
+
+def test_a_last_evaluation_just_behind_the_best_does_not_say_that_nothing_falls(finished):
+    last, every = finished.evaluations[-1]["step"], finished.settings["eval_every"]
+    figures = {"trend": 0.0, "trend_low": -0.005, "trend_high": 0.005}
+    assert trend(changed(finished, **figures, best_step=last - every)).startswith("It no longer fell")
+    assert trend(changed(finished, **figures, best_step=last - 1)) == ""
 
 
 @pytest.mark.parametrize(("fall", "sample"), [(0.002, 256), (0.02, 256), (0.0, 256), (0.0, 4000)])

@@ -13,6 +13,7 @@ from mlm.evaluation.loss import Evaluation, save_evaluation
 from mlm.storage import atomic_write, read_csv, write_json
 from mlm.training.progress import Progress
 from mlm.training.run import Ending, Setup
+from mlm.training.run_folder import is_at_work
 
 SCORES = "test_scores.safetensors"  # the last evaluation, to compare runs by
 KEPT = ("state", "text", "skipped_steps", "guesses")  # in summary.json: what settings.json and metrics.csv do not hold
@@ -112,6 +113,8 @@ def read_summary(folder: Path) -> Summary:
         kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         metrics = read_csv(folder / "metrics.csv")
         rows = [{name: float(value) for name, value in row.items() if value} for row in metrics]
+        if kept["state"] == "running" and not is_at_work(folder):
+            kept["state"] = Ending.INTERRUPTED.name.lower()
         kept["text"] = TextStats.from_dict(kept["text"])
         kept["guesses"] = [
             GuessedWord(line, word, *([Guess(*guess) for guess in guesses] for guesses in both))

@@ -48,7 +48,7 @@ def _claim(config: Config, held: ExitStack) -> tuple[Path, bool]:
         if config.check_only:
             break
         try:
-            held.enter_context(lock(folder.parent / ".cache" / f"{folder.name}.lock", timeout_s=0))
+            held.enter_context(lock(_lock_of(folder), timeout_s=0))
         except Timeout as error:
             if config.resume or config.run_name:
                 raise UserError(f"run_name: another process is at work in {folder}") from error
@@ -62,6 +62,21 @@ def _claim(config: Config, held: ExitStack) -> tuple[Path, bool]:
             return folder, True
         break
     return folder, False
+
+
+def _lock_of(folder):
+    return folder.parent / ".cache" / f"{folder.name}.lock"
+
+
+def is_at_work(folder: Path) -> bool:
+    """Whether a process of this machine is at work in the folder of a run."""
+    if not _lock_of(folder).exists():
+        return False
+    try:
+        with lock(_lock_of(folder), timeout_s=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _free_names(config: Config) -> Iterator[Path]:

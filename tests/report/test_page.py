@@ -20,6 +20,7 @@ from mlm.report import __main__ as program
 from mlm.report.page import redraw, render_run, render_runs
 from mlm.report.summary import SCORES, GuessedWord, read_summary
 from mlm.report.wording import verdict
+from mlm.storage import lock
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 VOID = {"meta", "br", "link", "img"}
@@ -244,6 +245,20 @@ def test_a_folder_that_is_no_runs_is_said_plainly(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["report"])
     with pytest.raises(UserError, match="name one run's folder or up to 4"):
         program.main()
+
+
+def test_a_run_that_was_killed_is_not_said_to_be_running(finished, tmp_path):
+    folder = tmp_path / "killed"
+    shutil.copytree(finished.folder, folder)
+    written = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(written | {"state": "running"}))
+    page = render_run(read_summary(folder))
+    assert "interrupted: no process of this machine is at work on it" in page and "refresh" not in page
+    assert not (tmp_path / ".cache").exists()  # to ask changes nothing
+    with lock(tmp_path / ".cache" / "killed.lock"):
+        page = render_run(read_summary(folder))
+        assert "running: step" in page and "refresh" in page
+    assert read_summary(folder).state == "interrupted"
 
 
 def test_results_on_tasks_and_general_text_are_shown(finished, tmp_path, monkeypatch):

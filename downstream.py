@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 from accelerate import Accelerator
@@ -41,7 +40,7 @@ from mlm.report.page import redraw
 from mlm.runtime.distributed import make_accelerator, quiet_libraries
 from mlm.runtime.signals import StopRequest
 from mlm.storage import digest, lock, make_folder, write_json
-from mlm.terminal import say
+from mlm.terminal import prepare_output, say
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
 from mlm.training.step import has_finite_weights
 from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_model
@@ -263,9 +262,7 @@ def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str
 
 def main(config: DownstreamConfig) -> None:
     """Raises UserError for what the user can put right; Ctrl-C ends with status 130 and loses no finished trial."""
-    cast(Any, sys.stdout).reconfigure(line_buffering=True)  # a log file shows each line at once
-    if sys.stdout.encoding.lower() != "utf-8":  # labels may be in any script
-        cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
+    prepare_output()
     quiet_libraries()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -4,6 +4,7 @@ The starting model is loaded as BertForMaskedLM; for downstream.py also as a cla
 """
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -191,6 +192,9 @@ def _config_of_size(size, vocabulary_size, pad_id):
 def _pretrained_bert(name):
     """Returns the model in a folder or on the Hub, and a warning where its masked-token head is new."""
     model, missing = _load_weights(BertForMaskedLM, name, "initial_pretrain_model")
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"initial_pretrain_model: {name} has weights that are not finite, in {key}")
     warnings = []
     if any(key.startswith("cls.predictions") for key in missing):
         warnings.append(
@@ -237,16 +241,22 @@ def load_bert_config(name: str, setting: str) -> BertConfig:
 
 
 def _load_weights(kind, name, setting, **options):
-    """Returns a model of a class in float32, whatever it was saved in, and the names of weights that the file lacks.
+    """Returns a model of a class in float32, whatever it was saved in, and the names of weights that the file lacks:
+    of a head or the pooler, which are then new. Raises UserError where it lacks others.
 
     The weights are copied out of the file that they are views of: matrix products round by the alignment of their
     inputs, which is arbitrary in the file, so that a resumed run would drift from the uninterrupted one.
     """
     options |= {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
     model, loading = _load(kind, name, setting, **options)
+    missing, unused = loading["missing_keys"], sorted(loading["unexpected_keys"])
+    lacking = sorted(key for key in missing if not re.search(r"^(cls|classifier|(bert\.)?pooler)\.", key))
+    if lacking:
+        others = f"; it has others, such as {unused[0]}" if unused else ""
+        raise UserError(f"{setting}: {name} lacks {len(lacking):,} of BERT's weights, such as {lacking[0]}{others}")
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return model, loading["missing_keys"]
+    return model, missing
 
 
 def _load(kind, name, setting, **options):
@@ -278,11 +288,7 @@ def load_encoder(name: str) -> BertModel:
     where it is no BERT, or lacks other weights."""
     load_bert_config(name, "models")
     torch.manual_seed(0)
-    encoder, missing = _load_weights(BertModel, name, "models")
-    lacking = sorted(key for key in missing if not key.startswith("pooler"))
-    if lacking:
-        raise UserError(f"models: {name} lacks {len(lacking):,} of BERT's weights, such as {lacking[0]}")
-    return encoder
+    return _load_weights(BertModel, name, "models")[0]
 
 
 def load_classifier(name: str, classes: int, seed: int, of_words: bool) -> Classifier:

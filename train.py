@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -35,7 +35,7 @@ from mlm.runtime import distributed
 from mlm.runtime.signals import Stopped, translate_failures
 from mlm.settings import repeat_command
 from mlm.storage import atomic_write, write_csv
-from mlm.terminal import say, steps_bar
+from mlm.terminal import prepare_output, say, steps_bar
 from mlm.training import checkpoint, micro_batch_size, step
 from mlm.training.plan import make_plan, middle_sample, resolve
 from mlm.training.progress import Progress, SinceLastLog
@@ -334,7 +334,7 @@ def publish(run: Run, progress: Progress, ending: Ending | None = None) -> summa
 
 def main(config: Config) -> None:
     """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError; SystemExit on a signal."""
-    cast(Any, sys.stdout).reconfigure(line_buffering=True)  # a log file shows each line at once
+    prepare_output()
     distributed.quiet_libraries()
     with translate_failures(config):
         tracker = "none" if config.dry_run or config.evaluate_only else config.tracker

@@ -23,6 +23,13 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
+def prepare_output() -> None:
+    """Has a log file show each line at once, and a terminal that lacks a character its number; a notebook does both."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        is_unicode = sys.stdout.encoding.lower() == "utf-8"
+        sys.stdout.reconfigure(line_buffering=True, errors=sys.stdout.errors if is_unicode else "backslashreplace")
+
+
 def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:
     """Returns a bar that is shown after one second, and cleared at the end.
 

@@ -1,14 +1,18 @@
 """What a run does beside training: a dry run, an evaluation alone, and what it tells trackers."""
 
 import gzip
+import io
+import os
 import re
+import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from accelerate import Accelerator
-from runs import contents, metrics, run, stop_at
+from runs import ROOT, contents, folder_of, metrics, run, stop_at
 
 import train
 from mlm import terminal
@@ -16,6 +20,7 @@ from mlm.data import text_files
 from mlm.errors import UserError
 from mlm.report import dry_run, trackers
 from mlm.runtime import hub
+from mlm.terminal import prepare_output, say
 from mlm.training import checkpoint
 
 
@@ -214,3 +219,22 @@ def test_reading_is_counted_by_bytes_of_the_file(tmp_path, monkeypatch):
         size = (tmp_path / name).stat().st_size
         assert {total for total, _ in seen} == {size} and seen[-1][1] == size  # from 0, as nothing moves the bar here
         seen.clear()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_lacks_characters_shows_their_numbers(settings):
+    """A run whose screen has a plus-minus sign and Chinese words does not end at the first of them."""
+    given = asdict(settings(max_steps=2, run_name="ascii"))
+    flags = [f"--{name}={value}" for name, value in given.items() if value not in (None, "", False, True)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "train.py", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=100)
+    assert result.returncode == 0, result.stderr.decode()
+    assert rb"\xb1" in result.stdout and (folder_of(settings(run_name="ascii")) / "final").exists()
+
+
+def test_output_that_is_no_file_as_a_notebooks_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    prepare_output()
+    say("±")
+    assert sys.stdout.getvalue() == "±\n"

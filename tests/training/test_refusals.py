@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from runs import checkpoint, checkpoints, contents, folder_of, run, stop_at
+from safetensors.torch import load_file, save_file
 
 import train
 from mlm.data.tokenizer import learn_tokenizer
@@ -159,3 +160,41 @@ def test_a_run_at_work_is_not_resumed_by_another_process(stopped):
     folder = Path(stopped().path_model_save)
     with lock(folder / ".cache" / "a.lock"), pytest.raises(UserError, match="another process is at work"):
         train.main(stopped(resume=True))
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (
+            lambda key: f"module.{key}",
+            r"lacks \d+ of .*, such as bert\.\S+; it has others, such as module\.",
+        ),
+        (
+            lambda key: key.replace("attention.self.query", "attention.self.Wq"),
+            r"lacks 4 .*query.*such as .*Wq",
+        ),
+        (lambda key: key.replace("layer.0", "layer.7"), r"lacks 16 .*layer\.0"),
+        (lambda key: None if "word_embeddings" in key or "decoder" in key else key, r"lacks .*word_embeddings"),
+    ],
+    ids=["module", "Wq", "layer", "embeddings"],
+)
+def test_an_encoder_whose_weights_are_not_all_in_the_file_is_refused(settings, tmp_path, rename, said):
+    """It would be trained from random weights without a word."""
+    start = run(settings(run_name="start", max_steps=1)) / "final"
+    kept = {rename(key): tensor for key, tensor in load_file(start / "model.safetensors").items() if rename(key)}
+    save_file(kept, start / "model.safetensors", metadata={"format": "pt"})
+    config = settings(initial_pretrain_model=str(start), initial_pretrain_tokenizer=str(start))
+    with pytest.raises(UserError, match=f"initial_pretrain_model: .*{said}"):
+        train.main(config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("mode", ["evaluate_only", "dry_run", "check_only"])
+def test_weights_that_are_not_finite_are_refused(settings, value, mode):
+    start = run(settings(run_name="start", max_steps=1)) / "final"
+    weights = load_file(start / "model.safetensors")
+    weights["bert.encoder.layer.0.output.dense.weight"][1, 2] = value
+    save_file(weights, start / "model.safetensors", metadata={"format": "pt"})
+    names = {"initial_pretrain_model": str(start), "initial_pretrain_tokenizer": str(start)}
+    with pytest.raises(UserError, match=r"not finite, in bert\.encoder\.layer\.0\.output\.dense\.weight"):
+        train.main(settings(**names, **{mode: True}))

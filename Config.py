@@ -257,7 +257,7 @@ def _wrong_in_comparison(config: DownstreamConfig) -> Iterator[str]:
 
 
 def demo_config() -> Config:
-    """Returns the settings of `--demo`: a small BERT, trained from scratch in under three minutes on two CPU cores."""
+    """Returns the settings of `--demo`: a small BERT, trained from scratch in minutes on two CPU cores."""
     return replace(
         Config(),
         demo=True,

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from mlm.data.text_files import find_text
+from mlm.downstream import contamination
 from mlm.downstream.contamination import count_contaminated
 from mlm.downstream.task import Task
 from mlm.downstream.task_files import Example
@@ -23,11 +26,20 @@ def test_test_texts_in_the_pre_training_text_of_a_run_are_counted(tmp_path, sett
     words = task._replace(kind="entities", test=[Example(("another", "line", "."), ("O", "O", "O"))])
     assert count_contaminated(str(output / "final"), words) == 1
     assert count_contaminated(str(tmp_path), task) is None
+    reads = []
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(contamination, "find_text", lambda config: reads.append(config) or find_text(config))
+        for part in ("final", "best", "final"):
+            assert count_contaminated(str(output / part), task._replace(test=examples[:1])) == 1
+    assert len(reads) == 1  # once for all models of a run
+    contamination._find_in_training_text.cache_clear()
     with text_folder.joinpath("train.txt").open("a") as file:  # no longer the text that it was trained on
         file.write("One more.\n")
     assert count_contaminated(str(output / "final"), task) is None
+    contamination._find_in_training_text.cache_clear()
     text_folder.joinpath("train.txt").unlink()
     assert count_contaminated(str(output / "final"), task) is None
     for damaged in ("[]", '{"settings": []}', '{"settings": null}', "{"):
         output.joinpath("settings.json").write_text(damaged)
+        contamination._find_in_training_text.cache_clear()
         assert count_contaminated(str(output / "final"), task) is None

@@ -26,8 +26,9 @@ class _Lines(io.TextIOBase):
 def prepare_output() -> None:
     """Has a log file show each line at once, and a terminal that lacks a character its number; a notebook does both."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        is_unicode = sys.stdout.encoding.lower() == "utf-8"
-        sys.stdout.reconfigure(line_buffering=True, errors=sys.stdout.errors if is_unicode else "backslashreplace")
+        sys.stdout.reconfigure(line_buffering=True)
+        if sys.stdout.encoding.lower() != "utf-8":
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:

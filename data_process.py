@@ -22,7 +22,7 @@ from mlm.data.chinese import make_segmenter
 from mlm.data.chunks import Chunks, Corpus, WrittenSplit, chunk_bounds, steps_per_epoch, take, write_chunks
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
 from mlm.data.packing import Batch, Sequences, frame, slice_chunks
-from mlm.data.randomness import epoch_order, evaluation_order, mask_keys
+from mlm.data.randomness import epoch_order, mask_keys
 from mlm.data.text_files import Text, distinct, find_text
 from mlm.data.text_stats import SplitStats, TextStats
 from mlm.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
@@ -155,20 +155,14 @@ def _split_into_batches(chunks: Sequences, batch_size: int, rank: int, ranks: in
         yield Batch(share, masked_tokens=len(batch.targets), tokens=len(batch.input_ids) - 2 * chunks_in_batch)
 
 
-def sampled_lines(chunks: Chunks, number: int) -> np.ndarray:
-    """Returns which line each chunk of a sample of `number` chunks is from: (number,) uint64, as Chunks.lines."""
-    return chunks.lines[evaluation_order(len(chunks))[:number]]
-
-
 def evaluation_batches(
-    chunks: Chunks, vocabulary: Vocabulary, number: int, rank: int = 0, ranks: int = 1
+    chunks: Chunks, vocabulary: Vocabulary, sample: np.ndarray, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[np.ndarray, Sequences]]:
-    """Yields a rank's part of a sample of `number` chunks, masked, with their places in the sample.
+    """Yields a rank's part of a sample of chunks, by their indices (n,), masked, with their places in the sample.
 
     The ranks take chunks in turn. Masked by BERT's rule as each chunk's own tokens decide.
     """
-    sample = evaluation_order(len(chunks))[:number]
-    own_places = np.arange(rank, number, ranks)
+    own_places = np.arange(rank, len(sample), ranks)
     for start in range(0, len(own_places), EVALUATION_CHUNKS):
         places = own_places[start : start + EVALUATION_CHUNKS]  # (n,)
         tokens, lengths, _ = take(chunks, sample[places])

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from data_process import evaluation_batches, sampled_lines, temporary_chunks
+from data_process import evaluation_batches, temporary_chunks
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.text_files import read_sample
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
@@ -42,7 +42,6 @@ from mlm.runtime.signals import StopRequest
 from mlm.storage import digest, lock, make_folder, write_json
 from mlm.terminal import prepare_output, say
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
-from mlm.training.step import has_finite_weights
 from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_model
 
 GPU_MICRO_BATCH_POSITIONS = 1 << 14  # positions that go through the model at once, where they fit
@@ -110,8 +109,6 @@ def read_candidate(comparison: Comparison, name: str) -> Candidate:
         )
     if task.kind == "pair" and encoder.config.type_vocab_size < 2:
         raise UserError(f"models: {name} was not made for pairs of texts: it knows one token type")
-    if not has_finite_weights(encoder):
-        raise UserError(f"models: {name} has weights that are not finite")
 
     # The cache key holds all that decides the model's results, so that a second call finds those of the first.
     budget = (config.num_epochs, config.min_steps, config.batch_size, config.sen_max_length)
@@ -251,11 +248,10 @@ def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str
         return None
     with temporary_chunks(comparison.general_lines, candidate.tokenizer, length) as (chunks, stats):
         rank, ranks = accelerator.process_index, accelerator.num_processes
-        lines = sampled_lines(chunks, len(chunks))
-        batches = evaluation_batches(chunks, vocabulary, len(chunks), rank, ranks)
+        batches = evaluation_batches(chunks, vocabulary, np.arange(len(chunks)), rank, ranks)
         with accelerator.autocast():
             model = PackedMaskedLM(bert).to(accelerator.device)
-            evaluation = evaluate(accelerator, model, batches, lines, candidate.micro_batcher, StopRequest())
+            evaluation = evaluate(accelerator, model, batches, chunks.lines, candidate.micro_batcher, StopRequest())
     nats_per_character = evaluation.loss * stats.tokens / stats.characters
     return {"perplexity": evaluation.perplexity, "nats_per_character": nats_per_character}
 

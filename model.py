@@ -5,9 +5,7 @@ The starting model is loaded as BertForMaskedLM; for downstream.py also as a cla
 
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +145,7 @@ def load_model(
     vocabulary_size: int,
     pad_id: int,
     checkpoint: Path | None = None,
-    added: Mapping[int, list[int]] = MappingProxyType({}),
+    added: dict[int, list[int]] | None = None,
 ) -> tuple[BertForMaskedLM, list[str]]:
     """Loads the model in the folder `checkpoint`, or else the one that `initial_pretrain_model` names, in float32.
 
@@ -162,7 +160,7 @@ def load_model(
     bert_config = (
         _config_of_size(size, vocabulary_size, pad_id) if size else load_bert_config(name, "initial_pretrain_model")
     )
-    _check_fit(config, bert_config, vocabulary_size if size or checkpoint else vocabulary_size - len(added))
+    _check_fit(config, bert_config, vocabulary_size if size or checkpoint else vocabulary_size - len(added or {}))
     torch.manual_seed(config.seed)  # of all weights, or of a head that the checkpoint lacks
     if size:
         model = BertForMaskedLM(bert_config)
@@ -192,9 +190,6 @@ def _config_of_size(size, vocabulary_size, pad_id):
 def _pretrained_bert(name):
     """Returns the model in a folder or on the Hub, and a warning where its masked-token head is new."""
     model, missing = _load_weights(BertForMaskedLM, name, "initial_pretrain_model")
-    for key, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(f"initial_pretrain_model: {name} has weights that are not finite, in {key}")
     warnings = []
     if any(key.startswith("cls.predictions") for key in missing):
         warnings.append(
@@ -242,7 +237,8 @@ def load_bert_config(name: str, setting: str) -> BertConfig:
 
 def _load_weights(kind, name, setting, **options):
     """Returns a model of a class in float32, whatever it was saved in, and the names of weights that the file lacks:
-    of a head or the pooler, which are then new. Raises UserError where it lacks others.
+    of a head or the pooler, which are then new. Raises UserError where it lacks others, or some are
+    not finite.
 
     The weights are copied out of the file that they are views of: matrix products round by the alignment of their
     inputs, which is arbitrary in the file, so that a resumed run would drift from the uninterrupted one.
@@ -254,7 +250,9 @@ def _load_weights(kind, name, setting, **options):
     if lacking:
         others = f"; it has others, such as {unused[0]}" if unused else ""
         raise UserError(f"{setting}: {name} lacks {len(lacking):,} of BERT's weights, such as {lacking[0]}{others}")
-    for parameter in model.parameters():
+    for key, parameter in model.named_parameters():
+        if not parameter.sum().isfinite():
+            raise UserError(f"{setting}: {name} has weights that are not finite, in {key}")
         parameter.data = parameter.data.clone()
     return model, missing
 

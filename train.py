@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports that take seconds: help, wrong 
         hardware.choose_devices(settings)
         hub.locate_downloads(settings)
 
-import math
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -28,6 +27,7 @@ from transformers import BertForMaskedLM
 import data_process
 from mlm.data.chunks import Corpus, steps_per_epoch
 from mlm.data.micro_batches import MicroBatcher, Prefetcher
+from mlm.data.randomness import evaluation_order
 from mlm.evaluation import fill_mask, loss
 from mlm.evaluation.hidden_words import hide_words
 from mlm.report import console, dry_run, metrics, model_card, page, summary, trackers, wording
@@ -224,7 +224,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
     with run.timings.measure("write_results"):
         change = loss.compare(progress.baseline, evaluation) if progress.step else None
         say(console.describe_evaluation(progress.step, plan.steps, evaluation, change, len(corpus.test)))
-        metrics.record(metrics.scores(evaluation, progress), progress, setup, run.learner.accelerator)
+        metrics.record(metrics.scores(evaluation, change, progress), progress, setup, run.learner.accelerator)
         progress.last_evaluated_step = progress.step
         if run.is_main:
             summary.save_scores(setup.folder, evaluation, progress.step)
@@ -233,7 +233,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
 
         # The best weights of the training so far, by the same chunks each time, go to best/.
         sample = evaluation.first(progress.sampled_chunks)
-        is_best = sample.loss < (progress.best.loss if progress.best else math.inf)
+        is_best = sample.loss < (progress.best.loss if progress.best else float("inf"))
         if progress.step and is_best and step.has_finite_weights(run.learner.bert):
             progress.best, progress.best_step = sample, progress.step
             if run.is_main:
@@ -243,12 +243,12 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
 
 def evaluate_chunks(run: Run, number: int) -> loss.Evaluation:
     """Scores the model on a sample of `number` test chunks. Raises Stopped where a signal comes meanwhile."""
-    learner, corpus, accelerator = run.learner, run.corpus, run.learner.accelerator
+    learner, test, accelerator = run.learner, run.corpus.test, run.learner.accelerator
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    lines = data_process.sampled_lines(corpus.test, number)
-    batches = data_process.evaluation_batches(corpus.test, corpus.vocabulary, number, rank, ranks)
+    sample = evaluation_order(len(test))[:number]
+    batches = data_process.evaluation_batches(test, run.corpus.vocabulary, sample, rank, ranks)
     with run.timings.measure("score_chunk", pieces=number):
-        return loss.evaluate(accelerator, learner.model, batches, lines, learner.micro_batcher, run.stop)
+        return loss.evaluate(accelerator, learner.model, batches, test.lines[sample], learner.micro_batcher, run.stop)
 
 
 def find_ending(run: Run, progress: Progress) -> Ending | None:

@@ -112,17 +112,10 @@ def line_hash(line: str, salt: bytes = b"") -> int:
     return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8, salt=salt).digest(), "little")
 
 
-def distinct(hashes: array | np.ndarray) -> np.ndarray:
+def distinct(hashes: array) -> np.ndarray:
     """Returns the different hashes, sorted: np.unique's table takes 15 times as long and 6 times the memory."""
     in_order = np.sort(np.asarray(hashes, dtype=np.uint64))
-    return in_order[first_of_equals(in_order)]
-
-
-def first_of_equals(in_order: np.ndarray) -> np.ndarray:
-    """Returns where each different value of a sorted array begins."""
-    is_first = np.ones(len(in_order), dtype=bool)
-    is_first[1:] = in_order[1:] != in_order[:-1]
-    return np.flatnonzero(is_first)
+    return np.concatenate([in_order[:1], in_order[1:][in_order[1:] != in_order[:-1]]])
 
 
 def read_lines(files: list[Path], setting: str = "path_datasets") -> Iterator[str]:

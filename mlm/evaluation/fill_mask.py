@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
-from mlm.data.chunks import Corpus, cut_line
+from mlm.data.chunks import Corpus
 from mlm.data.masking import BERT_RULE, content_keys, mask
-from mlm.evaluation.hidden_words import Guess, HiddenWord
+from mlm.evaluation.hidden_words import Guess, HiddenWord, first_chunk
 from mlm.storage import write_csv
 
 MOST_LINES = 100  # of predictions.csv
-MOST_CHARACTERS_OF_A_TOKEN = 100  # with the white space beside it: longer words are one [UNK] to BERT
 # Every chosen token becomes [MASK]: a reader would not see that one which stays as it is was chosen.
 ALL_BECOME_MASK = BERT_RULE._replace(mask_share=1.0, random_share=0.0)
 
@@ -57,21 +56,16 @@ def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iter
     """Yields each test line, or its first chunk: as it is, with the tokens hidden that evaluations hide, and with the
     model's likeliest tokens in their places."""
     tokenizer, vocabulary, candidates = corpus.tokenizer, corpus.vocabulary, token_ids(corpus.tokenizer)
-    body_length = sen_max_length - 2  # without [CLS] and [SEP]
     for whole_line in corpus.text.test():
-        line = whole_line[: MOST_CHARACTERS_OF_A_TOKEN * body_length]  # and not what may be a book
-        encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        tokens = np.array(encoded["input_ids"], dtype=np.int64)
-        [first, *_] = cut_line(~vocabulary.continues_word[tokens], body_length) or [0]
-        if not first:
+        line, tokens, spans = first_chunk(whole_line, sen_max_length - 2, tokenizer, vocabulary)
+        if not len(tokens):
             continue
-        tokens, line = tokens[:first], line[: encoded["offset_mapping"][first - 1][1]] if first < len(tokens) else line
         lengths = np.array([len(tokens)])
         ids, masked, _ = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, ALL_BECOME_MASK)
         framed = np.concatenate([[vocabulary.cls_id], ids, [vocabulary.sep_id]])
         likeliest = candidates[fill_in(model, framed, masked + 1, candidates).argmax(-1)].tolist()
         guessed = [token.removeprefix("##") for token in tokenizer.convert_ids_to_tokens(likeliest)]
-        spans = [encoded["offset_mapping"][place] for place in masked]
+        spans = [spans[place] for place in masked]
         yield {
             "src": line,
             "mask": _replace(line, spans, [tokenizer.mask_token] * len(spans)),

@@ -17,6 +17,7 @@ MIN_OCCURRENCES = 5  # in these chunks, of a word that a model could learn
 MIN_ASSOCIATION = 0.2  # P(word given neighbour) of a word that its neighbour gives away
 LINE_TOKENS = range(8, 41)  # enough for a person to guess from, few enough to read
 MAX_LINE_CHARACTERS = 120
+MOST_CHARACTERS_OF_A_TOKEN = 100  # with the white space beside it: longer words are one [UNK] to BERT
 
 
 class HiddenWord(NamedTuple):
@@ -52,24 +53,12 @@ def hide_words(
     `max_tokens` tokens, beside [CLS] and [SEP]; where all are longer than a person would read, they are cut.
     """
     bigrams = _Bigrams(train, vocabulary)
-    short: list[str] = []
-    cut: list[str] = []
-    for line in lines:
-        beginning = line[:MAX_LINE_CHARACTERS]
-        if beginning == line:
-            short.append(line)
-        else:  # without its last word, which may be half a one; Chinese has no spaces
-            cut.append(beginning.rpartition(" ")[0] or beginning)
+    most_tokens = min(max_tokens, LINE_TOKENS[-1])
+    beginnings = [line[: MOST_CHARACTERS_OF_A_TOKEN * most_tokens] for line in lines]  # and not what may be books
     found: dict[str, tuple[float, HiddenWord]] = {}
-    for line in short or cut:
-        if tokenizer.mask_token in line:
-            continue
-        encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, spans = np.array(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]
-        if not short and len(ids) > LINE_TOKENS[-1]:
-            kept = cut_line(~vocabulary.continues_word[ids], LINE_TOKENS[-1])[0]
-            ids, spans, line = ids[:kept], spans[:kept], line[: spans[kept - 1][1]]
-        if len(ids) not in LINE_TOKENS or len(ids) > max_tokens or vocabulary.unk_id in ids:
+    for beginning in [line for line in beginnings if len(line) <= MAX_LINE_CHARACTERS] or beginnings:
+        line, ids, spans = first_chunk(beginning, most_tokens, tokenizer, vocabulary)
+        if len(ids) not in LINE_TOKENS or tokenizer.mask_token in line or vocabulary.unk_id in ids:
             continue
         associations = bigrams.associations(ids)
         candidates = [(associations[place], place) for place in _whole_words(ids, spans, line, vocabulary)]
@@ -83,6 +72,20 @@ def hide_words(
     strongest_first = sorted(found.values(), key=lambda each: -each[0])
     others = [hidden for association, hidden in strongest_first if association < MIN_ASSOCIATION]
     return [*(associated[place] for place in places), *others][:HIDDEN_WORDS]
+
+
+def first_chunk(
+    line: str, most_tokens: int, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+) -> tuple[str, np.ndarray, list[tuple[int, int]]]:
+    """Returns the beginning of a line that is a chunk of at most so many tokens, their ids (tokens,) int64, and where
+    each stands in it: from which character to which."""
+    line = line[: MOST_CHARACTERS_OF_A_TOKEN * most_tokens]
+    encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, spans = np.array(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]
+    if len(ids) > most_tokens:
+        kept = cut_line(~vocabulary.continues_word[ids], most_tokens)[0]
+        ids, spans, line = ids[:kept], spans[:kept], line[: spans[kept - 1][1]]
+    return line, ids, spans
 
 
 def _whole_words(ids: np.ndarray, spans: list[tuple[int, int]], line: str, vocabulary: Vocabulary) -> list[int]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from mlm.data.micro_batches import MicroBatch, MicroBatcher, chunk_of_target
 from mlm.data.packing import Sequences
-from mlm.data.text_files import distinct, first_of_equals
 from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
 from mlm.runtime.signals import Stopped, StopRequest
 from mlm.terminal import progress_bar, say
@@ -38,7 +37,7 @@ class Evaluation(NamedTuple):
     @property
     def loss_se(self) -> float:
         """The standard error of `loss`, for more text of this kind."""
-        return standard_error(self.losses, self.masked, self.lines)
+        return standard_error(*sum_by_line(self.lines, self.losses, self.masked))
 
     @property
     def perplexity(self) -> float:
@@ -64,19 +63,22 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # exp of more overflows a float
 
 
-def standard_error(sums: np.ndarray, counts: np.ndarray, lines: np.ndarray) -> float:
-    """The standard error of sums.sum() / counts.sum() over chunks (n,), of which those with equal `lines` (n,) were
-    drawn together; infinite for one line.
+def sum_by_line(lines: np.ndarray, *of_chunks: np.ndarray) -> list[np.ndarray]:
+    """Sums what chunks (n,) have over those of the same of `lines` (n,): for each array another, (different lines,)."""
+    _, line = np.unique(lines, return_inverse=True)
+    return [np.bincount(line, weights=values) for values in of_chunks]
+
+
+def standard_error(sums: np.ndarray, counts: np.ndarray) -> float:
+    """The standard error of sums.sum() / counts.sum(), where each line (n,) was drawn by itself; infinite for one.
 
     The ratio estimator's, with lines as clusters of tokens (Cochran, Sampling Techniques, 3rd edition, 6.3 and 9A.1).
     """
-    n = len(distinct(lines))
+    n = len(sums)
     if n < 2:
         return math.inf
     residuals = sums - sums.sum() / counts.sum() * counts  # (n,) of the mean
-    order = np.argsort(lines, kind="stable")
-    of_lines = np.add.reduceat(residuals[order], first_of_equals(lines[order]))
-    return float(math.sqrt(n / (n - 1) * (of_lines @ of_lines)) / counts.sum())
+    return float(math.sqrt(n / (n - 1) * (residuals @ residuals)) / counts.sum())
 
 
 class Change(NamedTuple):
@@ -99,8 +101,8 @@ def compare(before: Evaluation, after: Evaluation, best_of: int = 1) -> Change:
     before, after = before.first(n), after.first(n)
     if not (np.array_equal(before.masked, after.masked) and np.array_equal(before.lines, after.lines)):
         raise ValueError("these evaluations are not of the same text and tokenizer")
-    se = standard_error(after.losses - before.losses, before.masked, before.lines)
-    lines, loss = len(distinct(before.lines)), after.loss - before.loss
+    differences, masked = sum_by_line(before.lines, after.losses - before.losses, before.masked)  # (lines,) each
+    loss, se, lines = after.loss - before.loss, standard_error(differences, masked), len(masked)
     margin = float(student_t.ppf(1 - 0.025 / best_of, lines - 1)) * se if lines > 1 else math.inf
     return Change(loss, se, loss - margin, loss + margin)
 

@@ -3,7 +3,7 @@
 from accelerate import Accelerator
 
 from mlm.errors import optional
-from mlm.evaluation.loss import Evaluation, compare
+from mlm.evaluation.loss import Change, Evaluation, compare
 from mlm.storage import write_csv, write_last_row
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Setup
@@ -15,9 +15,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def scores(evaluation: Evaluation, progress: Progress) -> dict[str, float]:
-    """Returns the figures of an evaluation, by their columns: also of what changed from the baseline, and from the best
-    evaluation so far in training."""
+def scores(evaluation: Evaluation, change: Change | None, progress: Progress) -> dict[str, float]:
+    """Returns the figures of an evaluation, of what training changed, and of what changed since the best evaluation in
+    it so far, by their columns."""
     figures = {
         "eval_loss": evaluation.loss,
         "eval_loss_se": evaluation.loss_se,
@@ -26,13 +26,12 @@ def scores(evaluation: Evaluation, progress: Progress) -> dict[str, float]:
         "masked_accuracy": evaluation.accuracy,
         "test_chunks": len(evaluation.losses),
     }
-    if progress.baseline and progress.step:
-        change = compare(progress.baseline, evaluation)
+    if change:
         figures |= {"change": change.loss, "change_low": change.low, "change_high": change.high}
     if progress.best:
-        change = compare(progress.best, evaluation, best_of=sum("change" in row for row in progress.metrics))
+        trend = compare(progress.best, evaluation, best_of=sum("change" in row for row in progress.metrics))
         figures |= {"best_step": progress.best_step}
-        figures |= {"trend": change.loss, "trend_low": change.low, "trend_high": change.high}
+        figures |= {"trend": trend.loss, "trend_low": trend.low, "trend_high": trend.high}
     return figures
 
 

@@ -128,20 +128,18 @@ def render_runs(runs: list[Summary]) -> str:
     """Returns the page that sets runs side by side, as HTML."""
     settings = {name: [run.settings.get(name) for run in runs] for name in runs[0].settings}
     has_same_hidden_words = len({tuple((guessed.line, guessed.word) for guessed in run.guesses) for run in runs}) == 1
-    charts = []
+    names, charts = _names(runs), []
     for title, column, options in (
         ("Perplexity", "perplexity", {"logarithmic": True}),
         ("Masked accuracy", "masked_accuracy", {"label": _percent}),
     ):
-        beside = zip(runs, _names(runs), COLORS_OF_RUNS, strict=False)
+        beside = zip(runs, names, COLORS_OF_RUNS, strict=False)
         curves = [Curve(name, color, _points(run, column)) for run, name, color in beside]
         charts.append(draw_curves(title, curves, **options))
     return render(
         "runs.html",
-        names=_names(runs),
-        rows=[
-            (run, name, score_rows(run), _compare(run, runs[0])) for run, name in zip(runs, _names(runs), strict=True)
-        ],
+        names=names,
+        rows=[(name, run, score_rows(run), _compare(run, runs[0])) for name, run in zip(names, runs, strict=True)],
         charts=charts,
         differing={name: values for name, values in settings.items() if len(set(map(str, values))) > 1},
         guesses=list(zip(*(run.guesses for run in runs), strict=True)) if has_same_hidden_words else [],

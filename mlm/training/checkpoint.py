@@ -91,8 +91,10 @@ def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokeniz
     with atomic_write(path) as temporary:
         save_model(temporary, learner.bert, tokenizer)
         save_file(moments, temporary / "optimizer.safetensors")
-        for name, evaluation in progress.evaluations.items():
-            save_evaluation(temporary / f"{name}.safetensors", evaluation, progress.step)
+        if progress.baseline:
+            save_evaluation(temporary / "baseline.safetensors", progress.baseline, step=0)
+        if progress.best:
+            save_evaluation(temporary / "best.safetensors", progress.best, progress.best_step)
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

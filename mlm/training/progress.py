@@ -35,11 +35,6 @@ class Progress:
     baseline_guesses: list[list[Guess]] = field(default_factory=list)  # for the hidden words, before training
     micro_batch_tokens: int | None = None  # what was found to fit a GPU's memory
 
-    @property
-    def evaluations(self) -> dict[str, Evaluation]:
-        """Those that later ones are compared with, by name."""
-        return {name: found for name in ("baseline", "best") if (found := getattr(self, name)) is not None}
-
     def state_dict(self) -> dict[str, Any]:
         """Returns everything but the evaluations, whose arrays have files of their own, as JSON takes it."""
         state = asdict(replace(self, baseline=None, best=None))

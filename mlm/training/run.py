@@ -93,6 +93,5 @@ class Ending(Enum):
     STOPPED = "a signal told it to stop"
     SKIPPING = "diverged: too many steps in a row had no finite loss and gradient"
     BROKEN = "diverged: weights are not finite"
-    INTERRUPTED = (
-        "no process of this machine is at work on it; --resume goes on"  # which a reader finds, and no run says
-    )
+    # What a reader of its folder finds, and no run says:
+    INTERRUPTED = "no process of this machine is at work on it; --resume goes on"

@@ -46,12 +46,17 @@ class Timings:
 
     def is_save_overdue(self) -> bool:
         """Whether more work is unsaved than need be at risk."""
-        return time.perf_counter() - self._saved_at >= max(LONGEST_UNSAVED_S, self.affordable_interval_s)
+        return time.perf_counter() - self._saved_at >= self.longest_interval_s
 
     @property
     def affordable_interval_s(self) -> float:
         """The seconds between two checkpoints that take LARGEST_SAVE_SHARE of the time."""
         return self.save_checkpoint / LARGEST_SAVE_SHARE
+
+    @property
+    def longest_interval_s(self) -> float:
+        """The seconds after which a checkpoint is saved, wherever an epoch ends."""
+        return max(LONGEST_UNSAVED_S, self.affordable_interval_s)
 
 
 class TimeLeft(NamedTuple):
@@ -82,9 +87,8 @@ def time_left(plan: Plan, progress: Progress, timings: Timings, seconds_per_step
     between = seconds_per_step * min(plan.steps_per_epoch, plan.save_every or plan.steps_per_epoch)
     if not plan.save_every:  # at the end of the first epoch, then of as many as are affordable, and each half hour
         epochs_between = max(1, math.ceil(timings.affordable_interval_s / between))
-        longest = max(LONGEST_UNSAVED_S, timings.affordable_interval_s)
-        checkpoints = max(1 + (checkpoints - 1) // epochs_between, int(step_seconds / longest))
-        between = min(epochs_between * between, longest)
+        checkpoints = max(1 + (checkpoints - 1) // epochs_between, int(step_seconds / timings.longest_interval_s))
+        between = min(epochs_between * between, timings.longest_interval_s)
     return TimeLeft(
         evaluations=evaluations,
         test_chunks=test_chunks,

@@ -260,7 +260,7 @@ def test_training_masks_depend_on_seed_and_epoch(vocabulary, forty_chunks):
         return hidden_tokens(next(steps).chunks, forty_chunks)
 
     hidden = first_step()
-    [(_, evaluated)] = evaluation_batches(forty_chunks, vocabulary, 40)
+    [(_, evaluated)] = evaluation_batches(forty_chunks, vocabulary, np.arange(40))
     for other in (first_step(epoch=1), first_step(seed=43), hidden_tokens(evaluated, forty_chunks)):
         assert len(hidden & other) < 0.4 * len(hidden)  # a mask drawn afresh shares 15%
     assert first_step() == hidden

@@ -42,7 +42,7 @@ def test_the_card_says_what_was_done(finished):
     assert f"steps of {finished.text.train.chunks} chunks" in make_card(many, []).text
     whole = dataclasses.replace(finished, rows=[*finished.rows[:-1], last | {"epoch": 2.5}])
     assert "Trained for 2.5 epochs of" in make_card(whole, []).text and "skipped" not in make_card(whole, []).text
-    assert "A BERT trained from random weights on text" in card_of_base_model(finished, "scratch:tiny").text
+    assert "pre-training was begun from random weights on text" in card_of_base_model(finished, "scratch:tiny").text
     assert "continued from bert-base-uncased" in card_of_base_model(finished, "bert-base-uncased").text
 
 

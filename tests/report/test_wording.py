@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from mlm.evaluation.loss import Evaluation
+from mlm.evaluation.loss import Evaluation, compare
 from mlm.report.metrics import record, scores
 from mlm.report.page import render_run
 from mlm.report.wording import closing_words, score_rows, trend, verdict
@@ -117,7 +117,8 @@ def test_of_simulated_runs_few_are_told_what_is_not_so(finished, fall, sample):
             evaluation = Evaluation(losses, ones, ones, lines).first(20_000 if step in (0, 10) else sample)
             progress.step = step
             progress.baseline = progress.baseline or evaluation
-            record(scores(evaluation, progress), progress, setup, accelerator)
+            change = compare(progress.baseline, evaluation) if step else None
+            record(scores(evaluation, change, progress), progress, setup, accelerator)
             if step and (not progress.best or evaluation.first(sample).loss < progress.best.loss):
                 progress.best, progress.best_step = evaluation.first(sample), step
         said.append(trend(dataclasses.replace(finished, rows=progress.metrics)))

@@ -83,7 +83,7 @@ def temporary_chunks(
     lines: list[str], tokenizer: PreTrainedTokenizerBase, sen_max_length: int
 ) -> Iterator[tuple[Chunks, SplitStats]]:
     """Yields lines as chunks of tokens that are not kept, and their statistics."""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # on Windows, which keeps what is mapped into memory
         path, vocabulary = Path(folder, "chunks.arrow"), read_vocabulary(tokenizer)
         rest = (sen_max_length - 2, make_encoders(tokenizer), make_segmenter([]), vocabulary)
         stats = write_chunks(iter(lines), path, *rest).stats

@@ -2,7 +2,7 @@
 
 import signal
 
-from Config import Config, DownstreamConfig, parse_downstream_flags
+from Config import DownstreamConfig, parse_downstream_flags
 from mlm.errors import UserError, plain_errors
 from mlm.runtime import hardware
 from mlm.runtime.hub import locate
@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from data_process import evaluation_batches, temporary_chunks
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.text_files import read_sample
-from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
+from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary, tokenizer_warnings
 from mlm.downstream import finetuning, linear_probe, results, trials
 from mlm.downstream.comparison import Candidate, Comparison, fingerprint
 from mlm.downstream.contamination import count_contaminated
@@ -42,7 +42,7 @@ from mlm.runtime.signals import StopRequest
 from mlm.storage import digest, lock, make_folder, write_json
 from mlm.terminal import prepare_output, say
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
-from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_model
+from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_masked_lm
 
 GPU_MICRO_BATCH_POSITIONS = 1 << 14  # positions that go through the model at once, where they fit
 MAX_GENERAL_LINES = 2000  # that each model's perplexity is measured on
@@ -97,7 +97,7 @@ def read_candidate(comparison: Comparison, name: str) -> Candidate:
     """
     config, task, accelerator = comparison.config, comparison.task, comparison.accelerator
     tokenizer = load_pretrained_tokenizer(name, "models")
-    encoder = load_encoder(name)
+    encoder, warnings = load_encoder(name)
     longest = encoder.config.max_position_embeddings
     if config.sen_max_length > longest:
         raise UserError(f"sen_max_length, models: {name} takes texts of at most {longest} positions")
@@ -127,6 +127,7 @@ def read_candidate(comparison: Comparison, name: str) -> Candidate:
         dev=encode(task.dev, task, tokenizer, config.sen_max_length),
         test=encode(task.test, task, tokenizer, config.sen_max_length),
         contaminated=count_contaminated(name, task),
+        warnings=warnings + tokenizer_warnings(tokenizer, name),
     )
 
 
@@ -218,7 +219,7 @@ def compute_features(comparison: Comparison, candidate: Candidate) -> dict[str, 
     """Returns the features of all texts, or words, of each split."""
     task, accelerator = comparison.task, comparison.accelerator
     train = encode(task.train, task, candidate.tokenizer, comparison.config.sen_max_length)
-    encoder = PackedBert(load_encoder(candidate.name), candidate.sep_id).to(accelerator.device)
+    encoder = PackedBert(load_encoder(candidate.name)[0], candidate.sep_id).to(accelerator.device)
     return {
         split: linear_probe.features(encoder, encoded, accelerator, candidate.micro_batcher)
         for split, encoded in (("train", train), ("dev", candidate.dev), ("test", candidate.test))
@@ -237,15 +238,11 @@ def measure_general_perplexity(comparison: Comparison) -> None:
 
 def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str, float] | None:
     """Returns perplexity and nats per character of general_text, by train.py's evaluation; None without a head."""
-    name, length, accelerator = candidate.name, comparison.config.sen_max_length, comparison.accelerator
+    accelerator, length = comparison.accelerator, comparison.config.sen_max_length
+    bert, is_head_new, _ = load_masked_lm(candidate.name, "models")
+    if is_head_new:
+        return None
     vocabulary = candidate.micro_batcher.vocabulary
-    as_start = Config(initial_pretrain_model=name, initial_pretrain_tokenizer=name, sen_max_length=length)
-    try:
-        bert, warnings = load_model(as_start, vocabulary.size, vocabulary.pad_id)
-    except UserError:  # far more rows than its tokenizer has tokens
-        return None
-    if warnings:  # that the head is missing
-        return None
     with temporary_chunks(comparison.general_lines, candidate.tokenizer, length) as (chunks, stats):
         rank, ranks = accelerator.process_index, accelerator.num_processes
         batches = evaluation_batches(chunks, vocabulary, np.arange(len(chunks)), rank, ranks)

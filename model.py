@@ -4,20 +4,21 @@ The starting model is loaded as BertForMaskedLM; for downstream.py also as a cla
 """
 
 import math
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, BertConfig, BertForMaskedLM, BertModel
+from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertForMaskedLM, BertModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.bert import modeling_bert
 
 from Config import SCRATCH_SIZES, Config
-from mlm.errors import UserError, first_line
-from mlm.runtime.hub import locate
+from mlm.errors import UserError
+from mlm.runtime.pretrained import load_bert_config, load_weights
+
+ROUNDED_UP = 128  # some models have a multiple of 64 or 128 rows, the last of which are no token's
 
 Classifier = modeling_bert.BertForSequenceClassification | modeling_bert.BertForTokenClassification
 
@@ -155,17 +156,20 @@ def load_model(
     Returns the model and warnings about it. Raises UserError where the checkpoint is missing or not BERT, or does not
     fit the tokenizer or `sen_max_length`.
     """
-    name, warnings = str(checkpoint or config.initial_pretrain_model), []
+    name = str(checkpoint or config.initial_pretrain_model)
     size = SCRATCH_SIZES[config.scratch_size] if config.scratch_size and not checkpoint else None
     bert_config = (
         _config_of_size(size, vocabulary_size, pad_id) if size else load_bert_config(name, "initial_pretrain_model")
     )
-    _check_fit(config, bert_config, vocabulary_size if size or checkpoint else vocabulary_size - len(added or {}))
+    warnings = _check_fit(
+        config, bert_config, vocabulary_size if size or checkpoint else vocabulary_size - len(added or {})
+    )
     torch.manual_seed(config.seed)  # of all weights, or of a head that the checkpoint lacks
     if size:
         model = BertForMaskedLM(bert_config)
     else:
-        model, warnings = _pretrained_bert(name)
+        model, of_weights = _pretrained_bert(name)
+        warnings += of_weights
     if not checkpoint and added:
         _add_embeddings(model, vocabulary_size, added)
     _set_dropouts(model, config.hidden_dropout, config.attention_dropout)
@@ -188,19 +192,25 @@ def _config_of_size(size, vocabulary_size, pad_id):
 
 
 def _pretrained_bert(name):
-    """Returns the model in a folder or on the Hub, and a warning where its masked-token head is new."""
-    model, missing = _load_weights(BertForMaskedLM, name, "initial_pretrain_model")
-    warnings = []
-    if any(key.startswith("cls.predictions") for key in missing):
+    """Returns the model in a folder or on the Hub, with its pooler, and warnings."""
+    model, is_head_new, warnings = load_masked_lm(name, "initial_pretrain_model")
+    if is_head_new:
         warnings.append(
             f"warning: {name} has no masked-language-model head. A random one takes its place: the first loss is near "
             "ln(vocabulary size), and the head must be learned before it can teach the rest. Most sentence-embedding "
             "and fine-tuned models have none; the checkpoint they were made from usually has it"
         )
-    encoder, missing = _load_weights(BertModel, name, "initial_pretrain_model")
+    encoder, missing, _ = load_weights(BertModel, name, "initial_pretrain_model")
     if not any(key.startswith("pooler") for key in missing):
         model.bert.pooler = encoder.pooler.requires_grad_(False)
     return model, warnings
+
+
+def load_masked_lm(name: str, setting: str) -> tuple[BertForMaskedLM, bool, list[str]]:
+    """Loads a checkpoint with its masked-token head. Returns the model, whether the head is new as the checkpoint has
+    none, or a part of one, and warnings about weights that are not used. Raises UserError as `load_weights`."""
+    model, missing, warnings = load_weights(BertForMaskedLM, name, setting)
+    return model, any(key.startswith("cls.predictions") for key in missing), warnings
 
 
 def _set_dropouts(model, hidden_dropout, attention_dropout):
@@ -226,67 +236,36 @@ def _add_embeddings(model, vocabulary_size, added):
             weights[row] = weights[subwords].mean(0)
 
 
-def load_bert_config(name: str, setting: str) -> BertConfig:
-    """Loads a checkpoint's config. Raises UserError, which names the setting, where it is not a BERT encoder's."""
-    bert_config = _load(AutoConfig, name, setting)
-    if bert_config.model_type != "bert" or bert_config.is_decoder:
-        kind = "a decoder" if bert_config.model_type == "bert" else f"of type {bert_config.model_type}"
-        raise UserError(f"{setting}: {name} is not a BERT encoder but {kind}")
-    return bert_config
-
-
-def _load_weights(kind, name, setting, **options):
-    """Returns a model of a class in float32, whatever it was saved in, and the names of weights that the file lacks:
-    of a head or the pooler, which are then new. Raises UserError where it lacks others, or some are
-    not finite.
-
-    The weights are copied out of the file that they are views of: matrix products round by the alignment of their
-    inputs, which is arbitrary in the file, so that a resumed run would drift from the uninterrupted one.
-    """
-    options |= {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
-    model, loading = _load(kind, name, setting, **options)
-    missing, unused = loading["missing_keys"], sorted(loading["unexpected_keys"])
-    lacking = sorted(key for key in missing if not re.search(r"^(cls|classifier|(bert\.)?pooler)\.", key))
-    if lacking:
-        others = f"; it has others, such as {unused[0]}" if unused else ""
-        raise UserError(f"{setting}: {name} lacks {len(lacking):,} of BERT's weights, such as {lacking[0]}{others}")
-    for key, parameter in model.named_parameters():
-        if not parameter.sum().isfinite():
-            raise UserError(f"{setting}: {name} has weights that are not finite, in {key}")
-        parameter.data = parameter.data.clone()
-    return model, missing
-
-
-def _load(kind, name, setting, **options):
-    """Calls from_pretrained of a class, without code from the checkpoint. Raises UserError where that fails."""
-    is_local = locate(name, setting) != "hub"
-    try:
-        return kind.from_pretrained(name, local_files_only=is_local, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises whatever the file at fault made it raise
-        raise UserError(f"{setting}: {name} cannot be loaded as BERT: {first_line(error)}") from error
-
-
 def _check_fit(config, bert_config, vocabulary_size):
-    spare = bert_config.vocab_size - vocabulary_size
-    if not 0 <= spare < 128:  # some models round their vocabulary up to a multiple of 64 or 128
+    """Returns a note on rows that no token uses. Raises UserError where a token has no row, or so many rows have no
+    token that they are another vocabulary's, or where chunks are longer than the model can see."""
+    names = config.initial_pretrain_tokenizer, config.initial_pretrain_model
+    rows, spare = bert_config.vocab_size, bert_config.vocab_size - vocabulary_size
+    if names[0] == names[1] and spare < 0:
         raise UserError(
-            f"initial_pretrain_tokenizer, initial_pretrain_model: {config.initial_pretrain_tokenizer} has "
-            f"{vocabulary_size:,} tokens, {config.initial_pretrain_model} {bert_config.vocab_size:,}; they do not "
-            "belong together. Set both to the same name"
+            f"initial_pretrain_tokenizer, initial_pretrain_model: the tokenizer of {names[0]} has {vocabulary_size:,} "
+            f"tokens, the model {rows:,} rows for them; after tokens are added, model.resize_token_embeddings is due"
+        )
+    if names[0] != names[1] and not 0 <= spare < ROUNDED_UP:
+        raise UserError(
+            f"initial_pretrain_tokenizer, initial_pretrain_model: {names[0]} has {vocabulary_size:,} tokens, "
+            f"{names[1]} {rows:,}; they do not belong together. Set both to the same name"
         )
     if config.sen_max_length > bert_config.max_position_embeddings:
         raise UserError(
             f"sen_max_length, initial_pretrain_model: chunks of {config.sen_max_length} tokens do not fit the "
             f"{bert_config.max_position_embeddings} positions of {config.initial_pretrain_model}"
         )
+    return [f"note: {spare:,} of the {rows:,} rows of {names[1]} are no token's"] if spare >= ROUNDED_UP else []
 
 
-def load_encoder(name: str) -> BertModel:
-    """Loads a model that `models` names, without a head; a pooler that it lacks is always the same. Raises UserError
-    where it is no BERT, or lacks other weights."""
+def load_encoder(name: str) -> tuple[BertModel, list[str]]:
+    """Loads a model that `models` names, without a head; a pooler that it lacks is always the same. Returns warnings
+    about weights that are not used, too. Raises UserError where it is no BERT, or lacks other weights."""
     load_bert_config(name, "models")
     torch.manual_seed(0)
-    return _load_weights(BertModel, name, "models")[0]
+    model, _, warnings = load_weights(BertModel, name, "models")
+    return model, warnings
 
 
 def load_classifier(name: str, classes: int, seed: int, of_words: bool) -> Classifier:
@@ -296,7 +275,7 @@ def load_classifier(name: str, classes: int, seed: int, of_words: bool) -> Class
     checkpoint lacks. Dropout is the checkpoint's own, but for none inside attention, which rules out fast kernels.
     """
     kind = modeling_bert.BertForTokenClassification if of_words else modeling_bert.BertForSequenceClassification
-    model, missing = _load_weights(kind, name, "models", num_labels=classes, ignore_mismatched_sizes=True)
+    model, missing, _ = load_weights(kind, name, "models", num_labels=classes)
     new_layers = [model.classifier]
     if any("pooler" in key for key in missing):
         new_layers.append(model.bert.pooler.dense)

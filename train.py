@@ -28,6 +28,7 @@ import data_process
 from mlm.data.chunks import Corpus, steps_per_epoch
 from mlm.data.micro_batches import MicroBatcher, Prefetcher
 from mlm.data.randomness import evaluation_order
+from mlm.data.tokenizer import tokenizer_warnings
 from mlm.evaluation import fill_mask, loss
 from mlm.evaluation.hidden_words import hide_words
 from mlm.report import console, dry_run, metrics, model_card, page, summary, trackers, wording
@@ -43,8 +44,6 @@ from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers, librar
 from mlm.training.run_folder import run_folder
 from mlm.training.timing import Timings, time_left
 from model import PackedMaskedLM, load_model
-
-LINES_WITH_HIDDEN_WORDS = 2000  # of the test text, among which words are hidden
 
 
 def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
@@ -94,7 +93,8 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     if not config.dry_run:  # which says all of it later, on one screen
         say(console.describe_run(given, config, corpus, derived))
     idle = hardware.hints(accelerator.num_processes, plan.positions_per_step, config.batch_size, len(corpus.train))
-    for line in warnings + model_warnings + idle:
+    of_tokenizer = tokenizer_warnings(corpus.tokenizer, config.initial_pretrain_tokenizer)
+    for line in [*warnings, *of_tokenizer, *model_warnings, *idle]:
         say(line)
     if config.check_only:
         say("Settings and text are in order.")
@@ -130,9 +130,9 @@ def begin(run: Run) -> Progress:
     # The state of the checkpoint, or that of a new run.
     setup, corpus, learner, accelerator = run.setup, run.corpus, run.learner, run.learner.accelerator
     if run.is_main:  # which alone shows them
-        lines = islice(corpus.text.test(), LINES_WITH_HIDDEN_WORDS)
         max_tokens = learner.bert.config.max_position_embeddings - 2  # without [CLS] and [SEP]
-        run.hidden_words = hide_words(lines, corpus.train, corpus.tokenizer, corpus.vocabulary, max_tokens)
+        test_lines = corpus.text.test()
+        run.hidden_words = hide_words(test_lines, corpus.train, corpus.tokenizer, corpus.vocabulary, max_tokens)
     if setup.resumed:
         progress = checkpoint.load_checkpoint(setup.resumed, learner.bert, learner.optimizer)
         run.timings.saved_step = progress.step
@@ -223,7 +223,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
     # The scores, and what training changed, go to the log, metrics.csv, the tracker and the report.
     with run.timings.measure("write_results"):
         change = loss.compare(progress.baseline, evaluation) if progress.step else None
-        say(console.describe_evaluation(progress.step, plan.steps, evaluation, change, len(corpus.test)))
+        say(console.describe_evaluation(setup, corpus, progress.step, evaluation, change))
         metrics.record(metrics.scores(evaluation, change, progress), progress, setup, run.learner.accelerator)
         progress.last_evaluated_step = progress.step
         if run.is_main:

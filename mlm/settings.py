@@ -5,6 +5,7 @@ import shlex
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
+from os.path import expanduser
 from typing import Any, Literal, TypeVar
 
 from mlm.errors import UserError
@@ -15,11 +16,19 @@ Settings = TypeVar("Settings")
 def check_settings(settings: Any, wrong_values: Callable[[], Iterable[str]]) -> None:
     """Raises UserError that names every field of a dataclass whose type is wrong; if none is, all of `wrong_values()`.
 
-    A problem is a line "field: what is wrong", or "field, other field: what is wrong".
+    A problem is a line "field: what is wrong", or "field, other field: what is wrong". A path that begins with ~/ comes
+    to lie in the user's home: the shell does not see to it behind an equals sign, nor in Config.py.
     """
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        setattr(settings, field.name, tuple(map(_at_home, value)) if type(value) is tuple else _at_home(value))
     problems = list(_wrong_types(settings)) or list(wrong_values())
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _at_home(value):
+    return expanduser(value) if type(value) is str and value.startswith("~/") else value
 
 
 def _wrong_types(settings):

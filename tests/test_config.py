@@ -190,3 +190,16 @@ def test_the_command_that_repeats_a_run_means_the_same_settings(mode, flags):
     given = parse_flags([*mode, *flags])
     command = shlex.split(repeat_command("train.py", given, defaults_of(given), without=()))
     assert command[:2] == ["python", "train.py"] and parse_flags(command[2:]) == given
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("~/corpus", "/home/me/corpus"), ("a/~/b", "a/~/b"), ("~me", "~me"), ("~", "~")]
+)
+def test_a_path_in_the_users_home_is_expanded(monkeypatch, given, meant):
+    """Behind an equals sign, and in Config.py, no shell does it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    names = ("path_datasets", "path_model_save", "initial_pretrain_model", "initial_pretrain_tokenizer", "user_words")
+    config = parse_flags([f"--{name}={given}" for name in (*names, "add_words")])
+    assert {getattr(config, name) for name in (*names, "add_words")} == {meant}
+    compared = DownstreamConfig(task=given, models=(given, "b"), general_text=given, path_model_save=given)
+    assert (compared.task, compared.general_text, compared.path_model_save, *compared.models) == (meant,) * 4 + ("b",)

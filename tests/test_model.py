@@ -233,12 +233,35 @@ def test_weights_are_trained_in_float32_whatever_they_were_saved_in(tmp_path, se
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def with_rows(folder, tokenizer, vocabulary, extra):
+    """A checkpoint with so many more rows than its tokenizer has tokens."""
+    config = bert_config(vocabulary, vocab_size=vocabulary.size + extra)
+    return checkpoint(folder, tokenizer, BertForMaskedLM(config))
+
+
 @pytest.mark.parametrize("extra", [-1, 128])
 def test_a_vocabulary_that_does_not_fit_names_both_settings(tmp_path, settings, tokenizer, vocabulary, extra):
-    model = BertForMaskedLM(bert_config(vocabulary, vocab_size=vocabulary.size + extra))
-    folder = checkpoint(tmp_path / "other", tokenizer, model)
-    with pytest.raises(UserError, match="do not belong together"):
-        config = settings(initial_pretrain_model=folder, initial_pretrain_tokenizer=folder)
+    folder = with_rows(tmp_path / "other", tokenizer, vocabulary, extra)
+    with pytest.raises(UserError, match=r"initial_pretrain_model: another has .* do not belong together"):
+        config = settings(initial_pretrain_model=folder, initial_pretrain_tokenizer="another")
+        load_model(config, vocabulary.size, vocabulary.pad_id)
+
+
+@pytest.mark.parametrize("extra", [0, 127, 128, 1000])
+def test_rows_that_no_token_uses_are_a_note_where_both_names_are_one(tmp_path, settings, tokenizer, vocabulary, extra):
+    """As of dbmdz's Italian BERTs and of IndoBERT."""
+    folder = with_rows(tmp_path / "roomy", tokenizer, vocabulary, extra)
+    config = settings(initial_pretrain_model=folder, initial_pretrain_tokenizer=folder)
+    model, warnings = load_model(config, vocabulary.size, vocabulary.pad_id)
+    assert model.get_input_embeddings().num_embeddings == vocabulary.size + extra
+    rows = f"note: {extra:,} of the {vocabulary.size + extra:,} rows of {folder} are no token's"
+    assert warnings == ([rows] if extra >= 128 else [])
+
+
+def test_a_token_that_was_added_without_a_row_is_said(tmp_path, settings, tokenizer, vocabulary):
+    folder = with_rows(tmp_path / "narrow", tokenizer, vocabulary, -1)
+    config = settings(initial_pretrain_model=folder, initial_pretrain_tokenizer=folder)
+    with pytest.raises(UserError, match=r"tokens, the model \d+ rows .* resize_token_embeddings"):
         load_model(config, vocabulary.size, vocabulary.pad_id)
 
 

@@ -118,6 +118,7 @@ def write_chunks(
         raise UserError(f"path_datasets: no line of {path.stem}*.txt holds a token to train or test on")
     columns = np.memmap(tokens_file, dtype, mode="r"), np.memmap(lines_file, np.uint64, mode="r")
     _write_arrow(path, Chunks(columns[0], chunk_bounds(np.array(chunk_lengths)), columns[1]))
+    del columns  # Windows removes no file that is mapped into memory
     tokens_file.unlink()
     lines_file.unlink()
     binned = np.histogram(line_lengths, [*length_bins(body_length), math.inf])[0]  # lines with a token, by their tokens

@@ -1,5 +1,6 @@
 """Words: where they start in the raw text, which are split into subwords, and new ones for the vocabulary."""
 
+import json
 import re
 from collections import Counter
 from itertools import chain, compress, pairwise
@@ -41,8 +42,13 @@ class Encoders(NamedTuple):
 
 
 def make_encoders(tokenizer: PreTrainedTokenizerBase) -> Encoders:
-    """Returns encoders without limit or padding, to which text that spells [MASK] is text."""
-    description = tokenizer.backend_tokenizer.to_str()
+    """Returns encoders without limit or padding, to which text that spells [MASK] or another of BERT's five special
+    tokens is text. Those that the user added, such as [DRUG], are words of the text."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    five = {getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "unk", "cls", "sep", "mask")}
+    for token in content["added_tokens"]:
+        token["special"] = token["id"] in five
+    description = json.dumps(content)
     encoders = Encoders(any_line=Tokenizer.from_str(description), ascii_line=Tokenizer.from_str(description))
     for encoder in encoders:
         encoder.no_truncation()  # both are on in the tokenizers of sentence-embedding checkpoints

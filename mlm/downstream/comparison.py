@@ -29,6 +29,7 @@ class Candidate:
     dev: Encoded
     test: Encoded
     contaminated: int | None  # test texts that it was pre-trained on, as far as that can be seen
+    warnings: list[str]  # about its weights and its tokenizer
     features: dict[str, np.ndarray] = field(default_factory=dict)  # of each split, for a linear probe: made once
 
 

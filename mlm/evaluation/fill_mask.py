@@ -11,6 +11,7 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
 from mlm.data.chunks import Corpus
 from mlm.data.masking import BERT_RULE, content_keys, mask
+from mlm.data.words import make_encoders
 from mlm.evaluation.hidden_words import Guess, HiddenWord, first_chunk
 from mlm.storage import write_csv
 
@@ -36,11 +37,13 @@ def fill_in(model: BertForMaskedLM, input_ids: np.ndarray, places: np.ndarray, c
 
 def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTrainedTokenizerBase) -> list[list[Guess]]:
     """Returns the model's three likeliest words for the [MASK] of each line."""
-    guesses, candidates = [], token_ids(tokenizer)
+    guesses, candidates, encoder = [], token_ids(tokenizer), make_encoders(tokenizer).any_line
     for line, _ in hidden:
-        input_ids = np.array(tokenizer(line)["input_ids"])
-        places = np.flatnonzero(input_ids == tokenizer.mask_token_id)
-        [probabilities] = fill_in(model, input_ids, places, candidates)
+        before, after = (
+            encoder.encode(part, add_special_tokens=False).ids for part in line.split(tokenizer.mask_token)
+        )
+        ids = [tokenizer.cls_token_id, *before, tokenizer.mask_token_id, *after, tokenizer.sep_token_id]
+        [probabilities] = fill_in(model, np.array(ids), np.array([1 + len(before)]), candidates)
         top = probabilities.topk(3)
         likeliest = zip(candidates[top.indices].tolist(), top.values.tolist(), strict=True)
         guesses.append([Guess(str(tokenizer.decode([token])), probability) for token, probability in likeliest])
@@ -56,8 +59,9 @@ def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iter
     """Yields each test line, or its first chunk: as it is, with the tokens hidden that evaluations hide, and with the
     model's likeliest tokens in their places."""
     tokenizer, vocabulary, candidates = corpus.tokenizer, corpus.vocabulary, token_ids(corpus.tokenizer)
+    encoder = make_encoders(tokenizer).any_line
     for whole_line in corpus.text.test():
-        line, tokens, spans = first_chunk(whole_line, sen_max_length - 2, tokenizer, vocabulary)
+        line, tokens, spans = first_chunk(whole_line, sen_max_length - 2, encoder, vocabulary)
         if not len(tokens):
             continue
         lengths = np.array([len(tokens)])

@@ -1,16 +1,20 @@
 """Hidden words of the test text and a model's guesses for them: the examples that people look at."""
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.chinese import HAN_CHARACTER
 from mlm.data.chunks import Chunks, chunk_bounds, cut_line, take
 from mlm.data.tokenizer import Vocabulary
+from mlm.data.words import make_encoders
 
 HIDDEN_WORDS = 12  # in the report; the log shows the first few of them
+LOOKED_AT = 2000  # lines, the first ones
 COUNTED_CHUNKS = 1 << 15  # of the training text, to see which words are frequent there
 FUNCTION_WORD_SHARE = 0.5  # of a text: its most frequent tokens, which are function words and punctuation marks
 MIN_OCCURRENCES = 5  # in these chunks, of a word that a model could learn
@@ -48,16 +52,17 @@ def hide_words(
 ) -> list[HiddenWord]:
     """Returns at most `HIDDEN_WORDS` different words, each with its line, that a person and a trained model could know.
 
-    They are chosen by counts of the training text, and by no model: content words that are often beside the same
-    neighbour, as 'pressure' behind 'blood'. Where a text has too few of these, others fill up. The lines have at most
-    `max_tokens` tokens, beside [CLS] and [SEP]; where all are longer than a person would read, they are cut.
+    They stand in the first `LOOKED_AT` lines, and are chosen by counts of the training text, by no model: content words
+    that are often beside the same neighbour, as 'pressure' behind 'blood'. Where a text has too few of these, others
+    fill up. The lines have at most `max_tokens` tokens, beside [CLS] and [SEP]; where all are longer than a person
+    would read, they are cut.
     """
-    bigrams = _Bigrams(train, vocabulary)
+    encoder, bigrams = make_encoders(tokenizer).any_line, _Bigrams(train, vocabulary)
     most_tokens = min(max_tokens, LINE_TOKENS[-1])
-    beginnings = [line[: MOST_CHARACTERS_OF_A_TOKEN * most_tokens] for line in lines]  # and not what may be books
+    beginnings = [line[: MOST_CHARACTERS_OF_A_TOKEN * most_tokens] for line in islice(lines, LOOKED_AT)]  # not books
     found: dict[str, tuple[float, HiddenWord]] = {}
     for beginning in [line for line in beginnings if len(line) <= MAX_LINE_CHARACTERS] or beginnings:
-        line, ids, spans = first_chunk(beginning, most_tokens, tokenizer, vocabulary)
+        line, ids, spans = first_chunk(beginning, most_tokens, encoder, vocabulary)
         if len(ids) not in LINE_TOKENS or tokenizer.mask_token in line or vocabulary.unk_id in ids:
             continue
         associations = bigrams.associations(ids)
@@ -75,13 +80,13 @@ def hide_words(
 
 
 def first_chunk(
-    line: str, most_tokens: int, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+    line: str, most_tokens: int, encoder: Tokenizer, vocabulary: Vocabulary
 ) -> tuple[str, np.ndarray, list[tuple[int, int]]]:
     """Returns the beginning of a line that is a chunk of at most so many tokens, their ids (tokens,) int64, and where
     each stands in it: from which character to which."""
     line = line[: MOST_CHARACTERS_OF_A_TOKEN * most_tokens]
-    encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, spans = np.array(encoded["input_ids"], dtype=np.int64), encoded["offset_mapping"]
+    encoded = encoder.encode(line, add_special_tokens=False)
+    ids, spans = np.array(encoded.ids, dtype=np.int64), encoded.offsets
     if len(ids) > most_tokens:
         kept = cut_line(~vocabulary.continues_word[ids], most_tokens)[0]
         ids, spans, line = ids[:kept], spans[:kept], line[: spans[kept - 1][1]]

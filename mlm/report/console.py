@@ -8,6 +8,7 @@ from mlm.data.text_stats import SHOWN_SPLIT_WORDS, text_warnings, used_splits
 from mlm.data.words import MANY_SUBWORDS
 from mlm.evaluation.loss import Change, Evaluation, perplexity
 from mlm.report.templates import render
+from mlm.report.wording import ignorance
 from mlm.settings import describe_settings
 from mlm.terminal import figure, with_error
 from mlm.training.checkpoint import checkpoint_path
@@ -33,21 +34,22 @@ def describe_run(given: Config, config: Config, corpus: Corpus, derived: dict[st
     )
 
 
-def describe_evaluation(
-    step: int, total_steps: int, evaluation: Evaluation, change: Change | None, test_chunks: int
-) -> str:
-    """Returns a line of scores with their standard errors, and of how the loss changed on the same chunks.
-
-    test_chunks: in the whole test text.
-    """
-    chunks = len(evaluation.losses)
+def describe_evaluation(setup: Setup, corpus: Corpus, step: int, evaluation: Evaluation, change: Change | None) -> str:
+    """Returns a line of scores with their standard errors, and of how the loss changed on the same chunks; before
+    training a second one where the checkpoint knows nothing of the text."""
+    chunks, test_chunks = len(evaluation.losses), len(corpus.test)
     sample = f"{chunks:,} of {test_chunks:,} chunks" if chunks < test_chunks else "all chunks"
-    heading = f"step {step}/{total_steps}" if step else "before training"
+    heading = f"step {step}/{setup.plan.steps}" if step else "before training"
     line = (
         f"{heading}, test ({sample}): perplexity {with_error(evaluation.perplexity, evaluation.perplexity_se)}, "
         f"masked accuracy {evaluation.accuracy:.1%}"
     )
-    return line + (f"; loss {change.loss:+.3f} ± {change.se:.3f} from the baseline" if change else "")
+    if change:
+        line += f"; loss {change.loss:+.3f} ± {change.se:.3f} from the baseline"
+    elif not setup.config.scratch_size:
+        unigram, vocabulary = corpus.stats.unigram_perplexity, corpus.vocabulary.size
+        line += "\n" + ignorance(evaluation.perplexity, evaluation.perplexity_se, unigram, vocabulary)
+    return line.rstrip()
 
 
 def describe_training(step: int, plan: Plan, figures: dict[str, float]) -> str:

@@ -63,10 +63,34 @@ def trend(summary: Summary) -> str:
     return f"Cannot tell whether it still falls: since step {best} it changed by {change:+.3f} {interval}."
 
 
+def ignorance(before: float, error: float, unigram: float, vocabulary: float) -> str:
+    """Returns a warning where a checkpoint knows nothing of the text, else nothing.
+
+    before, error: its perplexity and the standard error; unigram: the perplexity of word frequencies alone. So it is
+    where the lower end of the 95% interval is above that, or above half the size of the vocabulary.
+    """
+    lowest = before * math.exp(-1.96 * error / before) if math.isfinite(error) else before  # the loss's, as perplexity
+    if not lowest >= min(unigram, vocabulary / 2):
+        return ""
+    reference = f"that of word frequencies alone, {figure(unigram)}"
+    if lowest < unigram:
+        reference = f"half the size of the vocabulary, {vocabulary:,.0f}: that of a blind guess"
+    return (
+        f"warning: the start knows nothing of this text: its perplexity, {figure(before)}, is above {reference}. Most "
+        "likely its masked-language-model head is missing or random, or the tokenizer is another model's, or the text "
+        "is in a language that it never learned."
+    )
+
+
 def notes(summary: Summary) -> list[str]:
-    """Returns what else to know of the scores: the trend of the loss, and whether word frequencies do as well."""
-    unigram, last = summary.text.unigram_perplexity, summary.evaluations[-1]
-    found = [trend(summary)] if trend(summary) else []
+    """Returns what else to know of the scores: a start that knew nothing, the trend of the loss, and whether word
+    frequencies do as well."""
+    unigram, first, last = summary.text.unigram_perplexity, summary.evaluations[0], summary.evaluations[-1]
+    vocabulary = summary.derived.get("vocabulary", math.inf)  # which older runs did not write down
+    found = []
+    if not summary.settings["initial_pretrain_model"].startswith("scratch:"):
+        found.append(ignorance(first["perplexity"], first["perplexity_se"], unigram, vocabulary))
+    found = [sentence for sentence in (*found, trend(summary)) if sentence]
     error = last["perplexity_se"] if math.isfinite(last["perplexity_se"]) else 0.0
     if summary.has_trained and not last["perplexity"] + 1.96 * error < unigram:  # the end of its 95% interval
         found.append(

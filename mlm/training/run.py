@@ -71,6 +71,7 @@ def derive_numbers(accelerator: Accelerator, bert: BertForMaskedLM, corpus: Corp
     """Returns numbers that follow from settings, text and machine, by name, to be shown."""
     return {
         "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
+        "vocabulary": corpus.vocabulary.size,
         "parameters": sum(parameter.numel() for parameter in bert.parameters()),
         "added_words": len(corpus.added_words),
         "chunks": len(corpus.train),

@@ -4,6 +4,7 @@ import gzip
 import math
 from array import array
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,3 +236,19 @@ def test_a_file_whose_lines_end_in_carriage_returns_is_said_to_be_so(tmp_path, c
             list(read_lines([tmp_path / "train.txt"]))
     else:
         assert len(list(read_lines([tmp_path / "train.txt"]))) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_no_file_is_removed_while_it_is_mapped_into_memory(settings, tokenizer, vocabulary, monkeypatch):
+    """Which Windows refuses."""
+    removed, unlink = [], Path.unlink
+
+    def look_and_unlink(path, **options):
+        removed.append(path.name)
+        assert path.name not in Path("/proc/self/maps").read_text()
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", look_and_unlink)
+    config = settings()
+    prepare(config, find_text(config), tokenizer, vocabulary)
+    assert {"train.tokens", "train.lines", "test.tokens"} <= {*removed}

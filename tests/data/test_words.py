@@ -384,3 +384,23 @@ def test_a_run_adds_the_words_most_often_split_and_saves_them(tmp_path, settings
     assert math.isfinite(float(first["eval_loss"])) and first["step"] == "0"
     [guess] = pipeline("fill-mask", str(folder / "final"), top_k=1)("服用[MASK]。")
     assert 0 <= guess["token"] < known + 3
+
+
+def test_special_tokens_that_the_user_added_are_words_and_berts_own_are_text(tmp_path, tokenizer):
+    """As entity markers such as [E1]: of these the rows are to be trained."""
+    tokenizer.save_pretrained(tmp_path)
+    marked = AutoTokenizer.from_pretrained(tmp_path)
+    marked.add_special_tokens({"additional_special_tokens": ["[DRUG]", "<e1>"]})
+    marked.save_pretrained(tmp_path / "marked")
+    marked = AutoTokenizer.from_pretrained(tmp_path / "marked")
+    line = "given [DRUG] metformin[DRUG] to <e1>[MASK] [SEP] 患者[DRUG]服用"
+    words, ids = tokenized([line], marked)
+    assert ids.tolist().count(marked.convert_tokens_to_ids("[DRUG]")) == 3
+    assert ids.tolist().count(marked.convert_tokens_to_ids("<e1>")) == 1
+    assert not {*ids.tolist()} & {marked.mask_token_id, marked.sep_token_id}
+    assert [word for word in words[0] if "[DRUG]" in word] == [["[DRUG]"]] * 3
+
+
+def test_without_added_tokens_text_is_tokenized_as_ever(tokenizer, mixed_lines):
+    expected = tokenizer(mixed_lines, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenized(mixed_lines, tokenizer)[1].tolist() == list(chain.from_iterable(expected))

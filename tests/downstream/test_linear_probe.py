@@ -23,7 +23,7 @@ def test_features_are_the_stock_models_mean_hidden_states(tmp_path, accelerator)
     examples = [Example((text,), ("x",)) for text in texts]
     encoded = encode(examples, Task("t", "text", ["x"], examples, [], [], []), tokenizer, 64)
     micro_batcher = micro_batcher_of(read_vocabulary(tokenizer))
-    found = features(PackedBert(load_encoder(name)), encoded, accelerator, micro_batcher)
+    found = features(PackedBert(load_encoder(name)[0]), encoded, accelerator, micro_batcher)
     stock = BertModel.from_pretrained(name).eval()
     for row, text in zip(found, texts, strict=True):
         hidden = stock(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 1:-1].detach()

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from accelerate import Accelerator
 from runs import ROOT, contents, folder_of, metrics, run, stop_at
+from safetensors.torch import load_file, save_file
 
 import train
 from mlm import terminal
@@ -98,9 +101,30 @@ def test_evaluate_only_scores_any_checkpoint_on_any_text_and_trains_nothing(sett
         assert float(row[name]) == pytest.approx(float(last[name]), abs=1e-5)
     assert not (folder / "final").exists() and not (folder / "checkpoints").exists()
     output = capsys.readouterr().out
-    assert "   train " not in output and "warning" not in output
+    assert "   train " not in output
+    warnings = re.findall("warning: (.*):", output)  # of eight steps
+    assert {*warnings} <= {"the start knows nothing of this text"}
     with pytest.raises(UserError, match="no unfinished run"):
         run(settings(resume=True))
+
+
+@pytest.mark.parametrize("spoilt", ["head", "tokens", None])
+def test_a_start_that_knows_nothing_is_said_before_it_is_trained(settings, tmp_path, whole, capsys, spoilt):
+    """A head that is in the file and random; rows that belong to other tokens."""
+    shutil.copytree(whole / "final", tmp_path / "start")
+    weights = load_file(tmp_path / "start" / "model.safetensors")
+    torch.manual_seed(0)
+    if spoilt == "head":
+        torch.nn.init.normal_(weights["cls.predictions.transform.dense.weight"])
+    if spoilt == "tokens":
+        rows = weights["bert.embeddings.word_embeddings.weight"]
+        weights["bert.embeddings.word_embeddings.weight"] = 3 * rows[torch.randperm(len(rows))]
+    save_file(weights, tmp_path / "start" / "model.safetensors", metadata={"format": "pt"})
+    name = str(tmp_path / "start")
+    run(settings(initial_pretrain_model=name, initial_pretrain_tokenizer=name, evaluate_only=True))
+    first, *rest = capsys.readouterr().out.partition("before training")[2].splitlines()
+    assert "perplexity" in first
+    assert rest[0].startswith("warning: the start knows nothing of this text") == bool(spoilt)
 
 
 def test_modes_exclude_each_other(settings):

@@ -13,7 +13,7 @@ import pytest
 from mlm.evaluation.loss import Evaluation, compare
 from mlm.report.metrics import record, scores
 from mlm.report.page import render_run
-from mlm.report.wording import closing_words, score_rows, trend, verdict
+from mlm.report.wording import closing_words, ignorance, score_rows, trend, verdict
 from mlm.training.progress import Progress
 from mlm.training.run import Setup
 
@@ -70,6 +70,41 @@ def test_a_model_no_better_than_word_frequencies_is_said_to_be_so(finished):
         assert ("Word frequencies alone" in render_run(without_error)) == (perplexity > 1)
     untrained = dataclasses.replace(finished, rows=finished.rows[:1])
     assert untrained.evaluations[0]["perplexity"] > unigram and "Word frequencies alone" not in render_run(untrained)
+
+
+@pytest.mark.parametrize(
+    ("before", "error", "is_said"),
+    [
+        (1000.0, 10.0, True),
+        (1000.0, 60.0, False),  # by less than its error
+        (800.0, 0.0, False),
+        (1000.0, math.inf, True),
+        (math.nan, math.nan, False),
+    ],
+)
+@pytest.mark.parametrize("start", ["a/checkpoint", "scratch:tiny"])
+def test_a_checkpoint_that_knows_nothing_of_the_text_is_said_to(finished, start, before, error, is_said):
+    """Whatever it is that makes it so. Random weights know nothing by intention."""
+    summary = dataclasses.replace(
+        finished,
+        settings=finished.settings | {"initial_pretrain_model": start},
+        text=dataclasses.replace(finished.text, unigram_perplexity=900.0),
+        derived=finished.derived | {"vocabulary": 30_000},
+        rows=[finished.rows[0] | {"perplexity": before, "perplexity_se": error}, *finished.rows[1:]],
+    )
+    said = "the start knows nothing of this text: its perplexity, 1,000, is above that of word frequencies alone, 900."
+    for shown in (render_run(summary), closing_words(summary)):
+        assert (said in shown) == ("knows nothing" in shown) == (is_said and start == "a/checkpoint")
+    without_size = dataclasses.replace(summary, derived={})  # as older runs
+    assert ("knows nothing" in closing_words(without_size)) == ("knows nothing" in closing_words(summary))
+
+
+@pytest.mark.parametrize(("before", "is_said"), [(16_000.0, True), (14_000.0, False)])
+def test_a_perplexity_near_the_size_of_the_vocabulary_is_a_blind_guess(before, is_said):
+    """Also where the words of the test text are so rare in training that their frequencies say as little."""
+    said = ignorance(before, 10.0, unigram=40_000.0, vocabulary=30_000)
+    assert bool(said) == is_said
+    assert not is_said or "above half the size of the vocabulary, 30,000: that of a blind guess" in said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from Config import parse_flags
-from mlm.errors import UserError, plain_errors
+from mlm.errors import UserError, first_line, plain_errors
 from mlm.runtime.hardware import choose_devices, count_gpus, native_precision, stay_on_cpu
 
 SECONDS_TO_SAVE = "45"  # between a signal and the launcher's kill; torch before 2.13 always waits 30
@@ -29,6 +29,7 @@ def main() -> None:
     from accelerate.commands import launch  # here, as it takes seconds and wrong flags should not
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from yaml import YAMLError
 
     options = []
     if not os.path.isfile(launch.default_config_file):
@@ -37,14 +38,20 @@ def main() -> None:
         options = ["--num_machines=1", f"--mixed_precision={native_precision()}", "--dynamo_backend=no"]
     if config.cuda_visible_devices or options:
         options += ["--gpu_ids=all", f"--num_processes={count_gpus()}"]  # of one machine
-    arguments = launch.launch_command_parser().parse_args([*options, "train.py", *flags])
-    arguments, *_ = launch._validate_launch_command(arguments)  # adds what `accelerate config` says
-    if config.cuda_visible_devices:
-        arguments.num_processes *= arguments.num_machines
-    if arguments.use_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    _check_configuration(arguments)
-    command, environment = launch.prepare_simple_launcher_cmd_env(arguments)
+    try:  # the file of `accelerate config` may be damaged, or of another version
+        arguments = launch.launch_command_parser().parse_args([*options, "train.py", *flags])
+        arguments, *_ = launch._validate_launch_command(arguments)  # adds what that file says
+        if config.cuda_visible_devices:
+            arguments.num_processes *= arguments.num_machines
+        if arguments.use_cpu:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        _check_configuration(arguments)
+        command, environment = launch.prepare_simple_launcher_cmd_env(arguments)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, YAMLError) as error:
+        raise UserError(
+            f"accelerate config: {launch.default_config_file} cannot be used: {first_line(error).rstrip('.')}. Run "
+            "`accelerate config` again"
+        ) from error
     environment["ACCELERATE_USE_CPU"] = str(stay_on_cpu())
     if arguments.num_processes == 1:
         os.execvpe(command[0], command, environment)

@@ -10,6 +10,8 @@ from tempfile import mkdtemp
 import pytest
 from runs import LAUNCHERS, finish, folder_of, metrics, read_until, run, start
 
+from mlm.errors import UserError
+from mlm.runtime import launch
 from mlm.training.checkpoint import find_checkpoint
 
 TWO_RANKS = """\
@@ -134,6 +136,33 @@ def test_run_sh_refuses_what_bert_does_not_need(settings, answered):
     process = start(settings(), ["./run.sh"], **answered(answers))
     _, err = finish(process, 2)
     assert err.startswith("error: accelerate config: DeepSpeed, FullyShardedDataParallel")
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        b"",
+        b"\xff\xfe",
+        b"- a\n- b\n",
+        b"compute_environment: [LOCAL\n",
+        b"compute_environment: AMAZON_SAGEMAKER\n",
+        TWO_RANKS.replace("MULTI_GPU", "OF_TOMORROW").format(precision="'no'").encode(),
+        TWO_RANKS.replace("num_processes: 2", "num_processes: two").format(precision="'no'").encode(),
+        TWO_RANKS.replace("num_machines: 1", "num_machines: 0").format(precision="'no'").encode(),
+        TWO_RANKS.format(precision="int3").encode(),
+        TWO_RANKS.format(precision="'no'").encode() + b"a_key_of_tomorrow: 1\n",
+    ],
+)
+def test_a_configuration_file_that_cannot_be_used_is_said_plainly(tmp_path, monkeypatch, answers):
+    file = tmp_path / "default_config.yaml"
+    file.write_bytes(answers)
+    for module in ("launch", "config.config_args"):
+        monkeypatch.setattr(f"accelerate.commands.{module}.default_config_file", str(file))
+    monkeypatch.setattr(sys, "argv", ["launch", "--demo", "--check_only"])
+    with pytest.raises(UserError) as refused:
+        launch.main()
+    [line] = str(refused.value).splitlines()
+    assert line.startswith(f"accelerate config: {file} cannot be used: ") and line.endswith("config` again")
 
 
 def test_processes_without_a_device_of_their_own_are_refused(settings, answered):

@@ -192,7 +192,7 @@ def is_right_to_refuse(said: str, files: dict[str, bytes], tokenizer) -> bool:
     if re.search("holds one line only|is empty", said):
         lines = {line for line in reference_lines(files["train"]) if line}
         return len(files) == 1 and len(lines) == ("one line" in said)
-    split = re.search(r"no line of (train|test)\*\.txt holds a token to train or test on", said)[1]
+    split = re.search(r"no line of (train|test)\* holds a token to train or test on", said)[1]
     if len(files) == 1:  # lines without a token may be all that is held out, or all that is not
         return any(not tokens_of(tokenizer, [line]) for line in reference_lines(files["train"]))
     return not tokens_of(tokenizer, reference_lines(files[split]))

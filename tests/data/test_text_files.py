@@ -10,6 +10,7 @@ import re
 import subprocess
 from array import array
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from texts import make_lines
+from transformers import BertTokenizer
 
 from data_process import prepare, training_batches
 from mlm.data.chunks import cut_line, take
 from mlm.data.masking import BERT_RULE
 from mlm.data.packing import pack
 from mlm.data.text_files import distinct, find_text, read_lines, read_sample
-from mlm.data.text_stats import histogram
+from mlm.data.text_stats import TextStats, histogram, text_warnings
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
 from mlm.errors import UserError
 from mlm.storage import digest
@@ -495,8 +497,51 @@ def test_what_was_found_counts_lines(tmp_path, settings, text_of, tokenizer, voc
     assert found.train.unknown == ids.count(tokenizer.unk_token_id)
 
 
+def words_of(*words: str, lower_case: bool = False) -> BertTokenizer:
+    """A tokenizer that has these words."""
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    return BertTokenizer(vocab={word: index for index, word in enumerate(entries)}, do_lower_case=lower_case)
+
+
+@pytest.mark.parametrize(
+    ("made", "line", "cause", "said"),
+    [
+        (words_of("the", "##a", "a"), "the " + "a" * 101, "long", "100% words of more than 100 characters"),
+        (words_of("the", "patient", "große"), "The Patient Großé", "lower case", '"do_lower_case": true in'),
+        (words_of("The", "Patient", lower_case=True), "The Patient", "capitals", '"do_lower_case": false in'),
+        (words_of("the"), "the пациент", "CYRILLIC", "Cyrillic letters that it lacks, so it is most likely for"),
+        (words_of("the"), "患者 the", "CJK", "initial_pretrain_tokenizer to bert-base-chinese"),
+        (words_of("the"), "the 😀 →", "sign", "100% signs, such as emoji, that it lacks"),
+        (words_of("the", "t"), "the tt", "pieces", "100% words that no tokens of it make up"),
+    ],
+)
+def test_unknown_tokens_are_blamed_on_what_makes_them_so(tmp_path, settings, text_of, made, line, cause, said):
+    text = text_of(tmp_path, f"{line}\n".encode() * 30, b"the The\n")
+    _, _, found = stored_tokens(tmp_path, settings, text, made, read_vocabulary(made))
+    counted = found.train.unknown_causes
+    assert counted.keys() == {cause}
+    assert counted[cause] == found.train.unknown  # 30 short lines are all of them in the sample
+    [warning, *_] = text_warnings(found, "some/bert", only_test=False)
+    assert ". Of a sample, seen by the vocabulary of some/bert: " in warning
+    assert said in warning and ("another language" in warning) == (cause in ("CYRILLIC", "CJK"))
+    assert "another language" not in text_warnings(found, "corpus", only_test=False)[0]
+
+
+def test_few_unknown_tokens_of_a_kind_are_not_named_and_old_runs_have_no_kinds(tmp_path, settings, text_of):
+    made = words_of("the")
+    text = text_of(tmp_path, ("😀 " * 9 + "б the\n").encode() * 5, b"the\n")
+    _, _, found = stored_tokens(tmp_path, settings, text, made, read_vocabulary(made))
+    assert found.train.unknown_causes == {"sign": 45, "CYRILLIC": 5}
+    [warning] = text_warnings(found, "some/bert", only_test=False)
+    assert "90% signs" in warning and "Cyrillic" not in warning
+    old = asdict(found)
+    for split in ("train", "test"):
+        del old[split]["unknown_causes"]
+    assert text_warnings(TextStats.from_dict(old), "some/bert", False) == ["warning: 91% of the train tokens are [UNK]"]
+
+
 def test_text_without_a_token_is_said_plainly(tmp_path, settings, text_of, tokenizer, vocabulary):
-    with pytest.raises(UserError, match=r"no line of train\*\.txt holds a token"):
+    with pytest.raises(UserError, match=r"no line of train\* holds a token"):
         stored_tokens(tmp_path, settings, text_of(tmp_path, b"\x00\n\n"), tokenizer, vocabulary)
     assert not [path for path in (tmp_path / "output" / ".cache").iterdir() if path.suffix != ".lock"]
 

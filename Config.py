@@ -49,8 +49,9 @@ class Config:
     add_words: str | None = None  # file of words that become tokens, one per line, or auto:N, the N most often split
 
     # --- text
-    path_datasets: str = "data"  # folder with train*.txt and test*.txt (also .txt.gz), UTF-8, one example per line
-    test_fraction: float = 0.05  # share of the distinct lines held out for testing where there is no test*.txt
+    path_datasets: str = "data"  # folder of train* and test*: .txt, one example per line; or .jsonl .csv .tsv .parquet
+    text_column: str = "text"  # name of the text's column (JSON key) where path_datasets holds no .txt
+    test_fraction: float = 0.05  # share of the distinct lines held out for testing where there is no test* or dev*
     sen_max_length: int = 128  # positions of a chunk: tokens, [CLS] and [SEP]; longer lines are cut into chunks
     user_words: str | None = None  # file of words, one per line, that the Chinese segmenter is to keep whole
 
@@ -176,7 +177,7 @@ def _wrong_numbers(config: Config) -> Iterator[str]:
 
 def _wrong_names(config: Config) -> Iterator[str]:
     paths = ("initial_pretrain_model", "initial_pretrain_tokenizer", "path_datasets", "path_model_save")
-    for name in (*paths, "add_words", "user_words"):
+    for name in (*paths, "text_column", "add_words", "user_words"):
         value = getattr(config, name)
         if value is not None and not (value.strip() and value.isprintable()):
             yield f"{name}: must not be empty or hold a character that cannot be printed"

@@ -29,7 +29,7 @@ from mlm.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from mlm.data.words import SplitWord, add_words, make_encoders, read_words
 from mlm.storage import digest, once
 
-CACHE_FORMAT = 6  # raise when what the cache holds changes
+CACHE_FORMAT = 7  # raise when what the cache holds changes
 MASKED_AT_ONCE = 1 << 15  # tokens: enough that numpy's calls cost little, few enough for the processor's cache
 EVALUATION_CHUNKS = 256  # chunks masked and packed together in an evaluation
 

@@ -3,6 +3,8 @@
 More of it: EXAMPLES=1000 pytest tests/test_any_input.py
 """
 
+import gzip
+import lzma
 import math
 import os
 import re
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,7 +182,7 @@ def tokens_of(tokenizer, lines: list[str]) -> list[int]:
 
 
 def is_right_to_refuse(said: str, files: dict[str, bytes], tokenizer) -> bool:
-    if bad := re.search(r"(train|test)\.txt, line (\d+) is not UTF-8", said):
+    if bad := re.search(r"(train|test)\.txt, line (\d+) is (?:not UTF-8|UTF-8 but)", said):
         lines = files[bad[1]].split(b"\n")
         reference_lines(b"\n".join(lines[: int(bad[2]) - 1]))  # those before it are
         with pytest.raises(UnicodeDecodeError):
@@ -188,7 +192,7 @@ def is_right_to_refuse(said: str, files: dict[str, bytes], tokenizer) -> bool:
     if re.search("holds one line only|is empty", said):
         lines = {line for line in reference_lines(files["train"]) if line}
         return len(files) == 1 and len(lines) == ("one line" in said)
-    split = re.search(r"no line of (train|test)\*\.txt holds a token to train or test on", said)[1]
+    split = re.search(r"no line of (train|test)\* holds a token to train or test on", said)[1]
     if len(files) == 1:  # lines without a token may be all that is held out, or all that is not
         return any(not tokens_of(tokenizer, [line]) for line in reference_lines(files["train"]))
     return not tokens_of(tokenizer, reference_lines(files[split]))
@@ -198,6 +202,58 @@ def is_right_to_refuse(said: str, files: dict[str, bytes], tokenizer) -> bool:
 def packed_loss(bert, chunks, vocabulary):
     model, pieces = PackedMaskedLM(bert), micro_batcher_of(vocabulary, 40)(chunks)
     return sum(F.cross_entropy(model(**inputs), wanted, reduction="sum").item() for inputs, wanted in pieces)
+
+
+NAMES = strategies.builds(
+    lambda split, folder, ending, packed: f"{split}{folder}{ending}{packed}",
+    strategies.sampled_from(["train", "train", "train", "Train", "test", "dev", "valid", "corpus", ".train", "README"]),
+    strategies.sampled_from(["", "", "", "-1", "-parts/0"]),
+    strategies.sampled_from([".txt", ".TXT", ".jsonl", ".csv", ".tsv", ".parquet", ".docx", ""]),
+    strategies.sampled_from(["", "", "", ".gz", ".xz", ".zst"]),
+)
+IS_DAMAGED = strategies.sampled_from([False] * 9 + [True])
+CELLS = strategies.lists(strategies.text(max_size=20) | strategies.sampled_from(FRAGMENTS), min_size=1, max_size=5)
+
+
+def write_texts(path: Path, texts: list[str], is_damaged: bool) -> None:
+    """Writes a text a row, or a line, in the format and packing that the name says."""
+    name, frame = path.name.lower(), pd.DataFrame({"text": texts})
+    content = "\n".join((["text"] if ".tsv" in name else []) + texts).encode()
+    if ".parquet" in name:
+        content = frame.to_parquet()
+    elif ".jsonl" in name:
+        content = frame.to_json(orient="records", lines=True).encode()
+    elif ".csv" in name:
+        content = frame.to_csv(index=False).encode()
+    packers = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    content = packers.get(path.suffix.lower(), bytes)(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content[:-3] + b"\xff" if is_damaged else content)
+
+
+@settings(max_examples=2 * EXAMPLES, **unhurried)
+@given(files=strategies.dictionaries(NAMES, strategies.tuples(CELLS, IS_DAMAGED), min_size=1, max_size=5))
+def test_any_folder_is_read_or_refused_and_what_is_not_read_is_named(tmp_path_factory, files):
+    """Law 8: every file that is whole is read, or its name is said, but for READMEs and what is hidden."""
+    folder = tmp_path_factory.mktemp("folder")
+    texts = {}
+    for name, (cells, is_damaged) in files.items():
+        printable = ["".join(filter(str.isprintable, cell)) for cell in cells]
+        texts[name] = [f"{name} {number} {cell}".strip() for number, cell in enumerate(printable)]
+        write_texts(folder / name, texts[name], is_damaged)
+    try:
+        text = find_text(Config(path_datasets=str(folder), path_model_save=str(folder / ".output"), test_fraction=0.5))
+        lines = {*text.train(), *text.test()}
+    except UserError as refused:
+        assert str(refused).startswith("path_datasets: ") and "\n" not in str(refused), refused
+        return event("refused")
+    event("read")
+    for name in texts:
+        is_aside = any(part.startswith((".", "README")) for part in Path(name).parts)
+        is_damaged = files[name][1]
+        is_said = any(name in note for note in text.notes) or name.partition("/")[0] + "/" in " ".join(text.notes)
+        assert is_aside or is_damaged or lines.issuperset(texts[name]) or is_said, (name, text.notes)
+        assert not (is_aside and lines.intersection(texts[name]))
 
 
 SAMPLES = [

@@ -6,6 +6,7 @@ A *chunk* is a line, or a part of a line too long for `sen_max_length`. Stored t
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.data.chinese import Segmenter
 from mlm.data.text_files import Text, distinct, line_hash
-from mlm.data.text_stats import SplitStats, TextStats, length_bins
+from mlm.data.text_stats import SplitStats, TextStats, length_bins, unknown_causes
 from mlm.data.tokenizer import Vocabulary
 from mlm.data.words import Encoders, WordCounts, tokenize
 from mlm.errors import UserError
@@ -94,6 +95,7 @@ def write_chunks(
     """
     dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit tells where words start
     all_lines = characters = 0
+    causes: Counter[str] = Counter()
     line_hashes, line_lengths, chunk_lengths = array("Q"), array("q"), array("q")
     occurrences, words = np.zeros(vocabulary.size, dtype=np.int64), WordCounts()
     tokens_file, lines_file = path.with_suffix(".tokens"), path.with_suffix(".lines")
@@ -113,9 +115,13 @@ def write_chunks(
             characters += sum(map(len, block))
             line_lengths.extend(tokenized.lengths.tolist())
             occurrences += np.bincount(tokenized.tokens, minlength=vocabulary.size)
+            is_unknown = tokenized.tokens == vocabulary.unk_id
+            if is_unknown.any():
+                of_unknown = np.repeat(np.arange(len(filled)), tokenized.lengths)[is_unknown]  # their lines
+                causes += unknown_causes([filled[line] for line in np.unique(of_unknown)], encoders.any_line)
             words.update(tokenized.tokens, vocabulary.continues_word, tokenized.segmented)
     if not chunk_lengths:
-        raise UserError(f"path_datasets: no line of {path.stem}*.txt holds a token to train or test on")
+        raise UserError(f"path_datasets: no line of {path.stem}* holds a token to train or test on")
     columns = np.memmap(tokens_file, dtype, mode="r"), np.memmap(lines_file, np.uint64, mode="r")
     _write_arrow(path, Chunks(columns[0], chunk_bounds(np.array(chunk_lengths)), columns[1]))
     del columns  # Windows removes no file that is mapped into memory
@@ -132,6 +138,7 @@ def write_chunks(
         unknown=int(occurrences[vocabulary.unk_id]),
         chunks=len(chunk_lengths),
         line_lengths=binned.tolist(),
+        unknown_causes=dict(causes),
     )
     return WrittenSplit(stats, line_hashes, occurrences, words)
 

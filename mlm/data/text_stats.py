@@ -1,14 +1,34 @@
 """Statistics of the text, collected while it is prepared, and warnings by them."""
 
 import math
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
 
 from mlm.data.words import SplitWord
 
 MANY_UNKNOWN = 0.05  # share of [UNK] that is worth a warning
 SHOWN_SPLIT_WORDS = 30  # the most frequent
+WORTH_NAMING = 0.2  # share of the [UNK] that have the same cause
+SAMPLED_CHARACTERS = 4096  # of the lines with [UNK] among those that are tokenized at once
+UNCASED = BertNormalizer(lowercase=True)
+
+# Why words are [UNK], beside the scripts of the letters that no token has.
+LONG, LOWER_CASE, CAPITALS, SIGN, PIECES = "long", "lower case", "capitals", "sign", "pieces"
+CAUSES = {
+    LONG: "words of more than 100 characters, which are one [UNK] each, whatever the vocabulary",
+    LOWER_CASE: 'words that it has in lower case and without accents alone: say "do_lower_case": true in the '
+    "tokenizer_config.json",
+    CAPITALS: 'words that it has with their capitals, which the tokenizer removes: say "do_lower_case": false in the '
+    "tokenizer_config.json",
+    SIGN: "signs, such as emoji, that it lacks",
+    PIECES: "words that no tokens of it make up",
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +44,7 @@ class SplitStats:
     unknown: int  # tokens that are [UNK]
     chunks: int
     line_lengths: list[int]  # lines by their tokens, binned by `length_bins`, and those longer than a chunk
+    unknown_causes: dict[str, int] = field(default_factory=dict)  # words that are [UNK] in a sample, by why
 
 
 @dataclass(frozen=True)
@@ -62,15 +83,64 @@ def used_splits(stats: TextStats, only_test: bool) -> dict[str, SplitStats]:
     return {"test": stats.test} if only_test else {"train": stats.train, "test": stats.test}
 
 
+def unknown_causes(lines: list[str], encoder: Tokenizer) -> Counter[str]:
+    """Counts the words that are [UNK] by their cause, a key of `CAUSES` or a script, in a sample of lines."""
+    sample = "\n".join(lines)[:SAMPLED_CHARACTERS]
+    encoding = encoder.encode(sample, add_special_tokens=False)
+    unknown = encoder.token_to_id(encoder.model.unk_token)
+    spans = [span for span, token in zip(encoding.offsets, encoding.ids, strict=True) if token == unknown]
+    causes: Counter[str] = Counter()
+    for word, count in Counter(sample[first:after] for first, after in spans).items():
+        causes[_unknown_cause(word, encoder)] += count
+    return causes
+
+
+def _unknown_cause(word: str, encoder: Tokenizer) -> str:
+    model = encoder.model
+
+    def is_known(form: str) -> bool:
+        tokens = [token.value for token in model.tokenize(form)]
+        return bool(tokens) and model.unk_token not in tokens
+
+    seen = encoder.normalizer.normalize_str(word).strip() if encoder.normalizer else word
+    if len(seen) > model.max_input_chars_per_word:
+        return LONG
+    if is_known(UNCASED.normalize_str(seen).strip()):
+        return LOWER_CASE
+    if is_known(word):
+        return CAPITALS
+    prefix = model.continuing_subword_prefix
+    lacking = [c for c in seen if encoder.token_to_id(c) is None and encoder.token_to_id(prefix + c) is None]
+    letters = filter(str.isalpha, lacking)
+    scripts = (unicodedata.name(letter, "another").partition(" ")[0] for letter in letters)
+    return next(scripts, SIGN if lacking else PIECES)
+
+
 def text_warnings(stats: TextStats, tokenizer_name: str, only_test: bool) -> list[str]:
     """Returns a line for each thing that looks wrong with the text, or with the tokenizer for it."""
     warnings = [
-        f"warning: {split.unknown / split.tokens:.0%} of the {name} tokens are [UNK]. Most likely {tokenizer_name} is "
-        "for another language; for Chinese set initial_pretrain_model and initial_pretrain_tokenizer to "
-        "bert-base-chinese"
+        f"warning: {split.unknown / split.tokens:.0%} of the {name} tokens are [UNK]{_explain(split, tokenizer_name)}"
         for name, split in used_splits(stats, only_test).items()
         if split.unknown / split.tokens > MANY_UNKNOWN
     ]
     if stats.test_lines_in_train and not only_test:
         warnings.append("warning: the model is tested on lines it is trained on, so its perplexity will flatter it")
     return warnings
+
+
+def _explain(split: SplitStats, tokenizer_name: str) -> str:
+    """Returns the rest of a sentence that says of what kinds the [UNK] are, as far as that was counted."""
+    vocabulary = "the learned vocabulary" if tokenizer_name == "corpus" else f"the vocabulary of {tokenizer_name}"
+    all_causes = sum(split.unknown_causes.values())
+    kinds = []
+    for cause, count in sorted(split.unknown_causes.items(), key=lambda item: -item[1]):
+        if count < WORTH_NAMING * all_causes:
+            continue
+        remedy = "" if tokenizer_name == "corpus" else ", so it is most likely for another language"
+        if remedy and cause == "CJK":
+            remedy += "; for Chinese set initial_pretrain_model and initial_pretrain_tokenizer to bert-base-chinese"
+        kind = CAUSES.get(
+            cause, f"words with {cause if cause == 'CJK' else cause.capitalize()} letters that it lacks{remedy}"
+        )
+        kinds.append(f"{count / all_causes:.0%} {kind}")
+    return f". Of a sample, seen by {vocabulary}: {'; '.join(kinds)}" if kinds else ""

@@ -28,7 +28,7 @@ def describe_run(given: Config, config: Config, corpus: Corpus, derived: dict[st
         only_test=only_test,
         many_subwords=MANY_SUBWORDS,
         split_words=stats.split_words[:SHOWN_SPLIT_WORDS],
-        warnings=text_warnings(stats, config.initial_pretrain_tokenizer, only_test),
+        warnings=[*corpus.text.notes, *text_warnings(stats, config.initial_pretrain_tokenizer, only_test)],
         added_words=corpus.added_words,
         derived=derived,
     )

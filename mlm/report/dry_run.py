@@ -140,7 +140,7 @@ def _peak_memory() -> int:
 def describe_estimate(run: Run, estimate: Estimate) -> str:
     """Returns one screen: text, model, steps, speed, time, memory, disk, and what would make it faster."""
     config, stats = run.setup.config, run.corpus.stats
-    warnings = text_warnings(stats, config.initial_pretrain_tokenizer, only_test=False)
+    warnings = [*run.corpus.text.notes, *text_warnings(stats, config.initial_pretrain_tokenizer, only_test=False)]
     if estimate.disk_bytes + estimate.saving_bytes > estimate.free_bytes:
         fewer = min(estimate.left.checkpoints, config.keep_checkpoints) > 1
         remedy = "; a lower --keep_checkpoints needs less" if fewer else ""

@@ -69,9 +69,15 @@ def locate(
     raise UserError(f"{unreachable} Ways out:\n{WAYS_OUT}")
 
 
+def is_aside(name: str) -> bool:
+    """Whether a file of that name, in the text's folder, is hidden or a README: nobody means it as text."""
+    return name.startswith(".") or name.upper().startswith("README")
+
+
 def wants_wikitext(config: Config) -> bool:
-    """Whether there is no text at all in the folder that a user fills unless told otherwise."""
-    return config.path_datasets == "data" and not config.demo and not any(Path("data").glob("*.txt*"))
+    """Whether there is nothing at all in the folder that a user fills unless told otherwise."""
+    is_default = config.path_datasets == "data" and not config.demo
+    return is_default and all(is_aside(path.name) for path in Path("data").glob("*"))
 
 
 def locate_downloads(config: Config) -> None:
@@ -86,7 +92,7 @@ def locate_downloads(config: Config) -> None:
         try:
             locate(**WIKITEXT)
         except UserError as error:
-            what = "path_datasets: data/ holds no train.txt, so WikiText-2 would be fetched"
+            what = "path_datasets: data/ holds no text, so WikiText-2 would be fetched"
             raise UserError(f"{what}\n{error}") from error
 
 

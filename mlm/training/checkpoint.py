@@ -30,9 +30,9 @@ FORMAT = 5  # raise when what a checkpoint holds changes
 # Settings that may differ when a run is resumed, as they do not change the training but where and how fast it runs and
 # what it shows. Text and files of words are compared by what they hold, not by where they lie.
 MAY_CHANGE_ON_RESUME = {
-    "path_datasets", "user_words", "add_words", "path_model_save", "run_name", "cuda_visible_devices", "compile",
-    "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep_checkpoints", "tracker", "check_only",
-    "dry_run", "evaluate_only", "push_to_hub", "resume",
+    "path_datasets", "text_column", "user_words", "add_words", "path_model_save", "run_name", "cuda_visible_devices",
+    "compile", "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep_checkpoints", "tracker",
+    "check_only", "dry_run", "evaluate_only", "push_to_hub", "resume",
 }  # fmt: skip
 
 

@@ -211,7 +211,7 @@ def test_no_text_and_no_hub_asks_for_text(train):
     flags = ["--initial_pretrain_model", "scratch:tiny", "--initial_pretrain_tokenizer", "corpus"]
     result, _ = train("http://127.0.0.1:9", *flags)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: path_datasets: data/ holds no train.txt")
+    assert result.stderr.startswith("error: path_datasets: data/ holds no text")
 
 
 def test_an_unknown_name_is_no_network_trouble(hub, train):

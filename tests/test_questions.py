@@ -1,0 +1,151 @@
+"""docs/questions.md: each message in its tables is one that the program says, word for word."""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import ROOT
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, PreTrainedTokenizerBase
+
+from Config import Config
+from mlm.data.tokenizer import SPECIAL_TOKENS, load_pretrained_tokenizer, load_tokenizer, tokenizer_warnings
+from mlm.errors import UserError
+from mlm.report.wording import ignorance
+from mlm.runtime import launch
+from mlm.runtime.hub import locate
+from mlm.runtime.pretrained import load_bert_config
+from model import load_encoder, load_model
+
+PAGES = [ROOT / "docs" / "questions.md", ROOT / "docs" / "zh-CN" / "questions.md"]
+
+
+@dataclass
+class Place:
+    """What a message needs to come about."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    settings: Callable[..., Config]
+    monkeypatch: Any
+
+    def checkpoint(self, kind: Any = BertForMaskedLM, **changes: Any) -> str:
+        """A small BERT with its tokenizer."""
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        path = self.folder / "checkpoint"
+        kind(BertConfig(**{"vocab_size": len(self.tokenizer)} | shape | changes)).save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        return str(path)
+
+    def spoilt(self, spoil: Callable[[dict], dict]) -> str:
+        """That, with other weights."""
+        name = self.checkpoint()
+        weights = spoil(load_file(Path(name, "model.safetensors")))
+        save_file(weights, Path(name, "model.safetensors"), metadata={"format": "pt"})
+        return name
+
+    def with_file(self, file: str, content: str, instead_of: str = "") -> str:
+        """A small BERT with another file, instead of one of its own."""
+        name = self.checkpoint()
+        if instead_of:
+            Path(name, instead_of).unlink()
+        Path(name, file).write_text(content, encoding="utf-8")
+        return name
+
+    def words(self, *words: str, **options: Any) -> PreTrainedTokenizerBase:
+        return BertTokenizer(vocab={word: index for index, word in enumerate([*SPECIAL_TOKENS, *words])}, **options)
+
+
+def refused(act: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(UserError) as error:
+        act(*arguments)
+    return str(error.value)
+
+
+def start(place: Place, model: str, **changes: Any) -> list[str]:
+    """The warnings of a start."""
+    config = place.settings(initial_pretrain_model=model, initial_pretrain_tokenizer=model, **changes)
+    return load_model(config, len(place.tokenizer), 0)[1]
+
+
+def another_vocabulary(place: Place) -> str:
+    name, other = place.checkpoint(), place.folder / "other"
+    words = place.tokenizer.convert_ids_to_tokens(range(5, len(place.tokenizer)))
+    place.words(*reversed(words)).save_pretrained(other)
+    config = place.settings(initial_pretrain_model=name, initial_pretrain_tokenizer=str(other))
+    return refused(load_tokenizer, config, None, "")
+
+
+def byte_pairs(place: Place) -> str:
+    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
+    content = Tokenizer(models.BPE(vocab=vocabulary, merges=[])).to_str()
+    return refused(load_pretrained_tokenizer, place.with_file("tokenizer.json", content), "models")
+
+
+def answered(place: Place, answers: str) -> str:
+    """What ./run.sh says of a configuration file."""
+    file = place.folder / "default_config.yaml"
+    file.write_text(answers)
+    for module in ("launch", "config.config_args"):
+        place.monkeypatch.setattr(f"accelerate.commands.{module}.default_config_file", str(file))
+    place.monkeypatch.setattr(sys, "argv", ["launch", "--demo"])
+    place.monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    return refused(launch.main)
+
+
+GPUS = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 9\nmixed_precision: 'no'\n"
+LFS = "version https://git-lfs.github.com/spec/v1\n"
+
+# By a part of each message that no other has: how it comes about.
+SAYS: dict[str, Callable[[Place], str]] = {
+    "the Hub (": lambda place: refused(locate, "no/such-model", "models"),
+    "is not a BERT encoder": lambda place: refused(
+        load_bert_config, place.with_file("config.json", '{"model_type": "roberta"}'), "models"
+    ),
+    "of BERT's weights": lambda place: refused(
+        load_encoder, place.spoilt(lambda weights: {f"module.{name}": weight for name, weight in weights.items()})
+    ),
+    "has the shape": lambda place: refused(
+        load_encoder, place.spoilt(lambda weights: {name: weight[:8] for name, weight in weights.items()})
+    ),
+    "not finite": lambda place: refused(
+        load_encoder, place.spoilt(lambda weights: {name: weight / 0 for name, weight in weights.items()})
+    ),
+    "Git LFS": lambda place: refused(load_encoder, place.with_file("model.safetensors", LFS)),
+    "TensorFlow": lambda place: refused(load_encoder, place.with_file("bert_config.json", "{}", "config.json")),
+    "BPE": byte_pairs,
+    "are others in": another_vocabulary,
+    "can never come of text": lambda place: tokenizer_warnings(place.words("The", "the"), "it")[0],
+    "has a capital letter": lambda place: tokenizer_warnings(place.words("a", "b", do_lower_case=False), "it")[0],
+    "are no token's": lambda place: start(place, place.checkpoint(vocab_size=1000))[0],
+    "positions of": lambda place: refused(partial(start, sen_max_length=600), place, place.checkpoint()),
+    "no masked-language-model head": lambda place: start(place, place.checkpoint(BertModel))[0],
+    "knows nothing": lambda place: ignorance(1000.0, 1.0, unigram=900.0, vocabulary=30_000),
+    "cannot be used": lambda place: answered(place, ""),
+    "can be used here": lambda place: answered(place, GPUS),
+}
+
+
+def messages(page: Path) -> list[str]:
+    """The first cells of the tables."""
+    return re.findall(r"^\| `([^`]+)` \|", page.read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.parametrize("message", messages(PAGES[0]))
+def test_each_message_is_what_the_program_says(message, tmp_path, tokenizer, settings, monkeypatch):
+    [produce] = [produce for part, produce in SAYS.items() if part in message]
+    torch.manual_seed(0)
+    said = produce(Place(tmp_path, tokenizer, settings, monkeypatch))
+    assert re.search(".*".join(map(re.escape, message.split("…"))), said), said
+
+
+def test_both_languages_have_the_same_messages():
+    assert messages(PAGES[0]) == messages(PAGES[1])
+    assert len(messages(PAGES[0])) == len(SAYS)

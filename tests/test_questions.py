@@ -6,22 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from runs import ROOT
 from safetensors.torch import load_file, save_file
+from texts import make_lines
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, PreTrainedTokenizerBase
 
 from Config import Config
+from mlm.data.text_files import find_text
+from mlm.data.text_stats import SplitStats, TextStats, text_warnings
 from mlm.data.tokenizer import SPECIAL_TOKENS, load_pretrained_tokenizer, load_tokenizer, tokenizer_warnings
 from mlm.errors import UserError
-from mlm.report.wording import ignorance
+from mlm.report import console, wording
 from mlm.runtime import launch
 from mlm.runtime.hub import locate
 from mlm.runtime.pretrained import load_bert_config
+from mlm.training.progress import Progress
+from mlm.training.run import Ending
 from model import load_encoder, load_model
 
 PAGES = [ROOT / "docs" / "questions.md", ROOT / "docs" / "zh-CN" / "questions.md"]
@@ -103,6 +109,42 @@ def answered(place: Place, answers: str) -> str:
 GPUS = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 9\nmixed_precision: 'no'\n"
 LFS = "version https://git-lfs.github.com/spec/v1\n"
 
+TEXT = "one line\nand another\n"
+CHINESE_TEXT = "\n".join(line for line in make_lines(400) if not line.isascii())
+
+
+def of_text(place: Place, files: dict[str, str | bytes]) -> str:
+    """What is said of a folder of text: its notes, or why it is refused."""
+    folder = place.folder / "corpus"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        text = find_text(place.settings(path_datasets=str(folder)))
+        return "\n".join([*text.notes, *text.train()])
+    except UserError as error:
+        return str(error)
+
+
+def statistics(unknown: int = 0, repeated: int = 0) -> TextStats:
+    split = SplitStats(9, 0, 0, 0, 99, tokens=99, unknown=unknown, chunks=9, line_lengths=[])
+    return TextStats(split, split, test_lines_in_train=repeated, unigram_perplexity=100.0, split_words=[])
+
+
+def summary(**last: float) -> Any:
+    """A run whose last evaluation was this."""
+    before = {"step": 0.0, "perplexity": 9.0, "perplexity_se": 0.1}
+    return SimpleNamespace(
+        settings={"initial_pretrain_model": "bert", "evaluate_only": False, "eval_every": 1}, derived={},
+        text=statistics(), evaluations=[before, before | {"step": 2.0} | last], has_trained=True,
+    )  # fmt: skip
+
+
+def diverged(place: Place) -> str:
+    setup, progress = SimpleNamespace(config=place.settings(learning_rate=1.0), folder=place.folder), Progress()
+    return console.describe_divergence(setup, progress, Ending.SKIPPING, saved_step=None)
+
+
 # By a part of each message that no other has: how it comes about.
 SAYS: dict[str, Callable[[Place], str]] = {
     "the Hub (": lambda place: refused(locate, "no/such-model", "models"),
@@ -127,7 +169,25 @@ SAYS: dict[str, Callable[[Place], str]] = {
     "are no token's": lambda place: start(place, place.checkpoint(vocab_size=1000))[0],
     "positions of": lambda place: refused(partial(start, sen_max_length=600), place, place.checkpoint()),
     "no masked-language-model head": lambda place: start(place, place.checkpoint(BertModel))[0],
-    "knows nothing": lambda place: ignorance(1000.0, 1.0, unigram=900.0, vocabulary=30_000),
+    "knows nothing": lambda place: wording.ignorance(1000.0, 1.0, unigram=900.0, vocabulary=30_000),
+    **{
+        part: partial(of_text, files=files)
+        for part, files in {
+            "no train*.txt": {"notes.pdf": "x"},
+            "there is no test file": {"train.txt": TEXT, "valid.txt": TEXT},
+            "not read in": {"train.txt": TEXT, "test.txt": TEXT, "train.docx": "x"},
+            "has no column": {"train.csv": "title,body\na,b\n"},
+            "a damaged character": {"train.txt": "二甲双胍\n".encode() * 9 + b"\xe4\xba\n"},
+            "not UTF-8; it looks like": {"train.txt": CHINESE_TEXT.encode("gb18030")},
+            "end in \\r alone": {"train.txt": "one\rtwo\rthree"},
+        }.items()
+    },
+    "tokens are [UNK]": lambda place: text_warnings(statistics(unknown=9), "bert", only_test=False)[0],
+    "tested on lines": lambda place: text_warnings(statistics(repeated=1), "bert", only_test=False)[0],
+    "no finite loss": diverged,
+    "Word frequencies": lambda place: wording.notes(summary(perplexity=1000.0, perplexity_se=1.0))[0],
+    "Cannot tell": lambda place: wording.verdict(summary(change=0.0, change_low=-0.1, change_high=0.1)),
+    "was lowest": lambda place: wording.trend(summary(best_step=1.0, trend=0.2, trend_low=0.1, trend_high=0.3)),
     "cannot be used": lambda place: answered(place, ""),
     "can be used here": lambda place: answered(place, GPUS),
 }

@@ -87,10 +87,9 @@ def notes(summary: Summary) -> list[str]:
     frequencies do as well."""
     unigram, first, last = summary.text.unigram_perplexity, summary.evaluations[0], summary.evaluations[-1]
     vocabulary = summary.derived.get("vocabulary", math.inf)  # which older runs did not write down
-    found = []
-    if not summary.settings["initial_pretrain_model"].startswith("scratch:"):
-        found.append(ignorance(first["perplexity"], first["perplexity_se"], unigram, vocabulary))
-    found = [sentence for sentence in (*found, trend(summary)) if sentence]
+    is_checkpoint = not summary.settings["initial_pretrain_model"].startswith("scratch:")  # random weights know nothing
+    at_first = ignorance(first["perplexity"], first["perplexity_se"], unigram, vocabulary) if is_checkpoint else ""
+    found = [sentence for sentence in (at_first, trend(summary)) if sentence]
     error = last["perplexity_se"] if math.isfinite(last["perplexity_se"]) else 0.0
     if summary.has_trained and not last["perplexity"] + 1.96 * error < unigram:  # the end of its 95% interval
         found.append(

@@ -125,11 +125,10 @@ def _read_table(lines: list[str], path: Path, is_csv: bool, config: DownstreamCo
             f'task: {path}, line {reader.line_num} is not CSV: {error}. A text that holds " or a comma must stand in '
             'quotes, its own quotes doubled (""); a quote that is not closed runs on to the end'
         ) from error
-    titles = rows[0][1] if rows else []
-    lower = [title.lower() for title in titles]
+    lower = [title.lower() for title in rows[0][1]] if rows else []
     are_titles = {*lower} & {*LABEL_NAMES} or {*lower[:-1]} & {*TEXT_NAMES, *chain(*PAIR_NAMES)}
-    if are_titles or config.text_column or config.pair_column or config.label_column:
-        return titles, rows[1:]
+    if rows and (are_titles or config.text_column or config.pair_column or config.label_column):
+        return rows[0][1], rows[1:]
     return [], rows
 
 
@@ -204,7 +203,8 @@ def _refuse_other_orders(rows: list[Row], path: Path) -> None:
 def _to_text(value: Any, path: Path, line: int) -> str:
     """Returns a cell as text, empty where it is missing. Raises UserError where it is no single value, or no text."""
     if isinstance(value, list | dict):
-        raise UserError(f"task: {path}, line {line} has a list or object where one text or one label should be")
+        wanted = "one text and one label, or two lists that --text_column and --label_column name: words and their tags"
+        raise UserError(f"task: {path}, line {line} has a list or object; it should have {wanted}")
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     text = str(value).strip()
@@ -289,8 +289,8 @@ def _read_tags(sentences: list[Sentence], path: Path) -> list[Example]:
             return "O"
         if not (scheme and (match := scheme.fullmatch(tag))) or (line == 1 and tag.lower() in LABEL_NAMES):
             raise UserError(
-                f"task: {path}, line {line} has the tag {tag[:40]!r}. Tags should be O, and all others either B-, I- "
-                "(E-, S-) and the kind of entity, or B and I alone, or kinds alone"
+                f"task: {path}, line {line} has the tag {tag[:40]!r}. Tags stand last: O, and all others either B-, "
+                "I- (E-, S-) and the kind of entity, or B and I alone, or kinds alone"
             )
         return f"{SEQEVAL_PLACES.get(match[1], 'I')}-{match[2] or 'entity'}"
 

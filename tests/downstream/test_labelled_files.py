@@ -226,6 +226,12 @@ def test_what_is_no_class_is_refused(tmp_path, case):
     assert said in refusal(tmp_path, "t.tsv", content)
 
 
+@pytest.mark.parametrize("label", [["b"], [[0, 3, "PER"]], {"name": {"a": [[0, 1]]}}])
+def test_several_labels_of_an_object_are_refused_by_line(tmp_path, label):
+    said = refusal(tmp_path, "t.json", json.dumps([{"text": "a", "label": label}] * 2, indent=0))
+    assert "line 2 has a list or object; it should have one text and one label" in said
+
+
 def test_numbers_that_are_classes_stay_classes(tmp_path):
     assert read(tmp_path, "whole.tsv", rows_of("a {n}", "{few}")).classes == ["0", "1", "2"]
     assert read(tmp_path, "pandas.tsv", rows_of("a {n}", "{few}.0")).classes == ["0.0", "1.0", "2.0"]
@@ -272,11 +278,11 @@ def test_all_that_a_file_was_taken_for_is_one_line(tmp_path):
     first = describe_task(load_task(folder(tmp_path, "train.tsv", "test.tsv", ".hidden"))).splitlines()[0]
     assert first == (
         "task: texts of 2 classes (ja, nein); 18 to train on, 2 to choose settings by (dev), 20 to test on; "
-        "column 1, column 2; train from train.tsv, dev from train, test from test.tsv"
+        "read: column 1, column 2; train from train.tsv, dev from train, test from test.tsv"
     )
     task = read(tmp_path, "ner.tsv", tagged("{word}\t{tag}", *BIOBERT))
     first = describe_task(task).splitlines()[0]
-    assert first.startswith("ner: sentences with entities of 1 classes (entity); 28 to train on, ")
+    assert first.startswith("ner: sentences with entities of 1 class (entity); 28 to train on, ")
     assert first.endswith("column 1, column 2; train, dev and test drawn from ner.tsv")
 
 

@@ -12,7 +12,7 @@ from mlm.data.text_stats import MANY_UNKNOWN
 from mlm.downstream.comparison import Candidate
 from mlm.downstream.metrics import count_predictions, score_majority_baseline, task_metrics
 from mlm.downstream.significance import Difference, compare
-from mlm.downstream.task import Task, entity_types
+from mlm.downstream.task import Task, entity_types, list_names
 from mlm.downstream.trials import Result
 from mlm.storage import write_csv
 from mlm.terminal import figure, table
@@ -44,9 +44,9 @@ def summarize(task: Task, metric: str, size: str, results: dict[str, list[Result
 
 
 def describe_task(task: Task) -> str:
-    """Returns the kind and size of the task, and what its files made worth a note."""
+    """Returns what the task's files were taken for: kind, classes, splits, columns; and what is worth a note."""
     classes = entity_types(task.classes) if task.kind == "entities" else task.classes
-    return _render("task.txt", task=task, num_classes=len(classes))
+    return _render("task.txt", task=task, num_classes=len(classes), classes=list_names(classes))
 
 
 def describe_candidates(task: Task, candidates: list[Candidate]) -> str:

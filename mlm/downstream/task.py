@@ -9,12 +9,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from Config import DownstreamConfig
-from mlm.downstream.task_files import Example, Kind, LabelledFile, read_labelled
+from mlm.downstream.task_files import ENDINGS, Example, Kind, LabelledFile, read_labelled
 from mlm.errors import UserError
 from mlm.storage import digest
 
-ENDINGS = ("tsv", "csv", "jsonl", "json", "ndjson", "txt", "conll", "bio", "iob", "iob2")
-SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "valid", "validation", "eval"), "test": ("test",)}
+DEV_NAMES = ("dev", "devel", "val", "valid", "validation", "eval")
+SPLIT_NAMES = {"train": ("train",), "dev": DEV_NAMES, "test": ("test",)}
 
 Item = TypeVar("Item")
 
@@ -29,6 +29,7 @@ class Task(NamedTuple):
     dev: list[Example]
     test: list[Example]
     notes: list[str]  # what was left out, and what to beware of, for people
+    read: str = ""  # the columns, and where each split is from, for people
 
     @property
     def digest(self) -> str:
@@ -46,58 +47,63 @@ def load_task(config: DownstreamConfig) -> Task:
     Raises UserError where there is too little to train, choose and test on, or nothing to tell apart.
     """
     path = Path(config.task)
-    files = {split: read_labelled(file, config) for split, file in _find_files(path).items()}
+    found, sources = _find_files(path)
+    files = {split: read_labelled(file, config) for split, file in found.items()}
     kinds = {file.kind for file in files.values()}
     if len(kinds) > 1:
         raise UserError(f"task: the files of {path} hold different kinds of examples: {', '.join(sorted(kinds))}")
     [kind] = kinds
-    _check_labels(kind, [example for file in files.values() for example in file.examples], path)
+    read = "; ".join([*dict.fromkeys(file.columns for file in files.values()), sources])
+    _check_labels(kind, [example for file in files.values() for example in file.examples], path, read)
 
-    # What was read and what was not, and the splits, of which none shares a text with another.
+    # The splits, of which none shares a text with another.
     splits, left_out = _split(files, kind, config)
     left_out = {"as text or label is empty": sum(file.empty for file in files.values()), **left_out}
-    notes = list(dict.fromkeys(file.columns for file in files.values() if file.columns))
-    notes += [f"left out, {reason}: {number:,}" for reason, number in left_out.items() if number]
-    read = ". ".join(["", *notes])
+    notes = [f"left out, {reason}: {number:,}" for reason, number in left_out.items() if number]
     for split, examples in splits.items():
         if not examples:
-            raise UserError(f"task: {path} leaves no text for {split}{read}")
+            raise UserError(f"task: {path} leaves no text for {split}. {'. '.join([f'Read: {read}', *notes])}")
 
     train, dev, test = (
         Counter(label for example in examples for label in example.labels) for examples in splits.values()
     )
     if len(train) == 1:
-        raise UserError(f"task: all training texts of {path} have the label {next(iter(train))}{read}")
+        raise UserError(f"task: all training texts of {path} have the label {next(iter(train))}. Read: {read}")
     if not train.keys() & test.keys():
         raise UserError(f"task: no label of the training texts of {path} is one of the test texts'")
     notes += _notes_on_labels(kind, train, test)
     name = path.name.partition(".")[0] or path.resolve().name
-    return Task(name, kind, sorted({*train, *dev, *test}), **splits, notes=notes)
+    return Task(name, kind, sorted({*train, *dev, *test}), **splits, notes=notes, read=read)
 
 
-def _find_files(path: Path) -> dict[str, Path]:
-    """Returns the one file as "all", or the folder's files by split. Raises UserError where there is none."""
+def _find_files(path: Path) -> tuple[dict[str, Path], str]:
+    """Returns the one file as "all", or the folder's files by split, and says which they are.
+
+    Raises UserError where there is none, or where it is unclear which one is meant.
+    """
     if path.is_file():
-        return {"all": path}
+        return {"all": path}, f"train, dev and test drawn from {path.name}"
     if not path.is_dir():
         raise UserError(f"task: there is no file or folder {path}")
-    found = {}
+    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    found: dict[str, Path] = {}
     for split, names in SPLIT_NAMES.items():
-        candidates = [
-            file for name in names for ending in ENDINGS for file in sorted(path.glob(f"{name}.{ending}*"))
-            if file.suffix in (f".{ending}", ".gz")
-        ]  # fmt: skip
+        wanted = {f"{name}.{ending}{packed}" for name in names for ending in ENDINGS for packed in ("", ".gz")}
+        candidates = [file for file in files if file.name.lower() in wanted]
         if len(candidates) > 1:
             raise UserError(f"task: {path} has more than one file to {split}: {', '.join(map(str, candidates))}")
         if candidates:
             found[split] = candidates[0]
-    missing = {"train", "test"} - found.keys()
+    others = [file.name for file in files if file not in found.values()]
+    has_other_dev = any({*re.split(r"[^a-z]+", name.lower())} & {*DEV_NAMES} for name in others)
+    missing = ({*SPLIT_NAMES} if has_other_dev else {"train", "test"}) - found.keys()
     if missing:
         raise UserError(
-            f"task: {path} has no {' and no '.join(sorted(missing))} file, such as train.tsv and test.tsv; or name one "
-            "file, which is then split"
+            f"task: {path} has no {' and no '.join(sorted(missing))} file, such as train.tsv, dev.tsv and test.tsv; it "
+            f"holds {list_names([file.name for file in files])}. Name them so; or name one file, which is then split"
         )
-    return found
+    sources = [f"{split} from {found[split].name if split in found else 'train'}" for split in SPLIT_NAMES]
+    return found, ", ".join(sources) + (f" (not read: {list_names(others)})" if others else "")
 
 
 def _split(
@@ -192,15 +198,19 @@ def entity_types(tags: list[str]) -> list[str]:
     return sorted({tag.partition("-")[2] for tag in tags if tag != "O"})
 
 
-def _check_labels(kind: Kind, examples: list[Example], path: Path) -> None:
-    """Raises UserError where there is nothing to tell apart, or labels look like texts."""
+def _check_labels(kind: Kind, examples: list[Example], path: Path, read: str) -> None:
+    """Raises UserError where there is nothing to tell apart, or labels look like texts, scores or lists."""
     labels = {label for example in examples for label in example.labels}
     if len(labels) == 1:
-        raise UserError(f"task: all texts of {path} have the label {labels.pop()}: nothing to tell apart")
-    if kind != "entities" and len(labels) > 0.8 * len(examples) and len(labels) > 10:
+        raise UserError(f"task: all texts of {path} have the label {labels.pop()}: nothing to tell apart. Read: {read}")
+    numbers = [label for label in labels if re.fullmatch(r"[-+]?\d+(?:[.,]\d+)*|\[.*\]", label)]  # or lists
+    odd = sorted(label for label in numbers if re.search(r"[.,]0*[1-9]|\[", label))
+    are_texts = len(labels) > max(10, 0.8 * len(examples))
+    if kind != "entities" and (are_texts or (odd and len(numbers) > 0.9 * len(labels))):
         raise UserError(
-            f"task: {path} has {len(labels):,} different labels for {len(examples):,} texts; is the label in another "
-            "column? (--label_column)"
+            f"task: {path} has {len(labels):,} different labels for {len(examples):,} texts, such as "
+            f"{(odd or sorted(labels))[0][:40]!r}; is the label in another column? (--label_column) A text has one "
+            "class here: no score (regression), no list of labels"
         )
 
 
@@ -214,7 +224,7 @@ def _notes_on_labels(kind: Kind, train: Counter[str], test: Counter[str]) -> lis
     if kind != "entities":
         named["classes in the test that training never shows, so always missed"] = test.keys() - train.keys()
         named["classes that are never tested"] = train.keys() - test.keys()
-    notes = [f"{what}: {_list(sorted(labels))}" for what, labels in named.items() if labels]
+    notes = [f"{what}: {list_names(sorted(labels))}" for what, labels in named.items() if labels]
     [(largest, occurrences)] = test.most_common(1)
     share = occurrences / test.total()
     if kind != "entities" and 0.8 < share < 1:
@@ -225,6 +235,6 @@ def _notes_on_labels(kind: Kind, train: Counter[str], test: Counter[str]) -> lis
     return notes
 
 
-def _list(names: list[str], most: int = 10) -> str:
-    shown = ", ".join(re.sub(r"\s+", " ", name)[:40] for name in names[:most])
+def list_names(names: list[str], most: int = 10) -> str:
+    shown = ", ".join(re.sub(r"\s+", " ", name)[:40] for name in names[:most]).encode(errors="replace").decode()
     return shown + (f" and {len(names) - most:,} more" if len(names) > most else "")

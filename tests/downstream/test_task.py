@@ -62,7 +62,7 @@ def test_usual_pairs_of_columns(tmp_path, names):
     rows = "".join(f"{n}\t{text}\tand {n}\t{label}\n" for n, (text, label) in enumerate(ROWS))
     task = load_task(make_config(write(tmp_path / "t.tsv", f"{names}\tlabel\n{rows}")))
     assert task.kind == "pair" and Example(("text number 3", "and 3"), ("odd",)) in all_examples(task)
-    assert task.notes[0].endswith("; not read: n")
+    assert "label (not read: n); train" in task.read
 
 
 def test_tags_with_spaces_between_tabs(tmp_path):
@@ -184,20 +184,25 @@ def test_few_examples_of_each_class(tmp_path):
         ("t.tsv", "only a text\n", "line 1 has 1 column"),
         ("t.tsv", "a\tb\n\nc\td\te\n", "line 3 has 3 column"),
         ("t.tsv", "a\tb\tc\td\n", "--text_column"),
-        ("t.csv", "a;b\nc;d\n", "Is the separator a semicolon? A comma is read in a .csv file"),
-        ("t.tsv", "a,b\nc,d\n", "Is the separator a comma?"),
+        ("t.csv", "a;b\nc;d\n", "leaves no text for dev. Read: column 1, column 2; "),
+        ("t.tsv", "a,b\nc,d\n", "A tab separates the columns of a .tsv"),
         ("t.tsv", "tweet\tmood\n" + TABLES["plain.tsv"], "--text_column tweet --label_column mood"),
         ("t.csv", "id,tweet,label\n" + "7,a,b\n" * 20, "text_column: "),
-        ("t.tsv", "".join(f"{n}\t{text}\t{label}\n" for n, (text, label) in enumerate(ROWS)), "numbers the lines"),
+        (
+            "t.tsv",
+            "".join(f"{n}\t{text}\t{label}\n" for n, (text, label) in enumerate(ROWS)),
+            "begins with '0' and ends with 'even'",
+        ),
         ("t.csv", "".join(f"w{n},{'B-drug' if n % 3 else 'O'}\n" for n in range(40)), "look like tags of words"),
-        ("t.jsonl", '[\n{"text": "a", "label": "b"}\n]\n', "A line should hold one object"),
+        ("t.json", '[\n{"text": "a", "label": "b"}\n]\n', "nothing to tell apart"),
+        ("t.json", '[{"text": "a", "label": "b"},\n{"text": "a", "lab', "line 2 is not JSON"),
         ("t.jsonl", '{"text": "a \\ud83d", "label": "b"}\n', "line 1 holds a half of a character"),
-        ("t.jsonl", "[" * 100_000 + "\n", "line 1 is not JSON"),
+        ("t.jsonl", '\n{"a":' * 100_000, "line 2 is not JSON"),
         ("t.csv", 'a,b\n"c,d\n', "line 2 is not CSV"),
         ("t.jsonl", '{"text": "a", "label": "b"}\nnonsense\n', "line 2 is not JSON"),
         ("t.jsonl", "[1, 2]\n", "line 1 should be an object"),
         ("t.jsonl", '{"text": "a", "label": ["b", "c"]}\n', "line 1 has a list"),
-        ("t.jsonl", '{"words": "a", "label": "b"}\n', "text_column: "),
+        ("t.jsonl", '{"word": "a", "label": "b"}\n', "text_column: "),
         ("t.jsonl", '{"text": "a", "labe": "b"}\n', "It has text, labe"),
         ("t.conll", "a O\nb\n", "line 2 should hold a word and a tag"),
         ("t.tsv", "a\tx\nb\tx\nc\tx\nd\tx\ne\tx\nf\tx\n", "nothing to tell apart"),

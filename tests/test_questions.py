@@ -17,10 +17,11 @@ from texts import make_lines
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, PreTrainedTokenizerBase
 
-from Config import Config
+from Config import Config, DownstreamConfig
 from mlm.data.text_files import find_text
 from mlm.data.text_stats import SplitStats, TextStats, text_warnings
 from mlm.data.tokenizer import SPECIAL_TOKENS, load_pretrained_tokenizer, load_tokenizer, tokenizer_warnings
+from mlm.downstream.task import load_task
 from mlm.errors import UserError
 from mlm.report import console, wording
 from mlm.runtime import launch
@@ -126,6 +127,15 @@ def of_text(place: Place, files: dict[str, str | bytes]) -> str:
         return str(error)
 
 
+def of_task(place: Place, files: dict[str, str]) -> str:
+    """Why a labelled file, or a folder of several, is refused."""
+    for name, content in files.items():
+        (place.folder / "task" / name).parent.mkdir(exist_ok=True)
+        (place.folder / "task" / name).write_text(content, encoding="utf-8")
+    task = place.folder / "task" / (name if len(files) == 1 else "")
+    return refused(load_task, DownstreamConfig(task=str(task), models=("a",)))
+
+
 def statistics(unknown: int = 0, repeated: int = 0) -> TextStats:
     split = SplitStats(9, 0, 0, 0, 99, tokens=99, unknown=unknown, chunks=9, line_lengths=[])
     return TextStats(split, split, test_lines_in_train=repeated, unigram_perplexity=100.0, split_words=[])
@@ -176,10 +186,25 @@ SAYS: dict[str, Callable[[Place], str]] = {
             "no train*.txt": {"notes.pdf": "x"},
             "there is no test file": {"train.txt": TEXT, "valid.txt": TEXT},
             "not read in": {"train.txt": TEXT, "test.txt": TEXT, "train.docx": "x"},
-            "has no column": {"train.csv": "title,body\na,b\n"},
+            "has no column …, but": {"train.csv": "title,body\na,b\n"},
             "a damaged character": {"train.txt": "二甲双胍\n".encode() * 9 + b"\xe4\xba\n"},
             "not UTF-8; it looks like": {"train.txt": CHINESE_TEXT.encode("gb18030")},
             "end in \\r alone": {"train.txt": "one\rtwo\rthree"},
+        }.items()
+    },
+    **{
+        part: partial(of_task, files=files)
+        for part, files in {
+            "a word and a tag, in as": {"a.conll": "word O\n\none word B-X\n\nword O\n"},
+            "has the tag": {"a.conll": "word O\nword B-X\n\nword B-Y\nword PER-B\n"},
+            "put a blank line": {"a.conll": "word O\nword B-X\n"},
+            "as many tags": {"a.jsonl": '{"tokens": ["word"], "ner_tags": [1]}\n'},
+            "different labels for": {"a.csv": "text,label\n" + "".join(f"text {n},{n / 7:.2f}\n" for n in range(20))},
+            "are these text and label": {"a.tsv": "1\ta text\tx\ty\n"},
+            "of a usual name": {"a.csv": "first,label\na,b\n"},
+            "is not JSON": {"a.jsonl": '{"text": "a", '},
+            "has no test file": {"train.tsv": "a text\tx\n", "heldout.tsv": "a text\tx\n"},
+            "nothing to tell apart": {"a.tsv": "a text\tx\nanother\tx\n"},
         }.items()
     },
     "tokens are [UNK]": lambda place: text_warnings(statistics(unknown=9), "bert", only_test=False)[0],

@@ -3,58 +3,53 @@
 import re
 import shlex
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from typing import Any, Literal, TypeVar
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from mlm.errors import UserError
 
 Settings = TypeVar("Settings")
 
 
-def check_settings(settings: Any, wrong_values: Callable[[], Iterable[str]]) -> None:
-    """Raises UserError that names every field of a dataclass whose type is wrong; if none is, all of `wrong_values()`.
+def must(rule: str, allows: Callable[[Any], bool]) -> AfterValidator:
+    """Returns what a field's annotation says of its values beside their type: that they must `rule`."""
+
+    def check(value):
+        if not allows(value):
+            raise ValueError(f"must {rule}")
+        return value
+
+    return AfterValidator(check)
+
+
+def check_settings(settings: Any, wrong_together: Callable[[], Iterable[str]]) -> None:
+    """Raises UserError that names every field of a dataclass whose value is not what its annotation says, and, where
+    all have the annotated types, all of `wrong_together()`.
 
     A problem is a line "field: what is wrong", or "field, other field: what is wrong".
     """
-    problems = list(_wrong_types(settings)) or list(wrong_values())
+    problems, have_their_types = [], True
+    for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
+        try:
+            _validator(hint).validate_python(getattr(settings, name))
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            what = wrong["msg"].removeprefix("Value error, ").replace("Input should", "must")
+            problems.append(f"{name}: {what}, not {wrong['input']!r}")
+            have_their_types &= not wrong["type"].endswith("_type")
+    if have_their_types:
+        problems += wrong_together()
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _wrong_types(settings):
-    """Yields a problem for each field whose value does not have the annotated type."""
-    hints = typing.get_type_hints(type(settings))
-    for field in fields(settings):
-        value, hint = getattr(settings, field.name), hints[field.name]
-        if typing.get_origin(hint) is Literal:
-            valid = value in typing.get_args(hint)
-            rule = f"one of {', '.join(typing.get_args(hint))}"
-        elif typing.get_origin(hint) is tuple:  # of any length
-            kind = typing.get_args(hint)[0]
-            valid = type(value) is tuple and all(_has_type(part, (kind,)) for part in value)
-            rule = f"a tuple of {kind.__name__}"
-        else:
-            kinds = typing.get_args(hint) or (hint,)
-            valid = _has_type(value, kinds)
-            rule = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        if not valid:
-            yield f"{field.name}: must be {rule}, not {type(value).__name__} {value!r}"
-
-
-def _has_type(value, kinds):
-    return type(value) in kinds or (type(value) is int and float in kinds)  # but True is not a number
-
-
-def require(settings: Any, allowed: Callable[[Any], bool], rule: str, *names: str) -> Iterator[str]:
-    """Yields a problem for each named field that is set, and whose value is not allowed.
-
-    `allowed` is to be written so that NaN is refused: as what must be true, not as what must not be.
-    """
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not allowed(value):
-            yield f"{name}: must be {rule}, not {value}"
+@cache
+def _validator(hint: Any) -> TypeAdapter:
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def parse_settings(

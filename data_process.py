@@ -29,7 +29,7 @@ from mlm.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from mlm.data.words import SplitWord, add_words, make_encoders, read_words
 from mlm.storage import digest, once
 
-CACHE_FORMAT = 6  # raise when what the cache holds changes
+CACHE_FORMAT = 7  # raise when what the cache holds changes
 MASKED_AT_ONCE = 1 << 15  # tokens: enough that numpy's calls cost little, few enough for the processor's cache
 EVALUATION_CHUNKS = 256  # chunks masked and packed together in an evaluation
 
@@ -68,13 +68,13 @@ def prepare(
         folder.mkdir()
         body_length = config.sen_max_length - 2  # without [CLS] and [SEP]
         rest = (body_length, encoders, make_segmenter(user_words), vocabulary)
-        train = write_chunks(text.train(), folder / "train.arrow", *rest)
-        test = write_chunks(text.test(), folder / "test.arrow", *rest)
+        train = write_chunks(text.train(), folder / "train", *rest)
+        test = write_chunks(text.test(), folder / "test", *rest)
         split_words = train.words.split_words(encoders.any_line, MOST_AUTOMATIC_WORDS)
         (folder / "stats.json").write_text(json.dumps(asdict(_compare(train, test, split_words))))
 
     folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)
-    train, test = (Chunks.read(folder / f"{split}.arrow") for split in ("train", "test"))
+    train, test = (Chunks.read(folder / split) for split in ("train", "test"))
     return train, test, TextStats.from_dict(json.loads((folder / "stats.json").read_text()))
 
 
@@ -84,7 +84,7 @@ def temporary_chunks(
 ) -> Iterator[tuple[Chunks, SplitStats]]:
     """Yields lines as chunks of tokens that are not kept, and their statistics."""
     with TemporaryDirectory() as folder:
-        path, vocabulary = Path(folder, "chunks.arrow"), read_vocabulary(tokenizer)
+        path, vocabulary = Path(folder, "chunks"), read_vocabulary(tokenizer)
         rest = (sen_max_length - 2, make_encoders(tokenizer), make_segmenter([]), vocabulary)
         stats = write_chunks(iter(lines), path, *rest).stats
         yield Chunks.read(path), stats

@@ -136,18 +136,18 @@ def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
     seeds = range(config.seed, config.seed + config.num_seeds)
     if config.frozen:
         todo = [Trial(name, size, seed, None) for name in config.models for seed in seeds]
-        return trials.run(comparison, todo, probe_once, results.say_result)
+        return trials.run(comparison, todo, probe_once)
 
     # The first seed tries every learning rate, and dev chooses one for each model.
     if size != "all" and len(sample_per_class(comparison.task, size, config.seed)) == len(comparison.task.train):
         say(f"note: {size} per class are all the training texts")
     first = [Trial(name, size, config.seed, rate) for name in config.models for rate in config.learning_rates]
-    tried = trials.run(comparison, first, fine_tune_once, results.say_result)
+    tried = trials.run(comparison, first, fine_tune_once)
     chosen = {name: choose_rate(name, config.learning_rates, of_rates) for name, of_rates in tried.items()}
 
     # The other seeds, of all models in turn, so that a comparison that is stopped has about as many of each.
     todo = [Trial(name, size, seed, chosen[name]) for seed in seeds for name in config.models]
-    return trials.run(comparison, todo, fine_tune_once, results.say_result)
+    return trials.run(comparison, todo, fine_tune_once)
 
 
 def choose_rate(model: str, rates: tuple[float, ...], tried: list[Result]) -> float:

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds: help, wrong 
         hub.locate_downloads(settings)
 
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -43,8 +44,6 @@ from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers, librar
 from mlm.training.run_folder import run_folder
 from mlm.training.timing import Timings, time_left
 from model import PackedMaskedLM, load_model
-
-LINES_WITH_HIDDEN_WORDS = 2000  # of the test text, among which words are hidden
 
 
 def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
@@ -130,8 +129,8 @@ def begin(run: Run) -> Progress:
     # The state of the checkpoint, or that of a new run.
     setup, corpus, learner, accelerator = run.setup, run.corpus, run.learner, run.learner.accelerator
     if run.is_main:  # which alone shows them
-        lines = islice(corpus.text.test(), LINES_WITH_HIDDEN_WORDS)
         max_tokens = learner.bert.config.max_position_embeddings - 2  # without [CLS] and [SEP]
+        lines = corpus.text.test()
         run.hidden_words = hide_words(lines, corpus.train, corpus.tokenizer, corpus.vocabulary, max_tokens)
     if setup.resumed:
         progress = checkpoint.load_checkpoint(setup.resumed, learner.bert, learner.optimizer)
@@ -178,7 +177,7 @@ def fit(run: Run, progress: Progress) -> Ending:
     if not config.evaluate_only:
         run.stop.listen(speak=run.is_main)
     batches = prefetch(run, progress)
-    run.timings.begin_training()
+    run.timings.saved_at = time.perf_counter()  # nothing is unsaved yet
     with steps_bar(plan.steps, progress.step, shown=run.is_main) as bar:
         while True:  # here `progress.step` steps are done
             # When due, and before the first step and after the last: how good is it on the test text?
@@ -196,7 +195,7 @@ def fit(run: Run, progress: Progress) -> Ending:
             # One more step, and when due a line about those since the last.
             step.take_step(run.learner, progress, batches, plan, config, run.stop)
             bar.update()
-            if plan.is_log_due(progress.step, config.log_every):
+            if progress.step % config.log_every == 0 or progress.step == plan.steps:
                 log_training(run, progress, bar)
 
 
@@ -227,7 +226,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
         metrics.record(metrics.scores(evaluation, change, progress), progress, setup, run.learner.accelerator)
         progress.last_evaluated_step = progress.step
         if run.is_main:
-            summary.save_scores(setup.folder, evaluation, progress.step)
+            loss.save_evaluation(setup.folder / summary.SCORES, evaluation, progress.step)
             with optional("report.html"):
                 page.write_report(publish(run, progress))
 

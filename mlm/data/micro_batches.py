@@ -110,13 +110,8 @@ class Prefetcher:
 
     def advance(self) -> None:
         """Loads the next step's batch; after the last step there is none."""
-        self._batch = next(self._batches, None)
+        self.batch = next(self._batches, None)
         self._split()
-
-    @property
-    def batch(self) -> Batch:
-        assert self._batch, "there is a batch as long as there is a step to do"
-        return self._batch
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -128,5 +123,5 @@ class Prefetcher:
     def _split(self) -> None:
         self._positions = self._micro_batcher.max_positions
         self._micro_batches: list[MicroBatch] = []  # frees those of before
-        if self._batch:
-            self._micro_batches = self._micro_batcher(self._batch.chunks)
+        if self.batch:
+            self._micro_batches = self._micro_batcher(self.batch.chunks)

@@ -37,6 +37,20 @@ class Difference(NamedTuple):
             return "better" if self.low > 0 else "worse"
         return "cannot tell"
 
+    @property
+    def sentence(self) -> str:
+        """The verdict with its figures in points."""
+        mean, low, high, _, detectable = (100 * value for value in self)
+        if self.verdict == "better":
+            return f"better by {mean:.1f} ({low:.1f} to {high:.1f})"
+        if self.verdict == "worse":
+            return f"worse by {-mean:.1f} ({-high:.1f} to {-low:.1f})"
+        if not np.isfinite(detectable):
+            return "cannot tell: with fewer than 6 seeds no difference can be told from chance"
+        if low > 0 or high < 0:
+            return f"cannot tell: {mean:+.1f} in the mean, but the seeds do not agree; more --num_seeds may tell"
+        return f"cannot tell: a difference below {detectable:.1f} would not reliably show"
+
 
 def compare(counts: np.ndarray, metric: Metric, seed: int = 0) -> list[Difference]:
     """Returns the difference of each model but the first from the first.

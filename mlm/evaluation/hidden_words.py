@@ -1,6 +1,7 @@
 """Hidden words of the test text and a model's guesses for them: the examples that people look at."""
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from mlm.data.chinese import HAN_CHARACTER
 from mlm.data.chunks import Chunks, chunk_bounds, cut_line, take
 from mlm.data.tokenizer import Vocabulary
 
+READ_LINES = 2000  # of the test text
 HIDDEN_WORDS = 12  # in the report; the log shows the first few of them
 COUNTED_CHUNKS = 1 << 15  # of the training text, to see which words are frequent there
 FUNCTION_WORD_SHARE = 0.5  # of a text: its most frequent tokens, which are function words and punctuation marks
@@ -54,7 +56,8 @@ def hide_words(
     """
     bigrams = _Bigrams(train, vocabulary)
     most_tokens = min(max_tokens, LINE_TOKENS[-1])
-    beginnings = [line[: MOST_CHARACTERS_OF_A_TOKEN * most_tokens] for line in lines]  # and not what may be books
+    cut = slice(MOST_CHARACTERS_OF_A_TOKEN * most_tokens)  # a line may be a book
+    beginnings = [line[cut] for line in islice(lines, READ_LINES)]
     found: dict[str, tuple[float, HiddenWord]] = {}
     for beginning in [line for line in beginnings if len(line) <= MAX_LINE_CHARACTERS] or beginnings:
         line, ids, spans = first_chunk(beginning, most_tokens, tokenizer, vocabulary)

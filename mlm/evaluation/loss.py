@@ -18,6 +18,7 @@ from mlm.data.micro_batches import MicroBatch, MicroBatcher, chunk_of_target
 from mlm.data.packing import Sequences
 from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
 from mlm.runtime.signals import Stopped, StopRequest
+from mlm.storage import atomic_write
 from mlm.terminal import progress_bar, say
 
 
@@ -108,8 +109,9 @@ def compare(before: Evaluation, after: Evaluation, best_of: int = 1) -> Change:
 
 
 def save_evaluation(path: Path, evaluation: Evaluation, step: int) -> None:
-    """Writes the evaluation after a step as a safetensors file."""
-    save_file(evaluation._asdict() | {"step": np.array([step])}, path)
+    """Writes the evaluation after a step as a safetensors file, atomically."""
+    with atomic_write(path) as temporary:
+        save_file(evaluation._asdict() | {"step": np.array([step])}, temporary)
 
 
 def load_evaluation(path: Path) -> tuple[Evaluation, int]:

@@ -7,9 +7,8 @@ from mlm.data.chunks import Corpus
 from mlm.data.text_stats import SHOWN_SPLIT_WORDS, text_warnings, used_splits
 from mlm.data.words import MANY_SUBWORDS
 from mlm.evaluation.loss import Change, Evaluation, perplexity
-from mlm.report.templates import render
 from mlm.settings import describe_settings
-from mlm.terminal import figure, with_error
+from mlm.terminal import figure, render, with_error
 from mlm.training.checkpoint import checkpoint_path
 from mlm.training.plan import Plan
 from mlm.training.progress import Progress
@@ -20,7 +19,7 @@ def describe_run(given: Config, config: Config, corpus: Corpus, derived: dict[st
     """Returns settings, what was found in the text, and derived numbers, for people."""
     stats, only_test = corpus.stats, config.evaluate_only
     return render(
-        "setup.txt",
+        "report/templates/setup.txt",
         settings=describe_settings(config, given),
         stats=stats,
         splits=used_splits(stats, only_test),

@@ -10,8 +10,8 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from mlm.data.words import HAN_CHARACTER
 from mlm.report.summary import Summary
-from mlm.report.templates import render
 from mlm.report.wording import score_rows, verdict
+from mlm.terminal import render
 
 READ_LINES = 500  # to tell the language by
 HAN_SHARE = 0.3  # of the letters: Chinese
@@ -25,7 +25,6 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
     """
     base_model, last = run.settings["initial_pretrain_model"], run.evaluations[-1]
     language, name = language_of(lines), run.folder.name
-    scores = {"perplexity": last["perplexity"], "accuracy": last["masked_accuracy"]}
     data = ModelCardData(
         language=language,
         base_model=base_model if _is_hub_name(base_model) else None,
@@ -34,17 +33,16 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
         tags=["bert", "masked-language-modeling", "domain-adaptation"],
         model_name=name,
         eval_results=[
-            EvalResult("fill-mask", "text", "the run's own test text", metric, round(value, 4))
-            for metric, value in scores.items()
+            EvalResult("fill-mask", "text", "the run's own test text", metric, round(last[column], 4))
+            for metric, column in (("perplexity", "perplexity"), ("accuracy", "masked_accuracy"))
         ],
     )
     body = render(
-        "card.md",
+        "report/templates/card.md",
         run=run,
         name=name,
         base_model=base_model if _is_hub_name(base_model) else "a local checkpoint",
         is_scratch=base_model.startswith("scratch:"),
-        epochs=run.rows[-1]["epoch"],
         language={"zh": "Chinese", "en": "English"}.get(language or "", "not determined"),
         scores=score_rows(run),
         verdict=verdict(run),

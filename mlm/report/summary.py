@@ -9,8 +9,7 @@ from Config import Config
 from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats
 from mlm.errors import UserError
 from mlm.evaluation.hidden_words import Guess, HiddenWord
-from mlm.evaluation.loss import Evaluation, save_evaluation
-from mlm.storage import atomic_write, read_csv, write_json
+from mlm.storage import read_csv, write_json
 from mlm.training.progress import Progress
 from mlm.training.run import Ending, Setup
 from mlm.training.run_folder import is_at_work
@@ -95,12 +94,6 @@ def publish(
     kept = {name: value for name, value in asdict(summary).items() if name in KEPT}
     write_json(summary.folder / "summary.json", kept)
     return summary
-
-
-def save_scores(folder: Path, evaluation: Evaluation, step: int) -> None:
-    """Writes the evaluation after a step, chunk by chunk, by which runs are compared."""
-    with atomic_write(folder / SCORES) as temporary:
-        save_evaluation(temporary, evaluation, step)
 
 
 def read_summary(folder: Path) -> Summary:

@@ -4,8 +4,7 @@ import math
 
 from mlm.evaluation.loss import perplexity
 from mlm.report.summary import Summary
-from mlm.report.templates import render
-from mlm.terminal import figure, table, with_error
+from mlm.terminal import figure, render, table, with_error
 from mlm.training.plan import SAMPLE_ERROR
 
 
@@ -52,10 +51,10 @@ def trend(summary: Summary) -> str:
             f"It was lowest after step {best}, and has risen by {change:.3f} since (95% interval {low:.3f} to "
             f"{high:.3f}); best/ holds that model."
         )
-    interval = f"(95% interval {low:+.3f} to {high:+.3f})"
     if high < 0:
         interval = f"(95% interval {-high:.3f} to {-low:.3f})"
         return f"It still fell, by {-change:.3f} since step {best} {interval}: more epochs may lower it further."
+    interval = f"(95% interval {low:+.3f} to {high:+.3f})"
     if low > -SAMPLE_ERROR:
         if last["step"] - last["best_step"] < summary.settings["eval_every"] / 2:
             return ""  # too few steps to tell
@@ -102,4 +101,6 @@ def closing_words(summary: Summary) -> str:
         scores = table([("", "before", "after"), *rows], "<>><")
     else:  # both scores are the same
         scores = table([(name, score, note) for name, _, score, note in rows], "<><")
-    return render("closing.txt", run=summary, scores=scores, verdict=verdict(summary), notes=notes(summary))
+    return render(
+        "report/templates/closing.txt", run=summary, scores=scores, verdict=verdict(summary), notes=notes(summary)
+    )

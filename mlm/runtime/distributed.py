@@ -102,17 +102,6 @@ def on_any_rank(accelerator: Accelerator, flag: bool) -> bool:
     return bool(flags)
 
 
-def shut_down(accelerator: Accelerator) -> None:
-    """Ends the ranks together: a launcher that sees one end badly ends the others, even while the main one saves.
-
-    The caller has deleted the model before: the process group must not end inside DistributedDataParallel's reducer,
-    which would wait for a thread of the group that waits for this one, and a rank would hang now and then.
-    """
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-    accelerator.end_training()
-
-
 @cache
 def _host_group():
     """Returns a process group of the hosts, which needs no GPU."""

@@ -7,20 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
+from Config import Config, DownstreamConfig
 from mlm.errors import UserError
 
 POSITIONS_THAT_FILL_A_GPU = 16_000  # in a step
 
-
-class DeviceSettings(Protocol):
-    """The settings of any program that runs a model."""
-
-    @property
-    def cuda_visible_devices(self) -> str: ...
-    @property
-    def mixed_precision(self) -> str: ...
+DeviceSettings = Config | DownstreamConfig
 
 
 def choose_devices(config: DeviceSettings) -> None:

@@ -82,10 +82,6 @@ class Plan:
         """Whether the model is evaluated after a step: before the first, when due, and after the last."""
         return step in (0, self.steps) or step in self.middle_evaluations()
 
-    def is_log_due(self, step: int, log_every: int) -> bool:
-        """Whether a line about training is written after a step."""
-        return step % log_every == 0 or step == self.steps
-
     def is_save_due(self, step: int) -> bool:
         """Whether a step is the end of an epoch, or of `save_every` steps, and not that of the run."""
         epoch, other = self.steps_per_epoch, self.save_every or self.steps_per_epoch

@@ -17,17 +17,10 @@ LONGEST_UNSAVED_S = 1800.0
 class Timings:
     """Seconds that each part of a run's work took when it was last done, and when it was last saved."""
 
-    prepare_text = score_chunk = 0.0
+    prepare_text = score_chunk = save_checkpoint = 0.0
     write_results = 0.0  # after an evaluation
-    save_checkpoint = 0.0
     saved_step: int | None = None  # or the one that the run was resumed from
-
-    def __init__(self):
-        self.begin_training()
-
-    def begin_training(self) -> None:
-        """Notes that nothing is unsaved yet."""
-        self._saved_at = time.perf_counter()
+    saved_at = 0.0  # by time.perf_counter; or when training began
 
     @contextmanager
     def measure(self, part: str, pieces: int = 1) -> Iterator[None]:
@@ -35,18 +28,6 @@ class Timings:
         began = time.perf_counter()
         yield
         setattr(self, part, (time.perf_counter() - began) / pieces)
-
-    def note_save(self, step: int) -> None:
-        """Notes that the checkpoint of a step is saved now."""
-        self.saved_step, self._saved_at = step, time.perf_counter()
-
-    def is_save_affordable(self) -> bool:
-        """Whether one more checkpoint of the same cost keeps the time for them below LARGEST_SAVE_SHARE."""
-        return time.perf_counter() - self._saved_at >= self.affordable_interval_s
-
-    def is_save_overdue(self) -> bool:
-        """Whether more work is unsaved than need be at risk."""
-        return time.perf_counter() - self._saved_at >= self.longest_interval_s
 
     @property
     def affordable_interval_s(self) -> float:
@@ -72,7 +53,6 @@ class TimeLeft(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """All of it."""
         return self.step_seconds + self.evaluation_seconds + self.checkpoint_seconds
 
 
@@ -80,8 +60,8 @@ def time_left(plan: Plan, progress: Progress, timings: Timings, seconds_per_step
     """Returns what is left from where the run stands to its end, each part as fast as it was last."""
     middle = len(plan.middle_evaluations(progress.step))
     at_an_end = sum(progress.last_evaluated_step < step for step in (0, plan.steps))
-    test_chunks = middle * progress.sampled_chunks + at_an_end * plan.test_chunks
     evaluations = middle + at_an_end
+    test_chunks = middle * progress.sampled_chunks + at_an_end * plan.test_chunks
     step_seconds = (plan.steps - progress.step) * seconds_per_step
     checkpoints = plan.saves_left(progress.step)
     between = seconds_per_step * min(plan.steps_per_epoch, plan.save_every or plan.steps_per_epoch)

@@ -288,9 +288,9 @@ def test_two_processes_may_write_one_page_at_once(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from mlm.report.page import write_page
+from mlm.storage import write_text
 for number in range(300):
-    write_page(Path(sys.argv[1]) / "report.html", sys.argv[2] * 10_000)
+    write_text(Path(sys.argv[1]) / "report.html", sys.argv[2] * 10_000)
 """
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), letter], cwd=ROOT) for letter in "ab"]
     assert [writer.wait() for writer in writers] == [0, 0]

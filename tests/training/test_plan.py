@@ -42,10 +42,6 @@ def test_evaluations_come_before_the_first_step_when_due_and_after_the_last():
             assert list(plan.middle_evaluations(done)) == middle
 
 
-def test_a_line_is_written_every_so_many_steps_and_after_the_last():
-    assert [step for step in range(1, 14) if plan_of(13, 3).is_log_due(step, log_every=5)] == [5, 10, 13]
-
-
 def test_the_schedule_warms_up_decays_and_never_trains_at_zero():
     rates = [learning_rate_at(step, peak=1.0, warmup_steps=4, total_steps=10) for step in range(10)]
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])

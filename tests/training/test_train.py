@@ -57,6 +57,7 @@ def test_what_a_run_leaves(settings, capsys):
     assert list(rows[0]) == f"step epoch train_loss lr tokens_per_s {scores} {changes}".split()
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(set(steps)) and steps[0] == 0  # the start is evaluated first, no step twice
+    assert [int(row["step"]) for row in rows if row["train_loss"]] == [5, 10, 15, 20, 24]  # every five, and the last
     evaluated = [row for row in rows if row["eval_loss"]]
     assert len(evaluated) == 3  # the start and two epochs
     for row in evaluated:
@@ -307,7 +308,6 @@ def test_only_the_rank_that_saves_looks_whether_it_is_time(settings, monkeypatch
     monkeypatch.setattr("mlm.training.timing.LONGEST_UNSAVED_S", 0.0)
     monkeypatch.setattr("mlm.training.checkpoint.has_finite_weights", lambda bert: pytest.fail("looked"))
     timings = Timings()
-    timings.begin_training()
     plan = SimpleNamespace(is_save_due=lambda step: False, save_every=None)
     run = SimpleNamespace(setup=SimpleNamespace(plan=plan), learner=None, timings=timings, is_main=False)
     save_if_due(run, Progress(step=3), None)

@@ -39,7 +39,7 @@ from mlm.evaluation.loss import evaluate
 from mlm.report.page import redraw
 from mlm.runtime.distributed import make_accelerator, quiet_libraries
 from mlm.runtime.signals import StopRequest
-from mlm.storage import digest, lock, make_folder, write_json
+from mlm.storage import digest, lock, make_folder, write_csv, write_json
 from mlm.terminal import prepare_output, say
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
 from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_model
@@ -231,8 +231,9 @@ def measure_general_perplexity(comparison: Comparison) -> None:
     perplexities = {name: compute_perplexity(comparison, candidate) for name, candidate in candidates.items()}
     path, num_lines = comparison.config.general_text, len(comparison.general_lines)
     say(results.describe_general_perplexity(perplexities, path, num_lines))
-    if comparison.accelerator.is_main_process:
-        results.save_general_perplexity(comparison.folder, perplexities)
+    rows = [{"model": name, **scores} for name, scores in perplexities.items() if scores]
+    if rows and comparison.accelerator.is_main_process:
+        write_csv(comparison.folder / "general_text.csv", list(rows[0]), rows)
 
 
 def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str, float] | None:

@@ -40,7 +40,7 @@ from mlm.terminal import prepare_output, say, steps_bar
 from mlm.training import checkpoint, micro_batch_size, step
 from mlm.training.plan import make_plan, middle_sample, resolve
 from mlm.training.progress import Progress, SinceLastLog
-from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers, library_versions
+from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers
 from mlm.training.run_folder import run_folder
 from mlm.training.timing import Timings, time_left
 from model import PackedMaskedLM, load_model
@@ -100,7 +100,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
         return None
 
     command = repeat_command("train.py", given, defaults_of(given), without=("resume", "run_name", "dry_run"))
-    setup = Setup(config, plan, folder, resumed, recipe, derived, library_versions(), command)
+    setup = Setup(config, plan, folder, resumed, recipe, derived, command)
     return Run(setup, corpus, make_learner(config, bert, corpus, accelerator), timings)
 
 

@@ -1,4 +1,4 @@
-"""The demo's corpus: the documentation inside the reader's own Python. Modules are parsed, never imported."""
+"""The demo's corpus: the documentation inside the reader's own Python. Its modules are parsed, not imported."""
 
 import ast
 import re

@@ -107,13 +107,6 @@ def describe_general_perplexity(perplexities: Perplexities, text: str | None, nu
     return "\n".join([f"\n{text}, {num_lines:,} line(s), masked as in train.py", table(rows, "<>><"), closing])
 
 
-def save_general_perplexity(folder: Path, perplexities: Perplexities) -> None:
-    """Writes general_text.csv."""
-    rows = [{"model": name, **scores} for name, scores in perplexities.items() if scores]
-    if rows:
-        write_csv(folder / "general_text.csv", list(rows[0]), rows)
-
-
 def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
     """Writes results.csv, with a row per model and seed, and comparison.csv, with a row per difference."""
     results, differences = [], []

@@ -11,11 +11,10 @@ from mlm.errors import UserError
 from mlm.evaluation.hidden_words import Guess, HiddenWord
 from mlm.storage import read_csv, write_json
 from mlm.training.progress import Progress
-from mlm.training.run import Ending, Setup
+from mlm.training.run import Ending, Setup, library_versions
 from mlm.training.run_folder import is_at_work
 
 SCORES = "test_scores.safetensors"  # the last evaluation, to compare runs by
-KEPT = ("state", "text", "skipped_steps", "guesses")  # in summary.json: what settings.json and metrics.csv do not hold
 
 
 class GuessedWord(NamedTuple):
@@ -61,7 +60,7 @@ class Summary:
 
 def save_settings(setup: Setup) -> None:
     """Writes settings.json."""
-    content = {"settings": asdict(setup.config), "derived": setup.derived, "versions": setup.versions}
+    content = {"settings": asdict(setup.config), "derived": setup.derived, "versions": library_versions()}
     known = {"command": setup.command, "text_digest": setup.recipe["text"]}  # by which downstream.py knows the text
     write_json(setup.folder / "settings.json", content | known)
 
@@ -74,26 +73,19 @@ def publish(
     guesses: list[list[Guess]],
     ending: Ending | None,
 ) -> Summary:
-    """Writes what came of a run so far to its folder; `ending` is None while it goes on.
+    """Writes what came of a run so far, beside settings.json and metrics.csv; `ending` is None while it goes on.
 
     guesses: for each hidden word what the model makes of its place now, or none at all.
     """
     words = zip(hidden_words, progress.baseline_guesses, guesses, strict=False)
-    summary = Summary(
-        folder=setup.folder,
-        settings=asdict(setup.config),
-        derived=setup.derived,
-        versions=setup.versions,
-        command=setup.command,
-        rows=progress.metrics,
-        state=ending.name.lower() if ending else "running",
-        text=replace(stats, split_words=stats.split_words[:SHOWN_SPLIT_WORDS]),
-        skipped_steps=progress.skipped_steps,
-        guesses=[GuessedWord(*hidden, before, after) for hidden, before, after in words],
-    )
-    kept = {name: value for name, value in asdict(summary).items() if name in KEPT}
-    write_json(summary.folder / "summary.json", kept)
-    return summary
+    content = {
+        "state": ending.name.lower() if ending else "running",
+        "text": asdict(replace(stats, split_words=stats.split_words[:SHOWN_SPLIT_WORDS])),
+        "skipped_steps": progress.skipped_steps,
+        "guesses": [(*hidden, before, after) for hidden, before, after in words],
+    }
+    write_json(setup.folder / "summary.json", content)
+    return _read_files(setup.folder)
 
 
 def read_summary(folder: Path) -> Summary:
@@ -101,19 +93,9 @@ def read_summary(folder: Path) -> Summary:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     try:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        settings.pop("text_digest", None)
-        kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        metrics = read_csv(folder / "metrics.csv")
-        rows = [{name: float(value) for name, value in row.items() if value} for row in metrics]
-        if kept["state"] == "running" and not is_at_work(folder):
-            kept["state"] = Ending.INTERRUPTED.name.lower()
-        kept["text"] = TextStats.from_dict(kept["text"])
-        kept["guesses"] = [
-            GuessedWord(line, word, *([Guess(*guess) for guess in guesses] for guesses in both))
-            for line, word, *both in kept["guesses"]
-        ]
-        summary = Summary(folder=folder, rows=rows, **settings, **kept)
+        summary = _read_files(folder)
+        if summary.state == "running" and not is_at_work(folder):
+            summary.state = Ending.INTERRUPTED.name.lower()
         missing = {field.name for field in fields(Config)} - summary.settings.keys()
         if missing:
             raise ValueError(f"another version wrote settings.json, without {min(missing)}")
@@ -122,3 +104,17 @@ def read_summary(folder: Path) -> Summary:
         return summary
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder} is not the folder of a run that has been evaluated: {error}") from error
+
+
+def _read_files(folder: Path) -> Summary:
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    settings.pop("text_digest", None)
+    kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    metrics = read_csv(folder / "metrics.csv")
+    kept["rows"] = [{name: float(value) for name, value in row.items() if value} for row in metrics]
+    kept["text"] = TextStats.from_dict(kept["text"])
+    kept["guesses"] = [
+        GuessedWord(line, word, *([Guess(*guess) for guess in guesses] for guesses in both))
+        for line, word, *both in kept["guesses"]
+    ]
+    return Summary(folder=folder, **settings, **kept)

@@ -30,7 +30,6 @@ class Setup:
     resumed: Path | None  # the checkpoint to resume from
     recipe: dict[str, Any]  # all that decides the training
     derived: dict[str, Any]  # numbers that follow from settings, text and machine, by name, to be shown
-    versions: dict[str, str]  # of the libraries
     command: str  # that repeats the run
 
 

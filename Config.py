@@ -250,10 +250,8 @@ def defaults_of(config: Config) -> Config:
 
 
 def parse_flags(arguments: list[str] | None = None) -> Config:
-    """Returns the configuration by Config.py's defaults and the command line's flags (None: sys.argv).
-
-    `--help` and unknown or ill-typed flags are answered by tyro, with exit status 0 and 2. Raises UserError.
-    """
+    """Returns the configuration by Config.py's defaults and the command line's flags (None: sys.argv). `--help` and
+    unknown or ill-typed flags are answered by tyro, with exit status 0 and 2. Raises UserError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     default = demo_config() if "--demo" in arguments or Config.demo else Config()
     return parse_settings(Config, "train.py", arguments, default)

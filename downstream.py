@@ -49,10 +49,8 @@ MAX_GENERAL_LINES = 2000  # that each model's perplexity is measured on
 
 
 def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
-    """Does the whole job: reads the task, tries every model with every seed, and says which is better.
-
-    Raises UserError for whatever the user can put right.
-    """
+    """Does the whole job: reads the task, tries every model with every seed, and says which is better. Raises UserError
+    for whatever the user can put right."""
     comparison = set_up(config, accelerator)
     outcomes = []
     for size in config.examples_per_class:
@@ -91,10 +89,8 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
 
 
 def read_candidate(comparison: Comparison, name: str) -> Candidate:
-    """Returns a model, and the texts as its tokenizer sees them.
-
-    Raises UserError where it is missing, or is no BERT, or takes no texts of `sen_max_length`.
-    """
+    """Returns a model, and the texts as its tokenizer sees them. Raises UserError where it is missing, or is no BERT,
+    or takes no texts of `sen_max_length`."""
     config, task, accelerator = comparison.config, comparison.task, comparison.accelerator
     tokenizer = load_pretrained_tokenizer(name, "models")
     encoder = load_encoder(name)
@@ -151,10 +147,8 @@ def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
 
 
 def choose_rate(model: str, rates: tuple[float, ...], tried: list[Result]) -> float:
-    """Returns the learning rate that is best on dev, the middle one of equals; tried: a result for each rate.
-
-    Where that is the lowest or the highest of all, it says so, as a rate beyond it may be better still.
-    """
+    """Returns the learning rate that is best on dev, the middle one of equals; tried: a result for each rate. Where
+    that is the lowest or the highest of all, it says so, as a rate beyond it may be better still."""
     best_score = max(result.dev_score for result in tried)
     best = [rate for rate, result in zip(rates, tried, strict=True) if result.dev_score == best_score]
     chosen = best[len(best) // 2]

@@ -30,7 +30,6 @@ from mlm.data.chunks import Corpus, steps_per_epoch
 from mlm.data.micro_batches import MicroBatcher, Prefetcher
 from mlm.data.randomness import evaluation_order
 from mlm.evaluation import fill_mask, loss
-from mlm.evaluation.hidden_words import hide_words
 from mlm.report import console, dry_run, metrics, model_card, page, summary, trackers, wording
 from mlm.runtime import distributed
 from mlm.runtime.signals import Stopped, translate_failures
@@ -64,10 +63,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
 
 
 def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
-    """Prepares text and model and says what was found; None where that is all that was asked for.
-
-    Raises UserError where something is missing or does not fit.
-    """
+    """Prepares text and model and says what was found; None where that is all that was asked for. Raises UserError
+    where something is missing or does not fit."""
     # Lines of text become chunks of tokens, once for all runs on this text.
     timings = Timings()
     with timings.measure("prepare_text"):
@@ -131,7 +128,7 @@ def begin(run: Run) -> Progress:
     if run.is_main:  # which alone shows them
         max_tokens = learner.bert.config.max_position_embeddings - 2  # without [CLS] and [SEP]
         lines = corpus.text.test()
-        run.hidden_words = hide_words(lines, corpus.train, corpus.tokenizer, corpus.vocabulary, max_tokens)
+        run.hidden_words = fill_mask.hide_words(lines, corpus.train, corpus.tokenizer, corpus.vocabulary, max_tokens)
     if setup.resumed:
         progress = checkpoint.load_checkpoint(setup.resumed, learner.bert, learner.optimizer)
         run.timings.saved_step = progress.step
@@ -282,10 +279,8 @@ def log_training(run: Run, progress: Progress, bar: tqdm) -> None:
 
 
 def finish(run: Run, progress: Progress, ending: Ending) -> None:
-    """Saves the finished model in final/ and says what came of the run, or why it ended early.
-
-    Raises UserError where it diverged, SystemExit where it was told to stop.
-    """
+    """Saves the finished model in final/ and says what came of the run, or why it ended early. Raises UserError where
+    it diverged, SystemExit where it was told to stop."""
     setup = run.setup
     result = save_results(run, progress, ending) if run.is_main and progress.baseline else None
     run.learner.shut_down()

@@ -73,10 +73,8 @@ def _remove(path):
 
 
 def _flush(path):
-    """Flushes to the disk before the rename, so that after a power cut no name stands for content that is missing.
-
-    Each file gets the mode of any new file: safetensors writes files that nobody else on a shared machine could read.
-    """
+    """Flushes to the disk before the rename, so that after a power cut no name stands for content that is missing. Each
+    file gets the mode of any new file: safetensors writes files that nobody else on a shared machine could read."""
     for file in _files(path):
         with open(file, "rb+") as opened:
             os.fsync(opened.fileno())
@@ -95,10 +93,8 @@ def make_folder(path: Path) -> None:
 
 
 def lock(path: Path, timeout_s: float = -1) -> FileLock:
-    """Returns a lock for one process on this machine at a time; it ends with the process, however that ends.
-
-    Entering it raises filelock.Timeout after `timeout_s` seconds of waiting; below 0 it waits as long as it takes.
-    """
+    """Returns a lock for one process on this machine at a time; it ends with the process, however that ends. Entering
+    it raises filelock.Timeout after `timeout_s` seconds of waiting; below 0 it waits as long as it takes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path, timeout=timeout_s)
 

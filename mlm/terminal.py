@@ -34,10 +34,8 @@ def prepare_output() -> None:
 
 
 def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:
-    """Returns a bar that is shown after one second, and cleared at the end.
-
-    Where stderr is no terminal, such as a log file or a notebook's output, it is a line every half minute.
-    """
+    """Returns a bar that is shown after one second, and cleared at the end. Where stderr is no terminal, such as a log
+    file or a notebook's output, it is a line every half minute."""
     options: dict[str, Any] = {"delay": SECONDS_BEFORE_A_BAR}
     if not sys.stderr.isatty():
         options = {"delay": SECONDS_BETWEEN_LINES, "mininterval": SECONDS_BETWEEN_LINES, "miniters": 1}

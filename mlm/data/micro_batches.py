@@ -31,10 +31,8 @@ class MicroBatch(NamedTuple):
 
 @dataclass
 class MicroBatcher:
-    """Splits chunks into micro-batches, in their order, and makes these smaller where memory runs out.
-
-    With `varlen` a micro-batch is one row without padding, for variable-length attention; without, it is packed rows.
-    """
+    """Splits chunks into micro-batches, in their order, and makes these smaller where memory runs out. With `varlen` a
+    micro-batch is one row without padding, for variable-length attention; without, it is packed rows."""
 
     vocabulary: Vocabulary
     device: torch.device
@@ -50,10 +48,8 @@ class MicroBatcher:
         return [self._packed_rows(part) for part in split_rows(rows, self.max_positions)]
 
     def halve(self) -> None:
-        """Halves micro-batches after one that ran out of memory.
-
-        Raises UserError where that cannot be, as a micro-batch holds a chunk at least.
-        """
+        """Halves micro-batches after one that ran out of memory. Raises UserError where that cannot be, as a
+        micro-batch holds a chunk at least."""
         if self.max_positions <= self.longest_chunk:
             raise UserError(
                 "micro_batch_tokens: out of memory, though a micro-batch holds one chunk alone. A lower "
@@ -89,9 +85,7 @@ class MicroBatcher:
 
 def chunk_of_target(micro_batches: list[MicroBatch]) -> Iterator[Tensor]:
     """Yields, for each micro-batch of those that chunks were split into, the index of the chunk of each target.
-
-    (targets,) int64, counted from 0 over all the micro-batches.
-    """
+    (targets,) int64, counted from 0 over all the micro-batches."""
     chunks_before = 0
     for inputs, _ in micro_batches:
         if "cu_seqlens" in inputs:  # a row for variable-length attention

@@ -145,10 +145,8 @@ def _variance_of_mean(differences: np.ndarray) -> np.ndarray:
 
 
 def sign_flip_p_values(differences: np.ndarray) -> np.ndarray:
-    """Returns two-sided p-values (...) for differences (..., seeds), by the sign-flip permutation test over seeds.
-
-    It is the share of all combinations of signs that give as large a mean. With n seeds the least is 2 / 2**n.
-    """
+    """Returns two-sided p-values (...) for differences (..., seeds), by the sign-flip permutation test over seeds. It
+    is the share of all combinations of signs that give as large a mean. With n seeds the least is 2 / 2**n."""
     num_seeds = differences.shape[-1]
     if num_seeds <= MOST_SEEDS_WITH_ALL_SIGNS:
         signs = np.array(list(product((1.0, -1.0), repeat=num_seeds)))  # (combinations, seeds)

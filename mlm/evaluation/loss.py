@@ -71,10 +71,8 @@ def sum_by_line(lines: np.ndarray, *of_chunks: np.ndarray) -> list[np.ndarray]:
 
 
 def standard_error(sums: np.ndarray, counts: np.ndarray) -> float:
-    """The standard error of sums.sum() / counts.sum(), where each line (n,) was drawn by itself; infinite for one.
-
-    The ratio estimator's, with lines as clusters of tokens (Cochran, Sampling Techniques, 3rd edition, 6.3 and 9A.1).
-    """
+    """The standard error of sums.sum() / counts.sum(), where each line (n,) was drawn by itself; infinite for one. The
+    ratio estimator's, with lines as clusters of tokens (Cochran, Sampling Techniques, 3rd edition, 6.3 and 9A.1)."""
     n = len(sums)
     if n < 2:
         return math.inf

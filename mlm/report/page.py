@@ -22,10 +22,8 @@ def write_report(summary: Summary) -> None:
 
 
 def redraw(folder: Path) -> None:
-    """Draws the page of a run anew, with what downstream.py has found since; does nothing where there is no run.
-
-    Where it cannot, as the files are another program's or another version's, it says so.
-    """
+    """Draws the page of a run anew, with what downstream.py has found since; does nothing where there is no run. Where
+    it cannot, as the files are another program's or another version's, it says so."""
     if (folder / "summary.json").exists():
         with optional(f"drawing {folder / 'report.html'} anew"):
             write_report(read_summary(folder))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from Config import Config
 from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats
 from mlm.errors import UserError
-from mlm.evaluation.hidden_words import Guess, HiddenWord
+from mlm.evaluation.fill_mask import Guess, HiddenWord
 from mlm.storage import read_csv, write_json
 from mlm.training.progress import Progress
 from mlm.training.run import Ending, Setup, library_versions

@@ -37,10 +37,8 @@ def describe_change(loss: float, low: float, high: float, fell: str, rose: str) 
 
 
 def trend(summary: Summary) -> str:
-    """Returns a sentence: whether the test loss still falls; empty where too few evaluations were made to say.
-
-    The last evaluation is compared with the best before it, whose model best/ holds unless the last is better.
-    """
+    """Returns a sentence: whether the test loss still falls; empty where too few evaluations were made to say. The last
+    evaluation is compared with the best before it, whose model best/ holds unless the last is better."""
     last = summary.evaluations[-1]
     if not math.isfinite(last.get("trend_low", -math.inf)):
         return ""

@@ -22,10 +22,8 @@ TRAINING_TIMEOUT = timedelta(minutes=15)  # a checkpoint may have to go to a slo
 
 
 def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str | None = None) -> Accelerator:
-    """Makes the accelerator of a run: its devices, its precision, and its tracker, which writes under `output`.
-
-    Raises UserError where devices or precision are not available, or several processes share one device.
-    """
+    """Makes the accelerator of a run: its devices, its precision, and its tracker, which writes under `output`. Raises
+    UserError where devices or precision are not available, or several processes share one device."""
     check_devices(config)
     precision = choose_precision(config)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -57,10 +55,8 @@ def quiet_libraries() -> None:
 
 
 def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
-    """Calls `decide` on the main rank, and returns its result on every rank.
-
-    Where it raises UserError there, the other ranks exit with status 2.
-    """
+    """Calls `decide` on the main rank, and returns its result on every rank. Where it raises UserError there, the other
+    ranks exit with status 2."""
     decided = error = None
     if accelerator.is_main_process:
         try:

@@ -14,7 +14,7 @@ from transformers import BertForMaskedLM
 from Config import Config
 from mlm.data.chunks import Corpus
 from mlm.data.micro_batches import MicroBatcher
-from mlm.evaluation.hidden_words import HiddenWord
+from mlm.evaluation.fill_mask import HiddenWord
 from mlm.runtime.signals import StopRequest
 from mlm.training.plan import Plan
 from mlm.training.timing import Timings

@@ -14,7 +14,7 @@ import pytest
 from runs import ROOT
 
 from mlm.errors import UserError
-from mlm.evaluation.hidden_words import Guess
+from mlm.evaluation.fill_mask import Guess
 from mlm.evaluation.loss import load_evaluation, save_evaluation
 from mlm.report import __main__ as program
 from mlm.report.page import redraw, render_run, render_runs

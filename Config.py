@@ -126,7 +126,7 @@ class Config:
 
     def __post_init__(self):
         """Raises UserError that names every field whose value, or combination of values, cannot work."""
-        check_settings(self, lambda: [*_wrong_names(self), *_wrong_combinations(self)])
+        check_settings(self, _wrong_in_training(self))
 
     @property
     def automatic_words(self) -> int | None:
@@ -179,10 +179,10 @@ class DownstreamConfig:
 
     def __post_init__(self):
         """Raises UserError that names every field whose value, or combination of values, cannot work."""
-        check_settings(self, lambda: _wrong_in_comparison(self))
+        check_settings(self, _wrong_in_comparison(self))
 
 
-def _wrong_names(config: Config) -> Iterator[str]:
+def _wrong_in_training(config: Config) -> Iterator[str]:
     if config.scratch_size is not None and config.scratch_size not in SCRATCH_SIZES:
         yield f"initial_pretrain_model: no size {config.scratch_size!r}; choose scratch:{'|'.join(SCRATCH_SIZES)}"
     if config.initial_pretrain_tokenizer.startswith("scratch:"):
@@ -192,9 +192,6 @@ def _wrong_names(config: Config) -> Iterator[str]:
         yield f"add_words: auto: takes a number from 1 to {MOST_AUTOMATIC_WORDS:,}, not {number!r}"
     if config.num_warmup_steps >= 1 and config.num_warmup_steps % 1:
         yield f"num_warmup_steps: must be a share below 1 or a whole number of steps, not {config.num_warmup_steps}"
-
-
-def _wrong_combinations(config: Config) -> Iterator[str]:
     replaced = (config.mask_replace_prob, config.random_replace_prob)
     if not (min(replaced) >= 0 and max(replaced) <= 1 and sum(replaced) <= 1 + 1e-9):
         yield (

@@ -37,7 +37,7 @@ from mlm.downstream.task import load_task, sample_per_class
 from mlm.downstream.trials import Result, Trial
 from mlm.evaluation.loss import evaluate
 from mlm.report.page import redraw
-from mlm.runtime.distributed import make_accelerator, quiet_libraries
+from mlm.runtime.distributed import make_accelerator
 from mlm.runtime.signals import StopRequest
 from mlm.storage import digest, lock, make_folder, write_csv, write_json
 from mlm.terminal import prepare_output, say
@@ -254,7 +254,6 @@ def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str
 def main(config: DownstreamConfig) -> None:
     """Raises UserError for what the user can put right; Ctrl-C ends with status 130 and loses no finished trial."""
     prepare_output()
-    quiet_libraries()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         accelerator = make_accelerator(config)

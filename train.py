@@ -30,7 +30,7 @@ from mlm.data.chunks import Corpus, steps_per_epoch
 from mlm.data.micro_batches import MicroBatcher, Prefetcher
 from mlm.data.randomness import evaluation_order
 from mlm.evaluation import fill_mask, loss
-from mlm.report import console, dry_run, metrics, model_card, page, summary, trackers, wording
+from mlm.report import dry_run, metrics, model_card, page, summary, wording
 from mlm.runtime import distributed
 from mlm.runtime.signals import Stopped, translate_failures
 from mlm.settings import repeat_command
@@ -88,7 +88,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     # What was found, for the user.
     derived = derive_numbers(accelerator, bert, corpus, plan)
     if not config.dry_run:  # which says all of it later, on one screen
-        say(console.describe_run(given, config, corpus, derived))
+        say(wording.describe_run(given, config, corpus, derived))
     idle = hardware.hints(accelerator.num_processes, plan.positions_per_step, config.batch_size, len(corpus.train))
     for line in warnings + model_warnings + idle:
         say(line)
@@ -145,7 +145,7 @@ def begin(run: Run) -> Progress:
 
     # The tracker and the files, without what a killed run wrote after its checkpoint.
     if accelerator.log_with:
-        trackers.start_tracker(accelerator, setup.config, setup.folder, progress.step if setup.resumed else None)
+        metrics.start_tracker(accelerator, setup.config, setup.folder, progress.step if setup.resumed else None)
     if run.is_main:
         summary.save_settings(setup)
         write_csv(setup.folder / "metrics.csv", metrics.COLUMNS, progress.metrics)
@@ -219,7 +219,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
     # The scores, and what training changed, go to the log, metrics.csv, the tracker and the report.
     with run.timings.measure("write_results"):
         change = loss.compare(progress.baseline, evaluation) if progress.step else None
-        say(console.describe_evaluation(progress.step, plan.steps, evaluation, change, len(corpus.test)))
+        say(wording.describe_evaluation(progress.step, plan.steps, evaluation, change, len(corpus.test)))
         metrics.record(metrics.scores(evaluation, change, progress), progress, setup, run.learner.accelerator)
         progress.last_evaluated_step = progress.step
         if run.is_main:
@@ -272,7 +272,7 @@ def log_training(run: Run, progress: Progress, bar: tqdm) -> None:
     figures = metrics.training_figures(new, plan.learning_rate(progress.step - 1))
     seconds = time_left(plan, progress, run.timings, new.seconds / new.steps).seconds
     left = f"{tqdm.format_interval(seconds)} left"
-    say(f"{console.describe_training(progress.step, plan, figures)}, {left}")
+    say(f"{wording.describe_training(progress.step, plan, figures)}, {left}")
     bar.set_postfix_str(f"{left}, loss {figures['train_loss']:.3f}")
     metrics.record(figures, progress, run.setup, run.learner.accelerator)
     progress.since_last_log = SinceLastLog()
@@ -297,7 +297,7 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
     if ending in (Ending.SKIPPING, Ending.BROKEN):
         if not run.is_main:
             sys.exit(2)
-        raise UserError(console.describe_divergence(setup, progress, ending, run.timings.saved_step))
+        raise UserError(wording.describe_divergence(setup, progress, ending, run.timings.saved_step))
 
 
 def save_results(run: Run, progress: Progress, ending: Ending) -> summary.Summary:
@@ -329,10 +329,9 @@ def publish(run: Run, progress: Progress, ending: Ending | None = None) -> summa
 def main(config: Config) -> None:
     """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError; SystemExit on a signal."""
     prepare_output()
-    distributed.quiet_libraries()
     with translate_failures(config):
         tracker = "none" if config.dry_run or config.evaluate_only else config.tracker
-        trackers.check_tracker(tracker)
+        metrics.check_tracker(tracker)
         accelerator = distributed.make_accelerator(config, tracker, config.path_model_save)
         with run_folder(config, accelerator) as folder:
             accelerator.project_configuration.logging_dir = str(folder / "tensorboard")

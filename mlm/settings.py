@@ -3,7 +3,7 @@
 import re
 import shlex
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any, TypeVar
@@ -26,11 +26,11 @@ def must(rule: str, allows: Callable[[Any], bool]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def check_settings(settings: Any, wrong_together: Callable[[], Iterable[str]]) -> None:
+def check_settings(settings: Any, wrong_together: Iterator[str]) -> None:
     """Raises UserError that names every field of a dataclass whose value is not what its annotation says, and, where
-    all have the annotated types, all of `wrong_together()`.
+    all have the annotated types, all that is wrong beside.
 
-    A problem is a line "field: what is wrong", or "field, other field: what is wrong".
+    wrong_together: yields lines "field: what is wrong", or "field, other field: what is wrong".
     """
     problems, have_their_types = [], True
     for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
@@ -42,7 +42,7 @@ def check_settings(settings: Any, wrong_together: Callable[[], Iterable[str]]) -
             problems.append(f"{name}: {what}, not {wrong['input']!r}")
             have_their_types &= not wrong["type"].endswith("_type")
     if have_their_types:
-        problems += wrong_together()
+        problems += wrong_together
     if problems:
         raise UserError("\n".join(problems))
 

@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from Config import Config
 from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats
-from mlm.errors import UserError
+from mlm.errors import UserError, first_line
 from mlm.evaluation.fill_mask import Guess, HiddenWord
 from mlm.storage import read_csv, write_json
 from mlm.training.progress import Progress
@@ -103,18 +105,12 @@ def read_summary(folder: Path) -> Summary:
             raise ValueError("metrics.csv has no evaluation")
         return summary
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder} is not the folder of a run that has been evaluated: {error}") from error
+        raise UserError(f"{folder} is not the folder of a run that has been evaluated: {first_line(error)}") from error
 
 
 def _read_files(folder: Path) -> Summary:
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    settings.pop("text_digest", None)
-    kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    metrics = read_csv(folder / "metrics.csv")
-    kept["rows"] = [{name: float(value) for name, value in row.items() if value} for row in metrics]
-    kept["text"] = TextStats.from_dict(kept["text"])
-    kept["guesses"] = [
-        GuessedWord(line, word, *([Guess(*guess) for guess in guesses] for guesses in both))
-        for line, word, *both in kept["guesses"]
-    ]
-    return Summary(folder=folder, **settings, **kept)
+    settings, kept = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("settings.json", "summary.json")
+    )
+    rows = [{name: value for name, value in row.items() if value} for row in read_csv(folder / "metrics.csv")]
+    return TypeAdapter(Summary).validate_python({"folder": folder, "rows": rows, **settings, **kept})

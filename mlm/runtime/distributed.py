@@ -24,6 +24,9 @@ TRAINING_TIMEOUT = timedelta(minutes=15)  # a checkpoint may have to go to a slo
 def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str | None = None) -> Accelerator:
     """Makes the accelerator of a run: its devices, its precision, and its tracker, which writes under `output`. Raises
     UserError where devices or precision are not available, or several processes share one device."""
+    transformers.logging.set_verbosity_error()  # load_model gives these warnings in its own words
+    transformers.logging.disable_progress_bar()
+    filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # accelerate passes it on by its old name
     check_devices(config)
     precision = choose_precision(config)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -45,13 +48,6 @@ def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str 
             "processes set ACCELERATE_USE_CPU=true"
         )
     return accelerator
-
-
-def quiet_libraries() -> None:
-    """Silences warnings of the libraries that this program gives itself, in its own words."""
-    transformers.logging.set_verbosity_error()  # load_model gives these warnings
-    transformers.logging.disable_progress_bar()
-    filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # accelerate passes it on by its old name
 
 
 def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:

@@ -37,11 +37,10 @@ from mlm.settings import repeat_command
 from mlm.storage import atomic_write, write_csv
 from mlm.terminal import prepare_output, say, steps_bar
 from mlm.training import checkpoint, micro_batch_size, step
-from mlm.training.plan import make_plan, middle_sample, resolve
+from mlm.training.plan import Timings, make_plan, middle_sample, resolve, time_left
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers
 from mlm.training.run_folder import run_folder
-from mlm.training.timing import Timings, time_left
 from model import PackedMaskedLM, load_model
 
 

@@ -39,10 +39,6 @@ class Chunks:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Returns how many tokens the chunks at `indices` (n,) have: (n,)."""
-        return self.offsets[indices + 1] - self.offsets[indices]
-
 
 def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
     """Returns where each chunk begins, and where the last ends: (n + 1,) int64 for lengths (n,) end to end."""
@@ -54,7 +50,7 @@ def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
 def take(chunks: Chunks, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the tokens (tokens,) int64 of the chunks at `indices` (n,) end to end, the chunks' lengths (n,), and
     whether each token starts a word (tokens,) bool."""
-    lengths = chunks.lengths(indices)
+    lengths = chunks.offsets[indices + 1] - chunks.offsets[indices]
     skipped = chunks.offsets[indices] - chunk_bounds(lengths)[:-1]
     marked = chunks.tokens[np.arange(lengths.sum()) + np.repeat(skipped, lengths)]
     word_bit = _word_bit(marked.dtype)
@@ -85,8 +81,7 @@ def write_chunks(
 ) -> WrittenSplit:
     """Tokenizes the lines, cuts them into chunks of at most `body_length` tokens and writes these to a new folder.
 
-    They go to files without a header first, so that memory stays small for any text. Raises UserError where there is
-    none.
+    Raw files come first, so that memory stays small for any text. Raises UserError where there is none.
     """
     path.mkdir()
     dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit tells where words start

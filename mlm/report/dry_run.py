@@ -21,11 +21,10 @@ from mlm.runtime.hardware import count_gpus, native_precision
 from mlm.storage import sizes
 from mlm.terminal import render, with_error
 from mlm.training.checkpoint import checkpoint_path, save_checkpoint, save_model
-from mlm.training.plan import middle_sample
+from mlm.training.plan import TimeLeft, middle_sample, time_left
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Run
 from mlm.training.step import take_step
-from mlm.training.timing import TimeLeft, time_left
 
 WARM_UP_STEPS = 3  # that are not timed: the first ones find memory, and may compile
 TIMED_SECONDS = 15.0  # of steps, about

@@ -16,8 +16,7 @@ from mlm.data.chunks import Corpus
 from mlm.data.micro_batches import MicroBatcher
 from mlm.evaluation.fill_mask import HiddenWord
 from mlm.runtime.signals import StopRequest
-from mlm.training.plan import Plan
-from mlm.training.timing import Timings
+from mlm.training.plan import Plan, Timings
 
 
 @dataclass(frozen=True)

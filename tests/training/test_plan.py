@@ -6,9 +6,8 @@ from itertools import product
 import pytest
 
 from mlm.errors import UserError
-from mlm.training.plan import Plan, learning_rate_at, resolve
+from mlm.training.plan import Plan, Timings, learning_rate_at, resolve, time_left
 from mlm.training.progress import Progress
-from mlm.training.timing import Timings, time_left
 
 
 def plan_of(steps: int, epoch: int, evaluate_every: int = 4, save_every: int | None = None) -> Plan:

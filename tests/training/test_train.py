@@ -31,9 +31,8 @@ from mlm.errors import UserError
 from mlm.storage import lock
 from mlm.training import step as training_step
 from mlm.training.checkpoint import save_if_due
-from mlm.training.plan import learning_rate_at
+from mlm.training.plan import Timings, learning_rate_at
 from mlm.training.progress import Progress
-from mlm.training.timing import Timings
 from model import Dropout, load_model
 
 
@@ -305,7 +304,7 @@ def test_checkpoints_take_a_twentieth_of_the_time_unless_more_are_asked_for(sett
 
 def test_only_the_rank_that_saves_looks_whether_it_is_time(settings, monkeypatch):
     """A look at every weight at every step would cost the others, and so all of them, much."""
-    monkeypatch.setattr("mlm.training.timing.LONGEST_UNSAVED_S", 0.0)
+    monkeypatch.setattr("mlm.training.plan.LONGEST_UNSAVED_S", 0.0)
     monkeypatch.setattr("mlm.training.checkpoint.has_finite_weights", lambda bert: pytest.fail("looked"))
     timings = Timings()
     plan = SimpleNamespace(is_save_due=lambda step: False, save_every=None)

@@ -5,6 +5,7 @@ Edit the defaults here, or pass flags.
 What values a type holds stands above the settings, which of them go together below.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -257,4 +258,7 @@ def parse_flags(arguments: list[str] | None = None) -> Config:
 def parse_downstream_flags(arguments: list[str] | None = None) -> DownstreamConfig:
     """Returns downstream.py's configuration, as `parse_flags` does train.py's."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return parse_settings(DownstreamConfig, "downstream.py", arguments, renamed=RENAMED_FLAGS)
+    for old, new in RENAMED_FLAGS.items():
+        flag = f"^--{old.replace('_', '[_-]')}(?==|$)"
+        arguments = [re.sub(flag, f"--{new}", argument) for argument in arguments]
+    return parse_settings(DownstreamConfig, "downstream.py", arguments)

@@ -223,8 +223,8 @@ def measure_general_perplexity(comparison: Comparison) -> None:
     """Says each model's perplexity on general text, which shows how much of it adaptation forgets."""
     candidates = comparison.candidates
     perplexities = {name: compute_perplexity(comparison, candidate) for name, candidate in candidates.items()}
-    path, num_lines = comparison.config.general_text, len(comparison.general_lines)
-    say(results.describe_general_perplexity(perplexities, path, num_lines))
+    heading = f"{comparison.config.general_text}, {len(comparison.general_lines):,} line(s), masked as in train.py"
+    say(results.describe_general_perplexity(perplexities, heading))
     rows = [{"model": name, **scores} for name, scores in perplexities.items() if scores]
     if rows and comparison.accelerator.is_main_process:
         write_csv(comparison.folder / "general_text.csv", list(rows[0]), rows)

@@ -1,9 +1,8 @@
 """What any dataclass of settings shares: the check of its fields' types, its flags, its description."""
 
-import re
 import shlex
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import cache
 from typing import Any, TypeVar
@@ -53,32 +52,21 @@ def _validator(hint: Any) -> TypeAdapter:
 
 
 def parse_settings(
-    kind: type[Settings],
-    program: str,
-    arguments: list[str],
-    default: Settings | None = None,
-    renamed: Mapping[str, str] | None = None,
+    kind: type[Settings], program: str, arguments: list[str], default: Settings | None = None
 ) -> Settings:
     """Returns settings of a class, from flags named as its fields, whose comments are the help.
 
     default: what holds where a flag is not given; None: the class's own defaults, and fields without one are required.
-    renamed: from flags of former versions, which still work, to those of today.
     `--help` and unknown or ill-typed flags are answered by tyro, with exit status 0 and 2.
     """
     import tyro  # here, so that whoever builds settings in code does without it
 
-    for old, new in (renamed or {}).items():
-        flag = f"^--{old.replace('_', '[_-]')}(?==|$)"
-        arguments = [re.sub(flag, f"--{new}", argument) for argument in arguments]
     of_default: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(kind, prog=program, args=arguments, use_underscores=True, **of_default)
 
 
-def repeat_command(program: str, settings: Any, default: Any, without: Iterable[str] = ()) -> str:
-    """Returns the command that gives a program these settings, where its defaults are `default`.
-
-    without: settings that are not to be repeated.
-    """
+def repeat_command(program: str, settings: Any, default: Any, without: Iterable[str]) -> str:
+    """Returns the command that gives a program these settings, but those of `without`; its defaults are `default`."""
     flags = []
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -96,6 +84,5 @@ def describe_settings(settings: Any, given: Any) -> str:
     for field in fields(settings):
         value = getattr(settings, field.name)
         star = " " if getattr(given, field.name) == field.default else "*"
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        rows.append((f" {star} {field.name}", "unset" if shown is None or shown == "" else str(shown)))
+        rows.append((f" {star} {field.name}", "unset" if value is None or value == "" else str(value)))
     return table(rows, "<<")

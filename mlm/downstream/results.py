@@ -16,7 +16,6 @@ from mlm.storage import write_csv
 from mlm.terminal import figure, render, table
 
 METRIC_TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1"}
-Perplexities = dict[str, dict[str, float] | None]  # of each model: perplexity and nats_per_character, where it has them
 
 
 class Outcome(NamedTuple):
@@ -95,8 +94,8 @@ def _percent(score: float) -> str:
     return f"{100 * score:.1f}"
 
 
-def describe_general_perplexity(perplexities: Perplexities, text: str | None, num_lines: int) -> str:
-    """Returns a table of each model's perplexity on general text."""
+def describe_general_perplexity(perplexities: dict[str, dict[str, float] | None], heading: str) -> str:
+    """Returns a table of each model's perplexity and nats_per_character on general text, where it has them."""
     rows = [["", "perplexity", "nats per character", ""]]
     for name, scores in zip(short_names(perplexities), perplexities.values(), strict=True):
         if scores:
@@ -104,7 +103,7 @@ def describe_general_perplexity(perplexities: Perplexities, text: str | None, nu
         else:
             rows.append([name, "", "", "not measured: no masked-language-model head, or not as many rows as tokens"])
     closing = "(Perplexities compare between models with the same tokenizer; else compare nats.)"
-    return "\n".join([f"\n{text}, {num_lines:,} line(s), masked as in train.py", table(rows, "<>><"), closing])
+    return "\n".join([f"\n{heading}", table(rows, "<>><"), closing])
 
 
 def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:

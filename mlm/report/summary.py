@@ -53,12 +53,6 @@ class Summary:
         """Whether the last evaluation is of a trained model: it has a change from the baseline."""
         return "change" in self.evaluations[-1]
 
-    @property
-    def nats_per_character(self) -> list[float]:
-        """Of the first and the last evaluation: the loss per masked token times the tokens per character."""
-        tokens_per_character = self.text.test.tokens / self.text.test.characters
-        return [row["eval_loss"] * tokens_per_character for row in (self.evaluations[0], self.evaluations[-1])]
-
 
 def save_settings(setup: Setup) -> None:
     """Writes settings.json."""

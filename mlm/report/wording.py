@@ -86,6 +86,7 @@ def score_rows(summary: Summary) -> list[tuple[str, ...]]:
     """Returns the table of scores: name, before, after, a note. Where nothing has trained, both are the baseline's."""
     both = summary.evaluations[0], summary.evaluations[-1]
     last, unigram = both[-1], summary.text.unigram_perplexity
+    tokens_per_character = summary.text.test.tokens / summary.text.test.characters
     divided = ""
     if summary.has_trained and math.isfinite(last["change_low"]):
         factor, least, most = (perplexity(-last[name]) for name in ("change", "change_high", "change_low"))
@@ -93,7 +94,7 @@ def score_rows(summary: Summary) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("perplexity", *(with_error(row["perplexity"], row["perplexity_se"]) for row in both), divided),
         ("masked accuracy", *(f"{row['masked_accuracy']:.1%}" for row in both), ""),
-        ("nats per character", *(f"{nats:.3f}" for nats in summary.nats_per_character), ""),
+        ("nats per character", *(f"{row['eval_loss'] * tokens_per_character:.3f}" for row in both), ""),
     ]
     if not summary.settings["evaluate_only"]:
         share = figure(last["perplexity"] / unigram)

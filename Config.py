@@ -1,8 +1,6 @@
 """Every setting, its type, default, unit and meaning on one line: train.py's in Config, downstream.py's below it.
 
-Edit the defaults here, or pass flags.
-
-What values a type holds stands above the settings, which of them go together below.
+Edit the defaults here, or pass flags. What values a type holds stands above the settings, what goes together below.
 """
 
 import re

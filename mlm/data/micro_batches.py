@@ -83,18 +83,6 @@ class MicroBatcher:
         return tensor.pin_memory().to(self.device, non_blocking=True) if is_cuda else tensor.to(self.device)
 
 
-def chunk_of_target(micro_batches: list[MicroBatch]) -> Iterator[Tensor]:
-    """Yields, for each micro-batch of those that chunks were split into, the index of the chunk of each target.
-    (targets,) int64, counted from 0 over all the micro-batches."""
-    chunks_before = 0
-    for inputs, _ in micro_batches:
-        if "cu_seqlens" in inputs:  # a row for variable-length attention
-            yield torch.bucketize(inputs["label_positions"], inputs["cu_seqlens"], right=True) - 1 + chunks_before
-            chunks_before += len(inputs["cu_seqlens"]) - 1
-        else:
-            yield inputs["segment_ids"].flatten()[inputs["label_positions"]] - 1
-
-
 class Prefetcher:
     """The batch of the next step, already on the device in micro-batches."""
 

@@ -1,17 +1,18 @@
 """Every setting, its type, default, unit and meaning on one line: train.py's in Config, downstream.py's below it.
 
-Edit the defaults here, or pass flags.
-
-The checks of values stand below the settings.
+Edit the defaults here, or pass flags. What values a type holds stands above the settings, what goes together below.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from os.path import normpath
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from mlm.settings import check_settings, parse_settings, require
+from pydantic import Field
+
+from mlm.settings import check_settings, must, parse_settings
 
 
 class Size(NamedTuple):
@@ -36,58 +37,85 @@ MOST_AUTOMATIC_WORDS = 10_000  # the largest N of add_words=auto:N
 RENAMED_FLAGS = {"seeds": "num_seeds", "least_steps": "min_steps"}  # of downstream.py, which takes the old ones too
 
 
+def _is_name(text: str) -> bool:
+    return bool(text.strip()) and text.isprintable()
+
+
+def _is_folder_name(text: str) -> bool:
+    return _is_name(text) and not text.startswith(".") and not {"/", "\\"} & {*text}
+
+
+def _are_devices(text: str) -> bool:
+    return text == "" or all(map(_is_name, text.split(",")))
+
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Length = Annotated[int, Field(ge=3, lt=2**31)]  # [CLS], a token, [SEP]
+VocabularySize = Annotated[int, Field(ge=6, lt=2**31)]  # five special tokens and a character
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, must("not be empty or hold a character that cannot be printed", _is_name)]
+FolderName = Annotated[str, must("be a plain folder name, without / or \\ or a leading dot", _is_folder_name)]
+Devices = Annotated[str, must("be GPUs separated by commas, such as 0,1", _are_devices)]
+Precision = Literal["auto", "no", "tf32", "fp16", "bf16"]
+
+
 @dataclass
 class Config:
     """Continue a BERT's masked-language-model pre-training on your own text."""
 
     # --- model
-    initial_pretrain_model: str = "bert-base-uncased"  # Hub name, local folder, or scratch:tiny|mini|small|medium|base
-    initial_pretrain_tokenizer: str = "bert-base-uncased"  # Hub name, local folder, or corpus: learn one from the text
-    vocab_size: int = 8192  # entries of the WordPiece vocabulary that "corpus" learns
-    attention_dropout: float = 0.0  # dropout inside attention while training; 0 keeps the fast attention kernels
-    hidden_dropout: float | None = None  # dropout elsewhere while training; unset: the checkpoint's own
-    add_words: str | None = None  # file of words that become tokens, one per line, or auto:N, the N most often split
+    initial_pretrain_model: Name = "bert-base-uncased"  # Hub name, local folder, or scratch:tiny|mini|small|medium|base
+    initial_pretrain_tokenizer: Name = "bert-base-uncased"  # Hub name, local folder, or corpus: learn one from the text
+    vocab_size: VocabularySize = 8192  # entries of the WordPiece vocabulary that "corpus" learns
+    attention_dropout: Dropout = 0.0  # dropout inside attention while training; 0 keeps the fast attention kernels
+    hidden_dropout: Dropout | None = None  # dropout elsewhere while training; unset: the checkpoint's own
+    add_words: Name | None = None  # file of words that become tokens, one per line, or auto:N, the N most often split
 
     # --- text
-    path_datasets: str = "data"  # folder of train* and test*: .txt, one example per line; or .jsonl .csv .tsv .parquet
-    text_column: str = "text"  # name of the text's column (JSON key) where path_datasets holds no .txt
-    test_fraction: float = 0.05  # share of the distinct lines held out for testing where there is no test* or dev*
-    sen_max_length: int = 128  # positions of a chunk: tokens, [CLS] and [SEP]; longer lines are cut into chunks
-    user_words: str | None = None  # file of words, one per line, that the Chinese segmenter is to keep whole
+    path_datasets: Name = "data"  # folder of train* and test*: .txt, one example per line; or .jsonl .csv .tsv .parquet
+    text_column: Name = "text"  # name of the text's column (JSON key) where path_datasets holds no .txt
+    test_fraction: Share = 0.05  # share of the distinct lines held out for testing where there is no test* or dev*
+    sen_max_length: Length = 128  # positions of a chunk: tokens, [CLS] and [SEP]; longer lines are cut into chunks
+    user_words: Name | None = None  # file of words, one per line, that the Chinese segmenter is to keep whole
 
     # --- masking
-    mlm_probability: float = 0.15  # probability that a token (or word) is chosen for prediction
+    mlm_probability: Probability = 0.15  # probability that a token (or word) is chosen for prediction
     mask_replace_prob: float = 0.8  # share of the chosen that become [MASK]
     random_replace_prob: float = 0.1  # share of the chosen that become a random token; the rest stay as they are
     whole_words_mask: bool = False  # choose whole words; Chinese ones are found by a segmenter
     mask_span: bool = False  # choose runs of whole words, of geometric lengths, as SpanBERT does
 
     # --- optimisation
-    num_epochs: int = 3  # times every line is seen
-    max_steps: int | None = None  # optimizer steps, whatever num_epochs says; unset: num_epochs decides
-    batch_size: int = 32  # chunks per optimizer step, over all devices
-    learning_rate: float | None = None  # peak; unset: 3e-5, or that of the size when training from scratch
-    num_warmup_steps: float = 0.1  # linear warm-up: below 1 a share of all steps, else a count; then linear decay
-    weight_decay: float = 0.01  # AdamW's, not on biases and LayerNorm
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    seed: int = 42  # decides order, masks, dropout, held-out lines and new weights
+    num_epochs: Count = 3  # times every line is seen
+    max_steps: Count | None = None  # optimizer steps, whatever num_epochs says; unset: num_epochs decides
+    batch_size: Count = 32  # chunks per optimizer step, over all devices
+    learning_rate: Positive | None = None  # peak; unset: 3e-5, or that of the size when training from scratch
+    num_warmup_steps: NotNegative = 0.1  # linear warm-up: below 1 a share of all steps, else a count; then linear decay
+    weight_decay: NotNegative = 0.01  # AdamW's, not on biases and LayerNorm
+    max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
+    seed: Seed = 42  # decides order, masks, dropout, held-out lines and new weights
 
     # --- machine
-    cuda_visible_devices: str = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
-    mixed_precision: Literal["auto", "no", "tf32", "fp16", "bf16"] = "auto"  # auto: the launcher's choice, else native
+    cuda_visible_devices: Devices = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
+    mixed_precision: Precision = "auto"  # auto: the launcher's choice, else native
     compile: bool = False  # use torch.compile: the start takes minutes longer; meant for long runs on a GPU
-    micro_batch_tokens: int | None = None  # positions, padding included, per forward pass on a device; unset: what fits
+    micro_batch_tokens: Count | None = None  # positions, with padding, per forward pass on a device; unset: what fits
 
     # --- output
-    path_model_save: str = "output"  # folder that receives one folder per run, and the cache of tokenized text
-    run_name: str | None = None  # name of this run's folder; unset: date, time and model
-    log_every: int = 50  # steps between lines in the log and in metrics.csv
-    eval_every: int | None = None  # steps between evaluations; unset: an epoch, or at most 10,000 steps
-    max_test_chunks: int | None = None  # size of the random sample of test chunks that an evaluation scores; unset: all
-    save_every: int | None = None  # steps between checkpoints, and epoch ends; unset: those and half hours
-    keep_checkpoints: int = 2  # number of checkpoints that stay on disk, the newest
+    path_model_save: Name = "output"  # folder that receives one folder per run, and the cache of tokenized text
+    run_name: FolderName | None = None  # name of this run's folder; unset: date, time and model
+    log_every: Count = 50  # steps between lines in the log and in metrics.csv
+    eval_every: Count | None = None  # steps between evaluations; unset: an epoch, or at most 10,000 steps
+    max_test_chunks: Count | None = None  # size of the random sample of test chunks that is scored; unset: all
+    save_every: Count | None = None  # steps between checkpoints, and epoch ends; unset: those and half hours
+    keep_checkpoints: Count = 2  # number of checkpoints that stay on disk, the newest
     push_to_hub: str | None = None  # name on the Hugging Face Hub for the finished model, private if it is new there
-    tracker: str = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
+    tracker: Name = "tensorboard"  # tensorboard, none, or another tracker that accelerate knows (wandb, ...)
 
     # --- mode
     dry_run: bool = False  # predict the run's time, memory and disk space from some seconds of it; keep nothing
@@ -98,7 +126,7 @@ class Config:
 
     def __post_init__(self):
         """Raises UserError that names every field whose value, or combination of values, cannot work."""
-        check_settings(self, lambda: [*_wrong_numbers(self), *_wrong_names(self), *_wrong_combinations(self)])
+        check_settings(self, _wrong_in_training(self))
 
     @property
     def automatic_words(self) -> int | None:
@@ -119,68 +147,42 @@ class DownstreamConfig:
     """Fine-tune several checkpoints on a labelled task of your own, and say which serves it better."""
 
     # --- what is compared
-    task: str  # labelled file: .tsv .csv .jsonl, or .conll for entities; or a folder with train.*, test.*, dev.*
-    models: tuple[str, ...]  # Hub names or local folders; the first is what the others are compared with
+    task: Name  # labelled file: .tsv .csv .jsonl, or .conll for entities; or a folder with train.*, test.*, dev.*
+    models: tuple[Name, ...]  # Hub names or local folders; the first is what the others are compared with
     metric: Literal["auto", "accuracy", "macro_f1", "micro_f1"] = "auto"  # auto: accuracy, or micro F1 of entities
-    general_text: str | None = None  # file or folder of plain text, on which each model's perplexity is measured
+    general_text: Name | None = None  # file or folder of plain text, on which each model's perplexity is measured
 
     # --- task
-    text_column: str | None = None  # name of the text's column or JSON key; unset: found by its usual names
-    pair_column: str | None = None  # that of a second text, where two belong to one label
-    label_column: str | None = None  # that of the label
-    test_fraction: float = 0.2  # share of the texts that are tested on, where there is no test file
-    dev_fraction: float = 0.1  # share that chooses learning rate and epoch, where there is no dev file
+    text_column: Name | None = None  # name of the text's column or JSON key; unset: found by its usual names
+    pair_column: Name | None = None  # that of a second text, where two belong to one label
+    label_column: Name | None = None  # that of the label
+    test_fraction: Share = 0.2  # share of the texts that are tested on, where there is no test file
+    dev_fraction: Share = 0.1  # share that chooses learning rate and epoch, where there is no dev file
     examples_per_class: tuple[str, ...] = ("all",)  # training texts per class, such as 10 50 all: a learning curve
-    sen_max_length: int = 128  # positions of a text: tokens, [CLS] and [SEP]; longer texts are truncated
+    sen_max_length: Length = 128  # positions of a text: tokens, [CLS] and [SEP]; longer texts are truncated
 
     # --- fine-tuning
     frozen: bool = False  # linear probe: logistic regression on each model's features, and no fine-tuning
-    num_seeds: int = 6  # fine-tunings of each model; with fewer than 6 no difference can be told from chance
-    num_epochs: int = 4  # times the training texts are seen, at least
-    min_steps: int = 300  # optimizer steps at least, whatever num_epochs says: small data need more epochs
-    batch_size: int = 32  # texts per optimizer step
-    learning_rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4)  # peaks, each tried with the first seed; dev chooses
-    seed: int = 42  # the first seed; decides splits, drawn texts, new heads, order and dropout
+    num_seeds: Count = 6  # fine-tunings of each model; with fewer than 6 no difference can be told from chance
+    num_epochs: Count = 4  # times the training texts are seen, at least
+    min_steps: Count = 300  # optimizer steps at least, whatever num_epochs says: small data need more epochs
+    batch_size: Count = 32  # texts per optimizer step
+    learning_rates: tuple[Positive, ...] = (2e-5, 5e-5, 1e-4)  # peaks, each tried with the first seed; dev chooses
+    seed: Seed = 42  # the first seed; decides splits, drawn texts, new heads, order and dropout
 
     # --- machine
-    cuda_visible_devices: str = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
-    mixed_precision: Literal["auto", "no", "tf32", "fp16", "bf16"] = "auto"  # auto: the launcher's choice, else native
+    cuda_visible_devices: Devices = ""  # GPUs to use, such as "0" or "0,1"; empty: leave the environment alone
+    mixed_precision: Precision = "auto"  # auto: the launcher's choice, else native
 
     # --- output
-    path_model_save: str = "output"  # receives downstream/NAME OF THE TASK/
+    path_model_save: Name = "output"  # receives downstream/NAME OF THE TASK/
 
     def __post_init__(self):
         """Raises UserError that names every field whose value, or combination of values, cannot work."""
-        check_settings(self, lambda: _wrong_in_comparison(self))
+        check_settings(self, _wrong_in_comparison(self))
 
 
-def _wrong_numbers(config: Config) -> Iterator[str]:
-    counts = ["num_epochs", "max_steps", "batch_size", "micro_batch_tokens"]
-    counts += ["log_every", "eval_every", "max_test_chunks", "save_every", "keep_checkpoints"]
-    sizes = ("num_warmup_steps", "vocab_size", "sen_max_length")
-    largest = sys.float_info.max  # refuses infinity, and whole numbers too large for a float
-    yield from require(config, lambda value: value >= 1, "1 or more", *counts)
-    yield from require(config, lambda value: value < 2**31, "below 2**31", *counts, *sizes)
-    yield from require(config, lambda value: 0 <= value <= largest, "0 or more", "num_warmup_steps", "weight_decay")
-    yield from require(config, lambda value: 0 < value <= largest, "above 0", "learning_rate", "max_grad_norm")
-    yield from require(config, lambda value: 0 < value <= 1, "above 0 and at most 1", "mlm_probability")
-    yield from require(config, lambda value: 0 < value < 1, "above 0 and below 1", "test_fraction")
-    dropouts = ("attention_dropout", "hidden_dropout")
-    yield from require(config, lambda value: 0 <= value < 1, "0 or more and below 1", *dropouts)
-    yield from require(config, lambda value: 0 <= value < 2**63, "0 or more and below 2**63", "seed")
-    yield from require(config, lambda value: value >= 3, "3 or more ([CLS], a token, [SEP])", "sen_max_length")
-    smallest_vocabulary = "6 or more (five special tokens and a character)"
-    yield from require(config, lambda value: value >= 6, smallest_vocabulary, "vocab_size")
-    if config.num_warmup_steps >= 1 and config.num_warmup_steps % 1:
-        yield f"num_warmup_steps: must be a share below 1 or a whole number of steps, not {config.num_warmup_steps}"
-
-
-def _wrong_names(config: Config) -> Iterator[str]:
-    paths = ("initial_pretrain_model", "initial_pretrain_tokenizer", "path_datasets", "path_model_save")
-    for name in (*paths, "text_column", "add_words", "user_words"):
-        value = getattr(config, name)
-        if value is not None and not (value.strip() and value.isprintable()):
-            yield f"{name}: must not be empty or hold a character that cannot be printed"
+def _wrong_in_training(config: Config) -> Iterator[str]:
     if config.scratch_size is not None and config.scratch_size not in SCRATCH_SIZES:
         yield f"initial_pretrain_model: no size {config.scratch_size!r}; choose scratch:{'|'.join(SCRATCH_SIZES)}"
     if config.initial_pretrain_tokenizer.startswith("scratch:"):
@@ -188,17 +190,8 @@ def _wrong_names(config: Config) -> Iterator[str]:
     prefix, colon, number = (config.add_words or "").partition(":")
     if prefix + colon == "auto:" and not 1 <= (config.automatic_words or 0) <= MOST_AUTOMATIC_WORDS:
         yield f"add_words: auto: takes a number from 1 to {MOST_AUTOMATIC_WORDS:,}, not {number!r}"
-    yield from _wrong_devices(config.cuda_visible_devices)
-    folder = config.run_name
-    if folder is not None and (
-        not folder.strip() or folder.startswith(".") or any(c in "/\\" or not c.isprintable() for c in folder)
-    ):
-        yield f"run_name: must be a plain folder name, without / or \\ or a leading dot, not {folder!r}"
-    if not (config.tracker.strip() and config.tracker.isprintable()):
-        yield "tracker: must be tensorboard, none, or the name of another tracker"
-
-
-def _wrong_combinations(config: Config) -> Iterator[str]:
+    if config.num_warmup_steps >= 1 and config.num_warmup_steps % 1:
+        yield f"num_warmup_steps: must be a share below 1 or a whole number of steps, not {config.num_warmup_steps}"
     replaced = (config.mask_replace_prob, config.random_replace_prob)
     if not (min(replaced) >= 0 and max(replaced) <= 1 and sum(replaced) <= 1 + 1e-9):
         yield (
@@ -220,41 +213,20 @@ def _wrong_combinations(config: Config) -> Iterator[str]:
         )
 
 
-def _wrong_devices(devices: str) -> Iterator[str]:
-    if devices and not (devices.isprintable() and all(device.strip() for device in devices.split(","))):
-        yield f"cuda_visible_devices: must be GPUs separated by commas, such as 0,1, not {devices!r}"
-
-
 def _wrong_in_comparison(config: DownstreamConfig) -> Iterator[str]:
-    largest = sys.float_info.max
-    counts = ("num_seeds", "num_epochs", "min_steps", "batch_size")
-    yield from require(config, lambda value: 1 <= value < 2**31, "1 or more and below 2**31", *counts)
-    yield from require(config, lambda value: 0 < value < 1, "above 0 and below 1", "test_fraction", "dev_fraction")
-    yield from require(config, lambda value: 4 <= value < 2**31, "4 or more and below 2**31", "sen_max_length")
-    yield from require(config, lambda value: 0 <= value < 2**62, "0 or more and below 2**62", "seed")
     if not config.test_fraction + config.dev_fraction < 1:
         yield "test_fraction, dev_fraction: together must be below 1, as the rest is trained on"
-    if not (config.learning_rates and all(0 < rate <= largest for rate in config.learning_rates)):
-        yield "learning_rates: must be one or more, each above 0"
+    if not config.learning_rates:
+        yield "learning_rates: must be one or more"
     sizes = config.examples_per_class
     if not (sizes and all(size == "all" or (size.isdecimal() and 0 < int(size[:10]) < 2**31) for size in sizes)):
         yield f"examples_per_class: must be numbers of 1 or more, or all, not {' '.join(sizes)!r}"
     if len(set(sizes)) < len(sizes):
         yield "examples_per_class: each is to be named once"
-    if not config.task:
-        yield "task: name a labelled file, such as --task labelled.tsv with lines of text, a tab and a label"
     if not config.models:
         yield "models: name one or more, such as --models bert-base-uncased output/my_run/final"
     if len(set(map(normpath, config.models))) < len(config.models):
         yield "models: each is to be named once"
-    paths = (config.task, config.path_model_save, config.general_text, *config.models)
-    columns = (config.text_column, config.pair_column, config.label_column)
-    if not all(name is None or name.isprintable() for name in (*paths, *columns)):
-        yield (
-            "task, models, general_text, path_model_save, text_column, pair_column, label_column: must not hold a "
-            "character that cannot be printed"
-        )
-    yield from _wrong_devices(config.cuda_visible_devices)
 
 
 def demo_config() -> Config:
@@ -275,10 +247,8 @@ def defaults_of(config: Config) -> Config:
 
 
 def parse_flags(arguments: list[str] | None = None) -> Config:
-    """Returns the configuration by Config.py's defaults and the command line's flags (None: sys.argv).
-
-    `--help` and unknown or ill-typed flags are answered by tyro, with exit status 0 and 2. Raises UserError.
-    """
+    """Returns the configuration by Config.py's defaults and the command line's flags (None: sys.argv). `--help` and
+    unknown or ill-typed flags are answered by tyro, with exit status 0 and 2. Raises UserError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     default = demo_config() if "--demo" in arguments or Config.demo else Config()
     return parse_settings(Config, "train.py", arguments, default)
@@ -287,4 +257,7 @@ def parse_flags(arguments: list[str] | None = None) -> Config:
 def parse_downstream_flags(arguments: list[str] | None = None) -> DownstreamConfig:
     """Returns downstream.py's configuration, as `parse_flags` does train.py's."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return parse_settings(DownstreamConfig, "downstream.py", arguments, renamed=RENAMED_FLAGS)
+    for old, new in RENAMED_FLAGS.items():
+        flag = f"^--{old.replace('_', '[_-]')}(?==|$)"
+        arguments = [re.sub(flag, f"--{new}", argument) for argument in arguments]
+    return parse_settings(DownstreamConfig, "downstream.py", arguments)

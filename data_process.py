@@ -68,13 +68,13 @@ def prepare(
         folder.mkdir()
         body_length = config.sen_max_length - 2  # without [CLS] and [SEP]
         rest = (body_length, encoders, make_segmenter(user_words), vocabulary)
-        train = write_chunks(text.train(), folder / "train.arrow", *rest)
-        test = write_chunks(text.test(), folder / "test.arrow", *rest)
+        train = write_chunks(text.train(), folder / "train", *rest)
+        test = write_chunks(text.test(), folder / "test", *rest)
         split_words = train.words.split_words(encoders.any_line, MOST_AUTOMATIC_WORDS)
         (folder / "stats.json").write_text(json.dumps(asdict(_compare(train, test, split_words))))
 
     folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)
-    train, test = (Chunks.read(folder / f"{split}.arrow") for split in ("train", "test"))
+    train, test = (Chunks.read(folder / split) for split in ("train", "test"))
     return train, test, TextStats.from_dict(json.loads((folder / "stats.json").read_text()))
 
 
@@ -84,7 +84,7 @@ def temporary_chunks(
 ) -> Iterator[tuple[Chunks, SplitStats]]:
     """Yields lines as chunks of tokens that are not kept, and their statistics."""
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # on Windows, which keeps what is mapped into memory
-        path, vocabulary = Path(folder, "chunks.arrow"), read_vocabulary(tokenizer)
+        path, vocabulary = Path(folder, "chunks"), read_vocabulary(tokenizer)
         rest = (sen_max_length - 2, make_encoders(tokenizer), make_segmenter([]), vocabulary)
         stats = write_chunks(iter(lines), path, *rest).stats
         yield Chunks.read(path), stats

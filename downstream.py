@@ -37,9 +37,9 @@ from mlm.downstream.task import load_task, sample_per_class
 from mlm.downstream.trials import Result, Trial
 from mlm.evaluation.loss import evaluate
 from mlm.report.page import redraw
-from mlm.runtime.distributed import make_accelerator, quiet_libraries
+from mlm.runtime.distributed import make_accelerator
 from mlm.runtime.signals import StopRequest
-from mlm.storage import digest, lock, make_folder, write_json
+from mlm.storage import digest, lock, make_folder, write_csv, write_json
 from mlm.terminal import prepare_output, say
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
 from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_masked_lm
@@ -49,10 +49,8 @@ MAX_GENERAL_LINES = 2000  # that each model's perplexity is measured on
 
 
 def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
-    """Does the whole job: reads the task, tries every model with every seed, and says which is better.
-
-    Raises UserError for whatever the user can put right.
-    """
+    """Does the whole job: reads the task, tries every model with every seed, and says which is better. Raises UserError
+    for whatever the user can put right."""
     comparison = set_up(config, accelerator)
     outcomes = []
     for size in config.examples_per_class:
@@ -91,10 +89,8 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
 
 
 def read_candidate(comparison: Comparison, name: str) -> Candidate:
-    """Returns a model, and the texts as its tokenizer sees them.
-
-    Raises UserError where it is missing, or is no BERT, or takes no texts of `sen_max_length`.
-    """
+    """Returns a model, and the texts as its tokenizer sees them. Raises UserError where it is missing, or is no BERT,
+    or takes no texts of `sen_max_length`."""
     config, task, accelerator = comparison.config, comparison.task, comparison.accelerator
     tokenizer = load_pretrained_tokenizer(name, "models")
     encoder, warnings = load_encoder(name)
@@ -137,25 +133,23 @@ def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
     seeds = range(config.seed, config.seed + config.num_seeds)
     if config.frozen:
         todo = [Trial(name, size, seed, None) for name in config.models for seed in seeds]
-        return trials.run(comparison, todo, probe_once, results.say_result)
+        return trials.run(comparison, todo, probe_once)
 
     # The first seed tries every learning rate, and dev chooses one for each model.
     if size != "all" and len(sample_per_class(comparison.task, size, config.seed)) == len(comparison.task.train):
         say(f"note: {size} per class are all the training texts")
     first = [Trial(name, size, config.seed, rate) for name in config.models for rate in config.learning_rates]
-    tried = trials.run(comparison, first, fine_tune_once, results.say_result)
+    tried = trials.run(comparison, first, fine_tune_once)
     chosen = {name: choose_rate(name, config.learning_rates, of_rates) for name, of_rates in tried.items()}
 
     # The other seeds, of all models in turn, so that a comparison that is stopped has about as many of each.
     todo = [Trial(name, size, seed, chosen[name]) for seed in seeds for name in config.models]
-    return trials.run(comparison, todo, fine_tune_once, results.say_result)
+    return trials.run(comparison, todo, fine_tune_once)
 
 
 def choose_rate(model: str, rates: tuple[float, ...], tried: list[Result]) -> float:
-    """Returns the learning rate that is best on dev, the middle one of equals; tried: a result for each rate.
-
-    Where that is the lowest or the highest of all, it says so, as a rate beyond it may be better still.
-    """
+    """Returns the learning rate that is best on dev, the middle one of equals; tried: a result for each rate. Where
+    that is the lowest or the highest of all, it says so, as a rate beyond it may be better still."""
     best_score = max(result.dev_score for result in tried)
     best = [rate for rate, result in zip(rates, tried, strict=True) if result.dev_score == best_score]
     chosen = best[len(best) // 2]
@@ -230,10 +224,11 @@ def measure_general_perplexity(comparison: Comparison) -> None:
     """Says each model's perplexity on general text, which shows how much of it adaptation forgets."""
     candidates = comparison.candidates
     perplexities = {name: compute_perplexity(comparison, candidate) for name, candidate in candidates.items()}
-    path, num_lines = comparison.config.general_text, len(comparison.general_lines)
-    say(results.describe_general_perplexity(perplexities, path, num_lines))
-    if comparison.accelerator.is_main_process:
-        results.save_general_perplexity(comparison.folder, perplexities)
+    heading = f"{comparison.config.general_text}, {len(comparison.general_lines):,} line(s), masked as in train.py"
+    say(results.describe_general_perplexity(perplexities, heading))
+    rows = [{"model": name, **scores} for name, scores in perplexities.items() if scores]
+    if rows and comparison.accelerator.is_main_process:
+        write_csv(comparison.folder / "general_text.csv", list(rows[0]), rows)
 
 
 def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str, float] | None:
@@ -256,7 +251,6 @@ def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str
 def main(config: DownstreamConfig) -> None:
     """Raises UserError for what the user can put right; Ctrl-C ends with status 130 and loses no finished trial."""
     prepare_output()
-    quiet_libraries()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         accelerator = make_accelerator(config)

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds: help, wrong 
         hub.locate_downloads(settings)
 
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -30,19 +31,17 @@ from mlm.data.micro_batches import MicroBatcher, Prefetcher
 from mlm.data.randomness import evaluation_order
 from mlm.data.tokenizer import tokenizer_warnings
 from mlm.evaluation import fill_mask, loss
-from mlm.evaluation.hidden_words import hide_words
-from mlm.report import console, dry_run, metrics, model_card, page, summary, trackers, wording
+from mlm.report import dry_run, metrics, model_card, page, summary, wording
 from mlm.runtime import distributed
 from mlm.runtime.signals import Stopped, translate_failures
 from mlm.settings import repeat_command
 from mlm.storage import atomic_write, write_csv
 from mlm.terminal import prepare_output, say, steps_bar
 from mlm.training import checkpoint, micro_batch_size, step
-from mlm.training.plan import make_plan, middle_sample, resolve
+from mlm.training.plan import Timings, make_plan, middle_sample, resolve, time_left
 from mlm.training.progress import Progress, SinceLastLog
-from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers, library_versions
+from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers
 from mlm.training.run_folder import run_folder
-from mlm.training.timing import Timings, time_left
 from model import PackedMaskedLM, load_model
 
 
@@ -64,10 +63,8 @@ def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
 
 
 def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
-    """Prepares text and model and says what was found; None where that is all that was asked for.
-
-    Raises UserError where something is missing or does not fit.
-    """
+    """Prepares text and model and says what was found; None where that is all that was asked for. Raises UserError
+    where something is missing or does not fit."""
     # Lines of text become chunks of tokens, once for all runs on this text.
     timings = Timings()
     with timings.measure("prepare_text"):
@@ -91,7 +88,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     # What was found, for the user.
     derived = derive_numbers(accelerator, bert, corpus, plan)
     if not config.dry_run:  # which says all of it later, on one screen
-        say(console.describe_run(given, config, corpus, derived))
+        say(wording.describe_run(given, config, corpus, derived))
     idle = hardware.hints(accelerator.num_processes, plan.positions_per_step, config.batch_size, len(corpus.train))
     of_tokenizer = tokenizer_warnings(corpus.tokenizer, config.initial_pretrain_tokenizer)
     for line in [*warnings, *of_tokenizer, *model_warnings, *idle]:
@@ -101,7 +98,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
         return None
 
     command = repeat_command("train.py", given, defaults_of(given), without=("resume", "run_name", "dry_run"))
-    setup = Setup(config, plan, folder, resumed, recipe, derived, library_versions(), command)
+    setup = Setup(config, plan, folder, resumed, recipe, derived, command)
     return Run(setup, corpus, make_learner(config, bert, corpus, accelerator), timings)
 
 
@@ -131,8 +128,8 @@ def begin(run: Run) -> Progress:
     setup, corpus, learner, accelerator = run.setup, run.corpus, run.learner, run.learner.accelerator
     if run.is_main:  # which alone shows them
         max_tokens = learner.bert.config.max_position_embeddings - 2  # without [CLS] and [SEP]
-        test_lines = corpus.text.test()
-        run.hidden_words = hide_words(test_lines, corpus.train, corpus.tokenizer, corpus.vocabulary, max_tokens)
+        lines = corpus.text.test()
+        run.hidden_words = fill_mask.hide_words(lines, corpus.train, corpus.tokenizer, corpus.vocabulary, max_tokens)
     if setup.resumed:
         progress = checkpoint.load_checkpoint(setup.resumed, learner.bert, learner.optimizer)
         run.timings.saved_step = progress.step
@@ -149,7 +146,7 @@ def begin(run: Run) -> Progress:
 
     # The tracker and the files, without what a killed run wrote after its checkpoint.
     if accelerator.log_with:
-        trackers.start_tracker(accelerator, setup.config, setup.folder, progress.step if setup.resumed else None)
+        metrics.start_tracker(accelerator, setup.config, setup.folder, progress.step if setup.resumed else None)
     if run.is_main:
         summary.save_settings(setup)
         write_csv(setup.folder / "metrics.csv", metrics.COLUMNS, progress.metrics)
@@ -178,7 +175,7 @@ def fit(run: Run, progress: Progress) -> Ending:
     if not config.evaluate_only:
         run.stop.listen(speak=run.is_main)
     batches = prefetch(run, progress)
-    run.timings.begin_training()
+    run.timings.saved_at = time.perf_counter()  # nothing is unsaved yet
     with steps_bar(plan.steps, progress.step, shown=run.is_main) as bar:
         while True:  # here `progress.step` steps are done
             # When due, and before the first step and after the last: how good is it on the test text?
@@ -196,7 +193,7 @@ def fit(run: Run, progress: Progress) -> Ending:
             # One more step, and when due a line about those since the last.
             step.take_step(run.learner, progress, batches, plan, config, run.stop)
             bar.update()
-            if plan.is_log_due(progress.step, config.log_every):
+            if progress.step % config.log_every == 0 or progress.step == plan.steps:
                 log_training(run, progress, bar)
 
 
@@ -223,11 +220,11 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
     # The scores, and what training changed, go to the log, metrics.csv, the tracker and the report.
     with run.timings.measure("write_results"):
         change = loss.compare(progress.baseline, evaluation) if progress.step else None
-        say(console.describe_evaluation(setup, corpus, progress.step, evaluation, change))
+        say(wording.describe_evaluation(setup, corpus, progress.step, evaluation, change))
         metrics.record(metrics.scores(evaluation, change, progress), progress, setup, run.learner.accelerator)
         progress.last_evaluated_step = progress.step
         if run.is_main:
-            summary.save_scores(setup.folder, evaluation, progress.step)
+            loss.save_evaluation(setup.folder / summary.SCORES, evaluation, progress.step)
             with optional("report.html"):
                 page.write_report(publish(run, progress))
 
@@ -276,17 +273,15 @@ def log_training(run: Run, progress: Progress, bar: tqdm) -> None:
     figures = metrics.training_figures(new, plan.learning_rate(progress.step - 1))
     seconds = time_left(plan, progress, run.timings, new.seconds / new.steps).seconds
     left = f"{tqdm.format_interval(seconds)} left"
-    say(f"{console.describe_training(progress.step, plan, figures)}, {left}")
+    say(f"{wording.describe_training(progress.step, plan, figures)}, {left}")
     bar.set_postfix_str(f"{left}, loss {figures['train_loss']:.3f}")
     metrics.record(figures, progress, run.setup, run.learner.accelerator)
     progress.since_last_log = SinceLastLog()
 
 
 def finish(run: Run, progress: Progress, ending: Ending) -> None:
-    """Saves the finished model in final/ and says what came of the run, or why it ended early.
-
-    Raises UserError where it diverged, SystemExit where it was told to stop.
-    """
+    """Saves the finished model in final/ and says what came of the run, or why it ended early. Raises UserError where
+    it diverged, SystemExit where it was told to stop."""
     setup = run.setup
     result = save_results(run, progress, ending) if run.is_main and progress.baseline else None
     run.learner.shut_down()
@@ -303,7 +298,7 @@ def finish(run: Run, progress: Progress, ending: Ending) -> None:
     if ending in (Ending.SKIPPING, Ending.BROKEN):
         if not run.is_main:
             sys.exit(2)
-        raise UserError(console.describe_divergence(setup, progress, ending, run.timings.saved_step))
+        raise UserError(wording.describe_divergence(setup, progress, ending, run.timings.saved_step))
 
 
 def save_results(run: Run, progress: Progress, ending: Ending) -> summary.Summary:
@@ -335,10 +330,9 @@ def publish(run: Run, progress: Progress, ending: Ending | None = None) -> summa
 def main(config: Config) -> None:
     """Sets up the devices, the tracker and the run's folder, and trains. Raises UserError; SystemExit on a signal."""
     prepare_output()
-    distributed.quiet_libraries()
     with translate_failures(config):
         tracker = "none" if config.dry_run or config.evaluate_only else config.tracker
-        trackers.check_tracker(tracker)
+        metrics.check_tracker(tracker)
         accelerator = distributed.make_accelerator(config, tracker, config.path_model_save)
         with run_folder(config, accelerator) as folder:
             accelerator.project_configuration.logging_dir = str(folder / "tensorboard")

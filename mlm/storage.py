@@ -73,10 +73,8 @@ def _remove(path):
 
 
 def _flush(path):
-    """Flushes to the disk before the rename, so that after a power cut no name stands for content that is missing.
-
-    Each file gets the mode of any new file: safetensors writes files that nobody else on a shared machine could read.
-    """
+    """Flushes to the disk before the rename, so that after a power cut no name stands for content that is missing. Each
+    file gets the mode of any new file: safetensors writes files that nobody else on a shared machine could read."""
     for file in _files(path):
         with open(file, "rb+") as opened:
             os.fsync(opened.fileno())
@@ -84,21 +82,19 @@ def _flush(path):
             file.chmod(0o666 & ~UMASK)
 
 
-def make_folder(path: Path, setting: str = "path_model_save") -> None:
-    """Makes a folder to be written to. Raises UserError, which names `setting`, where the disk refuses."""
+def make_folder(path: Path) -> None:
+    """Makes a folder to be written to. Raises UserError where the disk refuses."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(f"{setting}: cannot write to {path}: {error.strerror}") from error
+        raise UserError(f"path_model_save: cannot write to {path}: {error.strerror}") from error
 
 
 def lock(path: Path, timeout_s: float = -1) -> FileLock:
-    """Returns a lock for one process on this machine at a time; it ends with the process, however that ends.
-
-    Entering it raises filelock.Timeout after `timeout_s` seconds of waiting; below 0 it waits as long as it takes.
-    """
+    """Returns a lock for one process on this machine at a time; it ends with the process, however that ends. Entering
+    it raises filelock.Timeout after `timeout_s` seconds of waiting; below 0 it waits as long as it takes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path, timeout=timeout_s)
 
@@ -134,10 +130,15 @@ def _is_complete(path, record):
         return False
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, atomically; several processes may write it at once."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: dict) -> None:
     """Writes a JSON file, atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -1,13 +1,15 @@
-"""Bars for what takes long: drawn on a terminal, a plain line now and then in a file."""
+"""What is printed: lines, bars for what takes long, numbers as text, screens and pages from templates."""
 
 import io
 import math
 import sys
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from tqdm import tqdm
 
 SECONDS_BEFORE_A_BAR = 1.0
@@ -32,10 +34,8 @@ def prepare_output() -> None:
 
 
 def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:
-    """Returns a bar that is shown after one second, and cleared at the end.
-
-    Where stderr is no terminal, such as a log file or a notebook's output, it is a line every half minute.
-    """
+    """Returns a bar that is shown after one second, and cleared at the end. Where stderr is no terminal, such as a log
+    file or a notebook's output, it is a line every half minute."""
     options: dict[str, Any] = {"delay": SECONDS_BEFORE_A_BAR}
     if not sys.stderr.isatty():
         options = {"delay": SECONDS_BETWEEN_LINES, "mininterval": SECONDS_BETWEEN_LINES, "miniters": 1}
@@ -70,6 +70,20 @@ def with_error(value: float, standard_error: float) -> str:
 def size(size_bytes: int) -> str:
     """Returns a number of bytes as text."""
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
+
+
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=select_autoescape(["html"]),  # what is put into a page is escaped
+    undefined=StrictUndefined,
+    trim_blocks=True,
+)
+_ENVIRONMENT.filters |= {"commas": "{:,}".format, "clock": tqdm.format_interval, "bytes": size}
+
+
+def render(template: str, **values: Any) -> str:
+    """Returns the text of a template, by its path in this package, with the values put in."""
+    return _ENVIRONMENT.get_template(template).render(values)
 
 
 def table(rows: Sequence[Sequence[str]], align: str) -> str:

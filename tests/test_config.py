@@ -102,7 +102,7 @@ def run(*flags, program="train.py"):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--batch_size", "0"], "error: batch_size: must be 1 or more, not 0"),
+        (["--batch_size", "0"], "error: batch_size: must be greater than or equal to 1, not 0"),
         (["--batch_size", "many"], "--batch_size"),
         (["--batchsize", "3"], "--batchsize"),
         (["--initial_pretrain_model", "./nowhere"], "error: initial_pretrain_model: there is no folder ./nowhere"),

@@ -23,7 +23,7 @@ from mlm.data.text_stats import SplitStats, TextStats, text_warnings
 from mlm.data.tokenizer import SPECIAL_TOKENS, load_pretrained_tokenizer, load_tokenizer, tokenizer_warnings
 from mlm.downstream.task import load_task
 from mlm.errors import UserError
-from mlm.report import console, wording
+from mlm.report import wording
 from mlm.runtime import launch
 from mlm.runtime.hub import locate
 from mlm.runtime.pretrained import load_bert_config
@@ -152,7 +152,7 @@ def summary(**last: float) -> Any:
 
 def diverged(place: Place) -> str:
     setup, progress = SimpleNamespace(config=place.settings(learning_rate=1.0), folder=place.folder), Progress()
-    return console.describe_divergence(setup, progress, Ending.SKIPPING, saved_step=None)
+    return wording.describe_divergence(setup, progress, Ending.SKIPPING, saved_step=None)
 
 
 # By a part of each message that no other has: how it comes about.

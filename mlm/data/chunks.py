@@ -1,4 +1,4 @@
-"""Lines cut into chunks of tokens, and the file that holds them: written once, memory-mapped by every run after.
+"""Lines cut into chunks of tokens, and the files that hold them: written once, memory-mapped by every run after.
 
 A *chunk* is a line, or a part of a line too long for `sen_max_length`. Stored tokens are the text's alone: [CLS] and
 [SEP] are put around each chunk when a batch is made. A token's highest bit says whether the token starts a word.
@@ -8,7 +8,7 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,19 +35,10 @@ class Chunks:
     @classmethod
     def read(cls, path: Path) -> "Chunks":
         """Memory-maps what `write_chunks` wrote."""
-        from datasets import Dataset  # here, as it takes a second
-
-        table = Dataset.from_file(str(path)).data
-        tokens, lines = (table.column(name).chunk(0) for name in ("tokens", "line"))
-        arrays = (array.to_numpy(zero_copy_only=True) for array in (tokens.values, tokens.offsets, lines))
-        return cls(*arrays)
+        return cls(*(np.asarray(np.load(path / f"{field.name}.npy", mmap_mode="r")) for field in fields(cls)))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
-
-    def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Returns how many tokens the chunks at `indices` (n,) have: (n,)."""
-        return self.offsets[indices + 1] - self.offsets[indices]
 
 
 def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
@@ -60,7 +51,7 @@ def chunk_bounds(lengths: np.ndarray) -> np.ndarray:
 def take(chunks: Chunks, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the tokens (tokens,) int64 of the chunks at `indices` (n,) end to end, the chunks' lengths (n,), and
     whether each token starts a word (tokens,) bool."""
-    lengths = chunks.lengths(indices)
+    lengths = chunks.offsets[indices + 1] - chunks.offsets[indices]
     skipped = chunks.offsets[indices] - chunk_bounds(lengths)[:-1]
     marked = chunks.tokens[np.arange(lengths.sum()) + np.repeat(skipped, lengths)]
     word_bit = _word_bit(marked.dtype)
@@ -89,16 +80,17 @@ class WrittenSplit(NamedTuple):
 def write_chunks(
     lines: Iterator[str], path: Path, body_length: int, encoders: Encoders, segmenter: Segmenter, vocabulary: Vocabulary
 ) -> WrittenSplit:
-    """Tokenizes the lines, cuts them into chunks of at most `body_length` tokens and writes these to an Arrow file.
+    """Tokenizes the lines, cuts them into chunks of at most `body_length` tokens and writes these to a new folder.
 
-    The columns go to plain files first, so that memory stays small for any text. Raises UserError where there is none.
+    Raw files come first, so that memory stays small for any text. Raises UserError where there is none.
     """
+    path.mkdir()
     dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit tells where words start
     all_lines = characters = 0
     causes: Counter[str] = Counter()
     line_hashes, line_lengths, chunk_lengths = array("Q"), array("q"), array("q")
     occurrences, words = np.zeros(vocabulary.size, dtype=np.int64), WordCounts()
-    tokens_file, lines_file = path.with_suffix(".tokens"), path.with_suffix(".lines")
+    tokens_file, lines_file = path / "tokens", path / "lines"
     with open(tokens_file, "wb") as to_tokens, open(lines_file, "wb") as to_lines:
         for block in _blocks(lines):
             filled = list(filter(None, block))
@@ -122,11 +114,10 @@ def write_chunks(
             words.update(tokenized.tokens, vocabulary.continues_word, tokenized.segmented)
     if not chunk_lengths:
         raise UserError(f"path_datasets: no line of {path.stem}* holds a token to train or test on")
-    columns = np.memmap(tokens_file, dtype, mode="r"), np.memmap(lines_file, np.uint64, mode="r")
-    _write_arrow(path, Chunks(columns[0], chunk_bounds(np.array(chunk_lengths)), columns[1]))
-    del columns  # Windows removes no file that is mapped into memory
-    tokens_file.unlink()
-    lines_file.unlink()
+    np.save(path / "offsets.npy", chunk_bounds(np.array(chunk_lengths)))
+    for file, kind in ((tokens_file, dtype), (lines_file, np.uint64)):
+        np.save(file.with_suffix(".npy"), np.memmap(file, kind, mode="r"))
+        file.unlink()
     binned = np.histogram(line_lengths, [*length_bins(body_length), math.inf])[0]  # lines with a token, by their tokens
     stats = SplitStats(
         lines=all_lines,
@@ -154,15 +145,6 @@ def _blocks(lines: Iterator[str], characters: int = 1 << 19) -> Iterator[list[st
             block, size = [], 0
     if block:
         yield block
-
-
-def _write_arrow(path: Path, chunks: Chunks) -> None:
-    """Writes a list of tokens and a line for each chunk, all in one record batch: flat arrays to index."""
-    import pyarrow as pa  # here, so that a GPU can be checked without it
-
-    table = pa.table({"tokens": pa.LargeListArray.from_arrays(chunks.offsets, chunks.tokens), "line": chunks.lines})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
 
 
 def cut_line(starts_word: np.ndarray, limit: int) -> list[int]:

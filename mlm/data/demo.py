@@ -1,9 +1,10 @@
-"""The demo's corpus: the documentation inside the reader's own Python. Modules are parsed, never imported."""
+"""The demo's corpus: the documentation inside the reader's own Python. Its modules are parsed, not imported."""
 
 import ast
 import re
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def write_corpus(folder: Path) -> None:
     """Writes train.txt and test.txt: the documentation's distinct paragraphs, one per line, every 20th for testing."""
     library = Path(sysconfig.get_path("stdlib"))
     source = "the topics and docstrings of your Python's standard library"
-    paragraphs = _distinct_paragraphs(chain(_topics(library / "pydoc_data" / "topics.py"), _docstrings(library)))
+    paragraphs = _distinct_paragraphs(chain(_topics(), _docstrings(library)))
     if len(paragraphs) < ENOUGH_PARAGRAPHS:
         import pandas  # here, as it is seldom needed
 
@@ -35,12 +36,12 @@ def _distinct_paragraphs(texts: Iterator[str]) -> list[str]:
     return [paragraph for paragraph in found if len(paragraph.split()) >= 8]  # shorter ones are headings and signatures
 
 
-def _topics(path):
+def _topics():
     """Yields the texts of `help()`'s topics, where this Python has them."""
-    if path.is_file():
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.Dict):
-                yield from ast.literal_eval(node).values()
+    with suppress(ImportError):
+        from pydoc_data.topics import topics
+
+        yield from topics.values()
 
 
 def _docstrings(folder):

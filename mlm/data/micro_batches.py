@@ -31,10 +31,8 @@ class MicroBatch(NamedTuple):
 
 @dataclass
 class MicroBatcher:
-    """Splits chunks into micro-batches, in their order, and makes these smaller where memory runs out.
-
-    With `varlen` a micro-batch is one row without padding, for variable-length attention; without, it is packed rows.
-    """
+    """Splits chunks into micro-batches, in their order, and makes these smaller where memory runs out. With `varlen` a
+    micro-batch is one row without padding, for variable-length attention; without, it is packed rows."""
 
     vocabulary: Vocabulary
     device: torch.device
@@ -50,10 +48,8 @@ class MicroBatcher:
         return [self._packed_rows(part) for part in split_rows(rows, self.max_positions)]
 
     def halve(self) -> None:
-        """Halves micro-batches after one that ran out of memory.
-
-        Raises UserError where that cannot be, as a micro-batch holds a chunk at least.
-        """
+        """Halves micro-batches after one that ran out of memory. Raises UserError where that cannot be, as a
+        micro-batch holds a chunk at least."""
         if self.max_positions <= self.longest_chunk:
             raise UserError(
                 "micro_batch_tokens: out of memory, though a micro-batch holds one chunk alone. A lower "
@@ -87,20 +83,6 @@ class MicroBatcher:
         return tensor.pin_memory().to(self.device, non_blocking=True) if is_cuda else tensor.to(self.device)
 
 
-def chunk_of_target(micro_batches: list[MicroBatch]) -> Iterator[Tensor]:
-    """Yields, for each micro-batch of those that chunks were split into, the index of the chunk of each target.
-
-    (targets,) int64, counted from 0 over all the micro-batches.
-    """
-    chunks_before = 0
-    for inputs, _ in micro_batches:
-        if "cu_seqlens" in inputs:  # a row for variable-length attention
-            yield torch.bucketize(inputs["label_positions"], inputs["cu_seqlens"], right=True) - 1 + chunks_before
-            chunks_before += len(inputs["cu_seqlens"]) - 1
-        else:
-            yield inputs["segment_ids"].flatten()[inputs["label_positions"]] - 1
-
-
 class Prefetcher:
     """The batch of the next step, already on the device in micro-batches."""
 
@@ -110,13 +92,8 @@ class Prefetcher:
 
     def advance(self) -> None:
         """Loads the next step's batch; after the last step there is none."""
-        self._batch = next(self._batches, None)
+        self.batch = next(self._batches, None)
         self._split()
-
-    @property
-    def batch(self) -> Batch:
-        assert self._batch, "there is a batch as long as there is a step to do"
-        return self._batch
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -128,5 +105,5 @@ class Prefetcher:
     def _split(self) -> None:
         self._positions = self._micro_batcher.max_positions
         self._micro_batches: list[MicroBatch] = []  # frees those of before
-        if self._batch:
-            self._micro_batches = self._micro_batcher(self._batch.chunks)
+        if self.batch:
+            self._micro_batches = self._micro_batcher(self.batch.chunks)

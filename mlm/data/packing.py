@@ -140,6 +140,3 @@ def split_rows(rows: Rows, positions: int) -> Iterator[Rows]:
             label_positions=rows.label_positions[predicted] - begin,
             targets=rows.targets[predicted],
         )
-
-
-# ---------------------------------------------------------------------------------------------- batches one step ahead

@@ -36,9 +36,7 @@ def _mix(bits: np.ndarray) -> np.ndarray:
 
 def random_bits(*counters: int | np.ndarray, after: np.ndarray | None = None) -> np.ndarray:
     """Returns 64 random bits (uint64) for each tuple of counters, which broadcast: a chained hash of them.
-
-    random_bits(a, b) is random_bits(b, after=random_bits(a)).
-    """
+    random_bits(a, b) is random_bits(b, after=random_bits(a))."""
     bits = np.zeros(1, dtype=np.uint64) if after is None else after
     for counter in counters:
         bits = _mix(bits + np.uint64(0x9E3779B97F4A7C15) + np.asarray(counter).astype(np.uint64))
@@ -56,10 +54,8 @@ def epoch_order(seed: int, epoch: int, chunks: int) -> np.ndarray:
 
 
 def evaluation_order(chunks: int) -> np.ndarray:
-    """Returns the order in which evaluations take test chunks: (chunks,) int64, the same for every seed of a run.
-
-    Its first n are the sample of n chunks, so that a smaller sample is a part of a larger one.
-    """
+    """Returns the order in which evaluations take test chunks: (chunks,) int64, the same for every seed of a run. Its
+    first n are the sample of n chunks, so that a smaller sample is a part of a larger one."""
     return np.argsort(random_bits(0, Stream.EVALUATION, np.arange(chunks)), kind="stable")
 
 

@@ -115,10 +115,8 @@ def select(encoded: Encoded, indices: np.ndarray) -> Sequences:
 
 
 def training_order(encoded: Encoded, batch_size: int, seed: int) -> Iterator[Sequences]:
-    """Yields batches of examples without end, in a new order every epoch.
-
-    The seed alone decides it: all models see the same, however many tokens or chunks an example is to each.
-    """
+    """Yields batches of examples without end, in a new order every epoch. The seed alone decides it: all models see the
+    same, however many tokens or chunks an example is to each."""
     examples = len(encoded.bounds) - 1
     for epoch in count():
         order = epoch_order(seed, epoch, examples)

@@ -6,6 +6,7 @@ of updates even where data are few.
 
 import math
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import islice
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from Config import DownstreamConfig
 from mlm.data.chunks import chunk_bounds, steps_per_epoch
@@ -67,7 +68,7 @@ def fine_tune(
         accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
     optimizer = accelerator.prepare(make_optimizer(classifier, budget.learning_rate, WEIGHT_DECAY))
     warmup_steps = round(WARMUP_SHARE * budget.steps)
-    best_step, best_score, best_weights = 0, 0.0, copy_weights(classifier)
+    best_step, best_score, best_weights = 0, 0.0, deepcopy(classifier.state_dict())
     batches = islice(training_order(train, budget.batch_size, seed), budget.steps)
     with progress_bar(f"seed {seed}", budget.steps, " steps") as bar:
         for step, batch in enumerate(batches, start=1):
@@ -85,13 +86,9 @@ def fine_tune(
             if step % budget.evaluate_every == 0 or step == budget.steps:
                 score = score_on_dev(predict(classifier, dev, accelerator, micro_batcher))
                 if (score > best_score or best_step == 0) and has_finite_weights(classifier):
-                    best_step, best_score, best_weights = step, score, copy_weights(classifier)
+                    best_step, best_score, best_weights = step, score, deepcopy(classifier.state_dict())
     classifier.load_state_dict(best_weights)
     return best_step, best_score
-
-
-def copy_weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.clone() for name, weight in module.state_dict().items()}
 
 
 @torch.no_grad()

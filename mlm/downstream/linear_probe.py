@@ -61,9 +61,7 @@ def fit(
     train: np.ndarray, targets: np.ndarray, dev: np.ndarray, score_on_dev: Callable[[list[int]], float]
 ) -> tuple[ClassifierMixin, float, float]:
     """Fits logistic regression to features (n, hidden) and their class ids (n,), with the C that is best on dev.
-
-    Returns the classifier, its C, and its score on dev.
-    """
+    Returns the classifier, its C, and its score on dev."""
     if len(np.unique(targets)) == 1:  # by chance none but O was drawn
         constant = DummyClassifier().fit(train, targets)
         return constant, 0.0, score_on_dev(constant.predict(dev).tolist())

@@ -13,7 +13,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mlm.downstream.results import METRIC_TITLES, Outcome, describe_size, short_names
+from mlm.downstream.results import METRIC_TITLES, Outcome, short_names
+from mlm.downstream.trials import describe_size
 from mlm.storage import atomic_write
 
 

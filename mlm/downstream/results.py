@@ -2,23 +2,20 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from tqdm import tqdm
 
 from mlm.data.text_stats import MANY_UNKNOWN
 from mlm.downstream.comparison import Candidate
 from mlm.downstream.metrics import count_predictions, score_majority_baseline, task_metrics
 from mlm.downstream.significance import Difference, compare
 from mlm.downstream.task import Task, entity_types, list_names
-from mlm.downstream.trials import Result
+from mlm.downstream.trials import Result, describe_size
 from mlm.storage import write_csv
-from mlm.terminal import figure, table
+from mlm.terminal import figure, render, table
 
 METRIC_TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1"}
-Perplexities = dict[str, dict[str, float] | None]  # of each model: perplexity and nats_per_character, where it has them
 
 
 class Outcome(NamedTuple):
@@ -46,7 +43,8 @@ def summarize(task: Task, metric: str, size: str, results: dict[str, list[Result
 def describe_task(task: Task) -> str:
     """Returns what the task's files were taken for: kind, classes, splits, columns; and what is worth a note."""
     classes = entity_types(task.classes) if task.kind == "entities" else task.classes
-    return _render("task.txt", task=task, num_classes=len(classes), classes=list_names(classes))
+    values = {"task": task, "num_classes": len(classes), "classes": list_names(classes)}
+    return render("downstream/templates/task.txt", **values).rstrip()
 
 
 def describe_candidates(task: Task, candidates: list[Candidate]) -> str:
@@ -56,26 +54,7 @@ def describe_candidates(task: Task, candidates: list[Candidate]) -> str:
         inside = candidate.test.word_ids >= 0
         unknown = (candidate.test.chunks.input_ids[inside] == candidate.tokenizer.unk_token_id).mean()
         described.append((candidate, inside.sum() / len(task.test), unknown))
-    return _render("candidates.txt", candidates=described, many_unknown=MANY_UNKNOWN)
-
-
-def say_result(result: Result, left: int) -> None:
-    """Prints a line about a trial that is done, above the bars."""
-    trial = result.trial
-    if trial.learning_rate is None:
-        setting = f"C = {result.regularization_c:g}"
-    else:
-        setting = f"rate {trial.learning_rate:g}"
-        setting += f", best after step {result.best_step}" if result.best_step else " diverged"
-    to_come = f"; {left} more, about {tqdm.format_interval(left * result.seconds)}" if left else ""
-    tqdm.write(
-        f"{trial.model}, {describe_size(trial.size)}, seed {trial.seed}: {setting}, "
-        f"dev {100 * result.dev_score:.1f}, {result.seconds:.0f} s{to_come}"
-    )
-
-
-def describe_size(size: str) -> str:
-    return "all texts" if size == "all" else f"{size} per class"
+    return render("downstream/templates/candidates.txt", candidates=described, many_unknown=MANY_UNKNOWN).rstrip()
 
 
 def short_names(models: Iterable[str]) -> list[str]:
@@ -100,8 +79,8 @@ def describe_outcome(outcome: Outcome) -> str:
     if baseline:
         rows.append([f"(always {label})", *map(_percent, baseline.values())])
         failed = (outcome.scores[outcome.metric] <= baseline[outcome.metric] + 1e-9).sum(1)
-    return _render(
-        "outcome.txt",
+    return render(
+        "downstream/templates/outcome.txt",
         size=describe_size(outcome.size),
         num_seeds=outcome.scores[outcome.metric].shape[1],
         scores=table(rows, "<" + ">" * len(outcome.scores) + "<"),
@@ -109,43 +88,15 @@ def describe_outcome(outcome: Outcome) -> str:
         title=title,
         first=names[0],
         differences=list(zip(names[1:], outcome.differences.values(), strict=True)),
-    )
+    ).rstrip()
 
 
 def _percent(score: float) -> str:
     return f"{100 * score:.1f}"
 
 
-def describe_verdict(difference: Difference) -> str:
-    """Returns the verdict as a sentence, to be repeated."""
-    mean, low, high, _, detectable = (100 * value for value in difference)
-    if difference.verdict == "better":
-        return f"better by {mean:.1f} ({low:.1f} to {high:.1f})"
-    if difference.verdict == "worse":
-        return f"worse by {-mean:.1f} ({-high:.1f} to {-low:.1f})"
-    if not np.isfinite(detectable):
-        return "cannot tell: with fewer than 6 seeds no difference can be told from chance"
-    if low > 0 or high < 0:
-        return f"cannot tell: {mean:+.1f} in the mean, but the seeds do not agree; more --num_seeds may tell"
-    return f"cannot tell: a difference below {detectable:.1f} would not reliably show"
-
-
-_SCREENS = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=True
-)
-_SCREENS.filters |= {
-    "commas": "{:,}".format,
-    "verdict": describe_verdict,
-    "points": lambda share: f"{100 * share:+.1f}",
-}
-
-
-def _render(name: str, **values: Any) -> str:
-    return _SCREENS.get_template(name).render(values).rstrip()
-
-
-def describe_general_perplexity(perplexities: Perplexities, text: str | None, num_lines: int) -> str:
-    """Returns a table of each model's perplexity on general text."""
+def describe_general_perplexity(perplexities: dict[str, dict[str, float] | None], heading: str) -> str:
+    """Returns a table of each model's perplexity and nats_per_character on general text, where it has them."""
     rows = [["", "perplexity", "nats per character", ""]]
     for name, scores in zip(short_names(perplexities), perplexities.values(), strict=True):
         if scores:
@@ -153,14 +104,7 @@ def describe_general_perplexity(perplexities: Perplexities, text: str | None, nu
         else:
             rows.append([name, "", "", "not measured: no masked-language-model head, or not as many rows as tokens"])
     closing = "(Perplexities compare between models with the same tokenizer; else compare nats.)"
-    return "\n".join([f"\n{text}, {num_lines:,} line(s), masked as in train.py", table(rows, "<>><"), closing])
-
-
-def save_general_perplexity(folder: Path, perplexities: Perplexities) -> None:
-    """Writes general_text.csv."""
-    rows = [{"model": name, **scores} for name, scores in perplexities.items() if scores]
-    if rows:
-        write_csv(folder / "general_text.csv", list(rows[0]), rows)
+    return "\n".join([f"\n{heading}", table(rows, "<>><"), closing])
 
 
 def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
@@ -182,7 +126,7 @@ def save_outcomes(folder: Path, outcomes: list[Outcome]) -> None:
         for name, difference in outcome.differences.items():
             pair = {"examples_per_class": outcome.size, "model": name, "compared_with": first, "metric": outcome.metric}
             figures = {key: f"{value:.6f}" for key, value in difference._asdict().items()}
-            verdict = {"verdict": difference.verdict, "sentence": describe_verdict(difference)}
+            verdict = {"verdict": difference.verdict, "sentence": difference.sentence}
             differences.append(pair | figures | verdict)
     for file in ("comparison.csv", "general_text.csv"):  # which an earlier call may have left, about other models
         (folder / file).unlink(missing_ok=True)

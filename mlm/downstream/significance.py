@@ -37,6 +37,20 @@ class Difference(NamedTuple):
             return "better" if self.low > 0 else "worse"
         return "cannot tell"
 
+    @property
+    def sentence(self) -> str:
+        """The verdict with its figures in points."""
+        mean, low, high, _, detectable = (100 * value for value in self)
+        if self.verdict == "better":
+            return f"better by {mean:.1f} ({low:.1f} to {high:.1f})"
+        if self.verdict == "worse":
+            return f"worse by {-mean:.1f} ({-high:.1f} to {-low:.1f})"
+        if not np.isfinite(detectable):
+            return "cannot tell: with fewer than 6 seeds no difference can be told from chance"
+        if low > 0 or high < 0:
+            return f"cannot tell: {mean:+.1f} in the mean, but the seeds do not agree; more --num_seeds may tell"
+        return f"cannot tell: a difference below {detectable:.1f} would not reliably show"
+
 
 def compare(counts: np.ndarray, metric: Metric, seed: int = 0) -> list[Difference]:
     """Returns the difference of each model but the first from the first.
@@ -131,10 +145,8 @@ def _variance_of_mean(differences: np.ndarray) -> np.ndarray:
 
 
 def sign_flip_p_values(differences: np.ndarray) -> np.ndarray:
-    """Returns two-sided p-values (...) for differences (..., seeds), by the sign-flip permutation test over seeds.
-
-    It is the share of all combinations of signs that give as large a mean. With n seeds the least is 2 / 2**n.
-    """
+    """Returns two-sided p-values (...) for differences (..., seeds), by the sign-flip permutation test over seeds. It
+    is the share of all combinations of signs that give as large a mean. With n seeds the least is 2 / 2**n."""
     num_seeds = differences.shape[-1]
     if num_seeds <= MOST_SEEDS_WITH_ALL_SIGNS:
         signs = np.array(list(product((1.0, -1.0), repeat=num_seeds)))  # (combinations, seeds)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import Timeout
+from tqdm import tqdm
 
 from mlm.downstream.comparison import Comparison
 from mlm.downstream.task import group_by
@@ -40,15 +41,12 @@ class Result:
 
 
 def run(
-    comparison: Comparison,
-    trials: list[Trial],
-    run_trial: Callable[[Comparison, Trial], Result],
-    report: Callable[[Result, int], None],
+    comparison: Comparison, trials: list[Trial], run_trial: Callable[[Comparison, Trial], Result]
 ) -> dict[str, list[Result]]:
     """Returns each model's results, in the order of the trials, done by `run_trial` where there is none yet.
 
-    report: called with each new result and the number of trials that are left. Trials that other processes are at work
-    on come last; once these have done them, or ended, their results are read, or they are done here.
+    Trials that other processes are at work on come last; once these have done them, or ended, their results are read,
+    or they are done here.
     """
 
     def finish(trial: Trial, timeout_s: float) -> Result:
@@ -58,7 +56,7 @@ def run(
             if result is None:
                 result = run_trial(comparison, trial)
                 write_json(path, asdict(result))
-                report(result, sum(not _path(comparison, other).exists() for other in trials))
+                _say_result(result, left=sum(not _path(comparison, other).exists() for other in trials))
             return result
 
     results, taken = {}, []
@@ -70,6 +68,25 @@ def run(
     for trial in taken:
         results[trial] = finish(trial, timeout_s=-1)
     return group_by([results[trial] for trial in trials], lambda result: result.trial.model)
+
+
+def _say_result(result: Result, left: int) -> None:
+    """Prints a line about a trial that is done, above the bars."""
+    trial = result.trial
+    if trial.learning_rate is None:
+        setting = f"C = {result.regularization_c:g}"
+    else:
+        setting = f"rate {trial.learning_rate:g}"
+        setting += f", best after step {result.best_step}" if result.best_step else " diverged"
+    to_come = f"; {left} more, about {tqdm.format_interval(left * result.seconds)}" if left else ""
+    tqdm.write(
+        f"{trial.model}, {describe_size(trial.size)}, seed {trial.seed}: {setting}, "
+        f"dev {100 * result.dev_score:.1f}, {result.seconds:.0f} s{to_come}"
+    )
+
+
+def describe_size(size: str) -> str:
+    return "all texts" if size == "all" else f"{size} per class"
 
 
 def _read(comparison: Comparison, trial: Trial) -> Result | None:

@@ -1,23 +1,148 @@
-"""What a model fills in for hidden tokens: its guesses for a hidden word, and predictions.csv."""
+"""What a model fills in for hidden tokens: its guesses for hidden words, which people look at, and predictions.csv."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
-from mlm.data.chunks import Corpus
+from mlm.data.chinese import HAN_CHARACTER
+from mlm.data.chunks import Chunks, Corpus, chunk_bounds, cut_line, take
 from mlm.data.masking import BERT_RULE, content_keys, mask
+from mlm.data.tokenizer import Vocabulary
 from mlm.data.words import make_encoders
-from mlm.evaluation.hidden_words import Guess, HiddenWord, first_chunk
 from mlm.storage import write_csv
 
+READ_LINES = 2000  # of the test text
+HIDDEN_WORDS = 12  # in the report; the log shows the first few of them
+COUNTED_CHUNKS = 1 << 15  # of the training text, to see which words are frequent there
+FUNCTION_WORD_SHARE = 0.5  # of a text: its most frequent tokens, which are function words and punctuation marks
+MIN_OCCURRENCES = 5  # in these chunks, of a word that a model could learn
+MIN_ASSOCIATION = 0.2  # P(word given neighbour) of a word that its neighbour gives away
+LINE_TOKENS = range(8, 41)  # enough for a person to guess from, few enough to read
+MAX_LINE_CHARACTERS = 120
+MOST_CHARACTERS_OF_A_TOKEN = 100  # with the white space beside it: longer words are one [UNK] to BERT
 MOST_LINES = 100  # of predictions.csv
 # Every chosen token becomes [MASK]: a reader would not see that one which stays as it is was chosen.
 ALL_BECOME_MASK = BERT_RULE._replace(mask_share=1.0, random_share=0.0)
+
+
+class HiddenWord(NamedTuple):
+    """A line with one of its words masked, and that word."""
+
+    line: str
+    word: str
+
+
+class Guess(NamedTuple):
+    """A word that a model thinks likely at the masked place of a line."""
+
+    word: str
+    probability: float
+
+    @property
+    def percent(self) -> str:
+        """The probability as text."""
+        return "<1%" if not self.probability >= 0.005 else f"{self.probability:.0%}"
+
+
+def hide_words(
+    lines: Iterable[str],
+    train: Chunks,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    max_tokens: int = LINE_TOKENS[-1],
+) -> list[HiddenWord]:
+    """Returns at most `HIDDEN_WORDS` different words, each with its line, that a person and a trained model could know.
+
+    They are chosen by counts of the training text, and by no model: content words that are often beside the same
+    neighbour, as 'pressure' behind 'blood'. Where a text has too few of these, others fill up. The lines have at most
+    `max_tokens` tokens, beside [CLS] and [SEP]; where all are longer than a person would read, they are cut.
+    """
+    encoder, bigrams = make_encoders(tokenizer).any_line, _Bigrams(train, vocabulary)
+    most_tokens = min(max_tokens, LINE_TOKENS[-1])
+    cut = slice(MOST_CHARACTERS_OF_A_TOKEN * most_tokens)  # a line may be a book
+    beginnings = [line[cut] for line in islice(lines, READ_LINES)]
+    found: dict[str, tuple[float, HiddenWord]] = {}
+    for beginning in [line for line in beginnings if len(line) <= MAX_LINE_CHARACTERS] or beginnings:
+        line, ids, spans = first_chunk(beginning, most_tokens, encoder, vocabulary)
+        if len(ids) not in LINE_TOKENS or tokenizer.mask_token in line or vocabulary.unk_id in ids:
+            continue
+        associations = bigrams.associations(ids)
+        candidates = [(associations[place], place) for place in _whole_words(ids, spans, line, vocabulary)]
+        if candidates:
+            association, place = max(candidates)
+            start, end = spans[place]
+            hidden = HiddenWord(line[:start] + tokenizer.mask_token + line[end:], line[start:end])
+            found.setdefault(hidden.word.lower(), (association, hidden))  # each word once
+    associated = [hidden for association, hidden in found.values() if association >= MIN_ASSOCIATION]
+    places = np.linspace(0, len(associated) - 1, min(len(associated), HIDDEN_WORDS)).round().astype(int)
+    strongest_first = sorted(found.values(), key=lambda each: -each[0])
+    others = [hidden for association, hidden in strongest_first if association < MIN_ASSOCIATION]
+    return [*(associated[place] for place in places), *others][:HIDDEN_WORDS]
+
+
+def first_chunk(
+    line: str, most_tokens: int, encoder: Tokenizer, vocabulary: Vocabulary
+) -> tuple[str, np.ndarray, list[tuple[int, int]]]:
+    """Returns the beginning of a line that is a chunk of at most so many tokens, their ids (tokens,) int64, and where
+    each stands in it: from which character to which."""
+    line = line[: MOST_CHARACTERS_OF_A_TOKEN * most_tokens]
+    encoded = encoder.encode(line, add_special_tokens=False)
+    ids, spans = np.array(encoded.ids, dtype=np.int64), encoded.offsets
+    if len(ids) > most_tokens:
+        kept = cut_line(~vocabulary.continues_word[ids], most_tokens)[0]
+        ids, spans, line = ids[:kept], spans[:kept], line[: spans[kept - 1][1]]
+    return line, ids, spans
+
+
+def _whole_words(ids: np.ndarray, spans: list[tuple[int, int]], line: str, vocabulary: Vocabulary) -> list[int]:
+    """Returns the places of tokens that are a word by themselves: of four letters or more, or a Chinese character."""
+    continues = np.append(vocabulary.continues_word[ids], False)
+    places = []
+    for place, (start, end) in enumerate(spans):
+        word = line[start:end]
+        is_long_enough = len(word) >= 4 or HAN_CHARACTER.match(word)
+        if word.isalpha() and is_long_enough and not continues[place] and not continues[place + 1]:
+            places.append(place)
+    return places
+
+
+class _Bigrams:
+    """Counts of pairs of content words that follow each other in a sample of the training chunks."""
+
+    def __init__(self, train: Chunks, vocabulary: Vocabulary):
+        tokens, lengths, _ = take(train, np.arange(0, len(train), max(1, len(train) // COUNTED_CHUNKS)))
+        occurrences = np.bincount(tokens, minlength=vocabulary.size)  # (vocabulary,)
+        most_frequent_first = np.argsort(-occurrences, kind="stable")
+        share_before = (np.cumsum(occurrences[most_frequent_first]) - occurrences[most_frequent_first]) / len(tokens)
+        is_content_word = occurrences >= MIN_OCCURRENCES  # (vocabulary,), and no function word
+        is_content_word[most_frequent_first[share_before < FUNCTION_WORD_SHARE]] = False
+
+        is_counted = is_content_word[tokens[:-1]] & is_content_word[tokens[1:]]  # (tokens - 1,)
+        is_counted[chunk_bounds(lengths)[1:-1] - 1] = False  # the last of one chunk, the first of the next
+        bigrams, counts = np.unique((tokens[:-1] * vocabulary.size + tokens[1:])[is_counted], return_counts=True)
+        often = counts >= MIN_OCCURRENCES
+        self.is_content_word, self.occurrences = is_content_word, occurrences
+        # the frequent: first * vocabulary + second, and how often
+        self.bigrams = dict(zip(bigrams[often].tolist(), counts[often].tolist(), strict=True))
+
+    def associations(self, ids: np.ndarray) -> np.ndarray:
+        """Returns P(word given neighbour) of a line's tokens (n,), the larger of both neighbours; -1 for a word that is
+        no content word. It is the share of the neighbour's occurrences in which the word stands on this side of it."""
+        pairs = ids[:-1] * len(self.occurrences) + ids[1:]
+        together = np.array([self.bigrams.get(pair, 0) for pair in pairs.tolist()])  # (n - 1,)
+        occurrences = np.maximum(1, self.occurrences[ids])
+        given_left, given_right = np.append(0, together / occurrences[:-1]), np.append(together / occurrences[1:], 0)
+        return np.where(self.is_content_word[ids], np.maximum(given_left, given_right), -1)
+
+
+# ----------------------------------------------------------------------------------------- what a model makes of them
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 
-from mlm.data.micro_batches import MicroBatch, MicroBatcher, chunk_of_target
+from mlm.data.micro_batches import MicroBatcher
 from mlm.data.packing import Sequences
 from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
 from mlm.runtime.signals import Stopped, StopRequest
+from mlm.storage import atomic_write
 from mlm.terminal import progress_bar, say
 
 
@@ -70,10 +71,8 @@ def sum_by_line(lines: np.ndarray, *of_chunks: np.ndarray) -> list[np.ndarray]:
 
 
 def standard_error(sums: np.ndarray, counts: np.ndarray) -> float:
-    """The standard error of sums.sum() / counts.sum(), where each line (n,) was drawn by itself; infinite for one.
-
-    The ratio estimator's, with lines as clusters of tokens (Cochran, Sampling Techniques, 3rd edition, 6.3 and 9A.1).
-    """
+    """The standard error of sums.sum() / counts.sum(), where each line (n,) was drawn by itself; infinite for one. The
+    ratio estimator's, with lines as clusters of tokens (Cochran, Sampling Techniques, 3rd edition, 6.3 and 9A.1)."""
     n = len(sums)
     if n < 2:
         return math.inf
@@ -108,8 +107,9 @@ def compare(before: Evaluation, after: Evaluation, best_of: int = 1) -> Change:
 
 
 def save_evaluation(path: Path, evaluation: Evaluation, step: int) -> None:
-    """Writes the evaluation after a step as a safetensors file."""
-    save_file(evaluation._asdict() | {"step": np.array([step])}, path)
+    """Writes the evaluation after a step as a safetensors file, atomically."""
+    with atomic_write(path) as temporary:
+        save_file(evaluation._asdict() | {"step": np.array([step])}, temporary)
 
 
 def load_evaluation(path: Path) -> tuple[Evaluation, int]:
@@ -168,18 +168,23 @@ def _score(model: nn.Module, chunks: Sequences, micro_batcher: MicroBatcher, dty
     while True:
         try:
             with detect_out_of_memory():
-                return _score_micro_batches(model, micro_batcher(chunks), len(chunks.lengths), dtype)
+                return _score_micro_batches(model, chunks, micro_batcher, dtype)
         except OutOfMemory:
             pass
         micro_batcher.halve()
 
 
-def _score_micro_batches(model: nn.Module, micro_batches: list[MicroBatch], chunks: int, dtype: torch.dtype) -> Tensor:
-    scores = torch.zeros((3, chunks), dtype=dtype, device=micro_batches[0].targets.device)
-    for (inputs, targets), chunk in zip(micro_batches, chunk_of_target(micro_batches), strict=True):
+def _score_micro_batches(
+    model: nn.Module, chunks: Sequences, micro_batcher: MicroBatcher, dtype: torch.dtype
+) -> Tensor:
+    chunk_of_target = np.repeat(np.arange(len(chunks.lengths)), chunks.lengths)[chunks.label_positions]
+    chunk, target = (torch.from_numpy(array).to(micro_batcher.device) for array in (chunk_of_target, chunks.targets))
+    scores = torch.zeros((3, len(chunks.lengths)), dtype=dtype, device=micro_batcher.device)
+    numbered = chunks._replace(targets=np.arange(len(chunks.targets)))  # as packing changes their order
+    for inputs, numbers in micro_batcher(numbered):
         logits = model(**inputs).float()  # (masked, vocabulary)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        correct = logits.argmax(-1) == targets
+        losses = F.cross_entropy(logits, target[numbers], reduction="none")
+        correct = logits.argmax(-1) == target[numbers]
         found = torch.stack([losses, correct, torch.ones_like(losses)]).to(dtype)  # (3, masked)
-        scores.index_add_(1, chunk, found)
+        scores.index_add_(1, chunk[numbers], found)
     return scores

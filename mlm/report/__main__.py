@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 from mlm.errors import UserError, plain_errors
-from mlm.report.page import MOST_RUNS, render_runs, write_page, write_report
+from mlm.report.page import MOST_RUNS, render_runs, write_report
 from mlm.report.summary import read_summary
+from mlm.storage import write_text
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
         write_report(runs[0])
     else:
         path = folders[0].parent / f"report-of-{len(runs)}-runs.html"
-        write_page(path, render_runs(runs))
+        write_text(path, render_runs(runs))
     print(path)
 
 

@@ -16,17 +16,15 @@ from mlm.errors import UserError
 from mlm.evaluation.fill_mask import guess, save_predictions
 from mlm.evaluation.loss import Evaluation
 from mlm.report.summary import publish
-from mlm.report.templates import render
 from mlm.runtime.distributed import decide_on_main
 from mlm.runtime.hardware import count_gpus, native_precision
 from mlm.storage import sizes
-from mlm.terminal import with_error
+from mlm.terminal import render, with_error
 from mlm.training.checkpoint import checkpoint_path, save_checkpoint, save_model
-from mlm.training.plan import middle_sample
+from mlm.training.plan import TimeLeft, middle_sample, time_left
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Run
 from mlm.training.step import take_step
-from mlm.training.timing import TimeLeft, time_left
 
 WARM_UP_STEPS = 3  # that are not timed: the first ones find memory, and may compile
 TIMED_SECONDS = 15.0  # of steps, about
@@ -146,7 +144,7 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
         remedy = "; a lower --keep_checkpoints needs less" if fewer else ""
         warnings.insert(0, f"warning: the disk is too small for that{remedy}")
     return render(
-        "dry_run.txt",
+        "report/templates/dry_run.txt",
         run=run,
         estimate=estimate,
         perplexity=with_error(estimate.baseline.perplexity, estimate.baseline.perplexity_se),

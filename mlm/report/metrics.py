@@ -1,12 +1,26 @@
-"""metrics.csv and the tracker: the figures of a run, a row for each log line or evaluation."""
+"""metrics.csv and the tracker: the figures of a run, a row for each log line or evaluation.
+
+Trackers go by the names that accelerate gives them: tensorboard, trackio, wandb, mlflow, swanlab.
+"""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
-from mlm.errors import optional
+from Config import Config
+from mlm.errors import UserError, first_line, optional
 from mlm.evaluation.loss import Change, Evaluation, compare
 from mlm.storage import write_csv, write_last_row
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Setup
+
+PROJECT = "Pretrain_Bert_with_MaskLM"
+TO_KEEP_IT_LOCAL = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offline"}
 
 COLUMNS = (
     "step", "epoch", "train_loss", "lr", "tokens_per_s",
@@ -54,3 +68,41 @@ def record(figures: dict[str, float], progress: Progress, setup: Setup, accelera
         write_csv(path, COLUMNS, rows)
     with optional("the tracker"):
         accelerator.log(figures, step=step)
+
+
+def check_tracker(name: str) -> None:
+    """Raises UserError where a tracker is not installed, or is none that accelerate knows."""
+    known = sorted({str(kind) for kind in LoggerType} - {"all"})
+    if name != "none" and name not in known:
+        raise UserError(f"tracker: accelerate knows no {name!r}; choose none or one of {', '.join(known)}")
+    if name != "none" and name not in map(str, get_available_trackers()):
+        raise UserError(f"tracker: {name} is not installed; pip install {name}, or --tracker none")
+
+
+def start_tracker(accelerator: Accelerator, config: Config, run_folder: Path, resumed_step: int | None) -> None:
+    """Opens the run in its tracker, under the name of its folder. Raises UserError where that fails.
+
+    resumed_step: the one of the checkpoint that the run goes on from, or None.
+
+    What is written goes under `path_model_save`, but trackio's, which has one place for all of a user's runs.
+    """
+    name, folder = config.tracker, run_folder.absolute()
+    resume = "never" if resumed_step is None else "allow"
+    arguments: dict[str, dict[str, Any]] = {
+        "tensorboard": {"purge_step": 0 if resumed_step is None else resumed_step + 1},
+        "trackio": {"name": folder.name, "resume": resume, "auto_log_cpu": False, "auto_log_gpu": False},
+        "wandb": {"name": folder.name, "dir": str(folder)},
+        "mlflow": {"run_name": folder.name, "logging_dir": str(folder.parent / "mlartifacts")},
+        "swanlab": {"name": folder.name, "log_dir": str(folder / "swanlog")},
+    }
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")  # one for all runs
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    settings = {setting: value for setting, value in asdict(config).items() if value is not None}
+    try:
+        accelerator.init_trackers(PROJECT, config=settings, init_kwargs={name: arguments.get(name, {})})
+    except Exception as error:  # each raises what it likes, from no account to no network
+        local = f"keep it on this machine by {TO_KEEP_IT_LOCAL[name]}, or " if name in TO_KEEP_IT_LOCAL else ""
+        reason = f"tracker: {name} could not start ({first_line(error)})"
+        raise UserError(f"{reason}; {local}leave it out by --tracker none") from error

@@ -10,8 +10,8 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from mlm.data.words import HAN_CHARACTER
 from mlm.report.summary import Summary
-from mlm.report.templates import render
 from mlm.report.wording import score_rows, verdict
+from mlm.terminal import render
 
 READ_LINES = 500  # to tell the language by
 HAN_SHARE = 0.3  # of the letters: Chinese
@@ -24,37 +24,31 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
     lines: of the test text, to tell its language by.
     """
     base_model, last = run.settings["initial_pretrain_model"], run.evaluations[-1]
+    is_of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) and not Path(base_model).exists()
     language, name = language_of(lines), run.folder.name
-    scores = {"perplexity": last["perplexity"], "accuracy": last["masked_accuracy"]}
     data = ModelCardData(
         language=language,
-        base_model=base_model if _is_hub_name(base_model) else None,
+        base_model=base_model if is_of_hub else None,
         library_name="transformers",
         pipeline_tag="fill-mask",
         tags=["bert", "masked-language-modeling", "domain-adaptation"],
         model_name=name,
         eval_results=[
-            EvalResult("fill-mask", "text", "the run's own test text", metric, round(value, 4))
-            for metric, value in scores.items()
+            EvalResult("fill-mask", "text", "the run's own test text", metric, round(last[column], 4))
+            for metric, column in (("perplexity", "perplexity"), ("accuracy", "masked_accuracy"))
         ],
     )
     body = render(
-        "card.md",
+        "report/templates/card.md",
         run=run,
         name=name,
-        base_model=base_model if _is_hub_name(base_model) else "a local checkpoint",
+        base_model=base_model if is_of_hub else "a local checkpoint",
         is_scratch=base_model.startswith("scratch:"),
-        epochs=run.rows[-1]["epoch"],
         language={"zh": "Chinese", "en": "English"}.get(language or "", "not determined"),
         scores=score_rows(run),
         verdict=verdict(run),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
-
-
-def _is_hub_name(name: str) -> bool:
-    """Whether a model's name is one that the Hub could have, and no local folder."""
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(name).exists()
 
 
 def language_of(lines: Iterable[str]) -> str | None:

@@ -8,10 +8,9 @@ from mlm.errors import optional
 from mlm.evaluation.loss import compare, load_evaluation, perplexity
 from mlm.report.plots import COLORS_OF_RUNS, Chart, Curve, Point, draw_curves, draw_histogram
 from mlm.report.summary import SCORES, Summary, read_summary
-from mlm.report.templates import render
 from mlm.report.wording import describe_change, notes, score_rows, verdict
-from mlm.storage import atomic_write, read_csv
-from mlm.terminal import figure
+from mlm.storage import read_csv, write_text
+from mlm.terminal import figure, render
 from mlm.training.run import Ending
 
 MOST_RUNS = len(COLORS_OF_RUNS)
@@ -19,23 +18,15 @@ MOST_RUNS = len(COLORS_OF_RUNS)
 
 def write_report(summary: Summary) -> None:
     """Writes report.html into the run's folder."""
-    write_page(summary.folder / "report.html", render_run(summary))
+    write_text(summary.folder / "report.html", render_run(summary))
 
 
 def redraw(folder: Path) -> None:
-    """Draws the page of a run anew, with what downstream.py has found since; does nothing where there is no run.
-
-    Where it cannot, as the files are another program's or another version's, it says so.
-    """
+    """Draws the page of a run anew, with what downstream.py has found since; does nothing where there is no run. Where
+    it cannot, as the files are another program's or another version's, it says so."""
     if (folder / "summary.json").exists():
         with optional(f"drawing {folder / 'report.html'} anew"):
             write_report(read_summary(folder))
-
-
-def write_page(path: Path, page: str) -> None:
-    """Writes a page, atomically; a run that goes on and whoever draws its page anew may both do so."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 def render_run(run: Summary) -> str:
@@ -47,7 +38,7 @@ def render_run(run: Summary) -> str:
     if run.skipped_steps:
         warnings.append(f"warning: {run.skipped_steps:,} steps skipped, as their loss or gradient was not finite")
     return render(
-        "run.html",
+        "report/templates/run.html",
         run=run,
         ending=None if run.state == "running" else Ending[run.state.upper()].value,
         verdict=verdict(run),
@@ -118,17 +109,14 @@ def _is_model_of_run(model: str, folder: Path) -> bool:
     return Path(model).resolve().parent == folder.resolve() and Path(model).name in ("final", "best")
 
 
-def _names(runs: list[Summary]) -> list[str]:
-    """Returns how runs are called: by their folders' names, or by the whole paths where two are of one name."""
-    names = [run.folder.name for run in runs]
-    return names if len(set(names)) == len(runs) else [str(run.folder) for run in runs]
-
-
 def render_runs(runs: list[Summary]) -> str:
     """Returns the page that sets runs side by side, as HTML."""
     settings = {name: [run.settings.get(name) for run in runs] for name in runs[0].settings}
     has_same_hidden_words = len({tuple((guessed.line, guessed.word) for guessed in run.guesses) for run in runs}) == 1
-    names, charts = _names(runs), []
+    names = [run.folder.name for run in runs]
+    if len(set(names)) < len(runs):  # by their whole paths
+        names = [str(run.folder) for run in runs]
+    charts = []
     for title, column, options in (
         ("Perplexity", "perplexity", {"logarithmic": True}),
         ("Masked accuracy", "masked_accuracy", {"label": _percent}),
@@ -137,7 +125,7 @@ def render_runs(runs: list[Summary]) -> str:
         curves = [Curve(name, color, _points(run, column)) for run, name, color in beside]
         charts.append(draw_curves(title, curves, **options))
     return render(
-        "runs.html",
+        "report/templates/runs.html",
         names=names,
         rows=[(name, run, score_rows(run), _compare(run, runs[0])) for name, run in zip(names, runs, strict=True)],
         charts=charts,

@@ -94,10 +94,8 @@ def draw_histogram(title: str, counts: list[tuple[str, int]]) -> Chart:
 
 
 def _drawable(points: list[Point], logarithmic: bool) -> np.ndarray:
-    """Returns (3, points): the steps, values and margins that a picture can show, at most `MOST_POINTS`.
-
-    Of more points it keeps the first and the last, and means of neighbours between.
-    """
+    """Returns (3, points): the steps, values and margins that a picture can show, at most `MOST_POINTS`. Of more points
+    it keeps the first and the last, and means of neighbours between."""
     array = np.array(points, dtype=float).reshape(-1, 3)
     array[~(np.abs(array) < 1e100)] = np.nan  # axes cannot be computed for what is larger
     array = array[array[:, 1] > (1e-100 if logarithmic else -np.inf)]

@@ -5,18 +5,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from Config import Config
 from mlm.data.text_stats import SHOWN_SPLIT_WORDS, TextStats
-from mlm.errors import UserError
-from mlm.evaluation.hidden_words import Guess, HiddenWord
-from mlm.evaluation.loss import Evaluation, save_evaluation
-from mlm.storage import atomic_write, read_csv, write_json
+from mlm.errors import UserError, first_line
+from mlm.evaluation.fill_mask import Guess, HiddenWord
+from mlm.storage import read_csv, write_json
 from mlm.training.progress import Progress
-from mlm.training.run import Ending, Setup
+from mlm.training.run import Ending, Setup, library_versions
 from mlm.training.run_folder import is_at_work
 
 SCORES = "test_scores.safetensors"  # the last evaluation, to compare runs by
-KEPT = ("state", "text", "skipped_steps", "guesses")  # in summary.json: what settings.json and metrics.csv do not hold
 
 
 class GuessedWord(NamedTuple):
@@ -53,16 +53,10 @@ class Summary:
         """Whether the last evaluation is of a trained model: it has a change from the baseline."""
         return "change" in self.evaluations[-1]
 
-    @property
-    def nats_per_character(self) -> list[float]:
-        """Of the first and the last evaluation: the loss per masked token times the tokens per character."""
-        tokens_per_character = self.text.test.tokens / self.text.test.characters
-        return [row["eval_loss"] * tokens_per_character for row in (self.evaluations[0], self.evaluations[-1])]
-
 
 def save_settings(setup: Setup) -> None:
     """Writes settings.json."""
-    content = {"settings": asdict(setup.config), "derived": setup.derived, "versions": setup.versions}
+    content = {"settings": asdict(setup.config), "derived": setup.derived, "versions": library_versions()}
     known = {"command": setup.command, "text_digest": setup.recipe["text"]}  # by which downstream.py knows the text
     write_json(setup.folder / "settings.json", content | known)
 
@@ -75,32 +69,19 @@ def publish(
     guesses: list[list[Guess]],
     ending: Ending | None,
 ) -> Summary:
-    """Writes what came of a run so far to its folder; `ending` is None while it goes on.
+    """Writes what came of a run so far, beside settings.json and metrics.csv; `ending` is None while it goes on.
 
     guesses: for each hidden word what the model makes of its place now, or none at all.
     """
     words = zip(hidden_words, progress.baseline_guesses, guesses, strict=False)
-    summary = Summary(
-        folder=setup.folder,
-        settings=asdict(setup.config),
-        derived=setup.derived,
-        versions=setup.versions,
-        command=setup.command,
-        rows=progress.metrics,
-        state=ending.name.lower() if ending else "running",
-        text=replace(stats, split_words=stats.split_words[:SHOWN_SPLIT_WORDS]),
-        skipped_steps=progress.skipped_steps,
-        guesses=[GuessedWord(*hidden, before, after) for hidden, before, after in words],
-    )
-    kept = {name: value for name, value in asdict(summary).items() if name in KEPT}
-    write_json(summary.folder / "summary.json", kept)
-    return summary
-
-
-def save_scores(folder: Path, evaluation: Evaluation, step: int) -> None:
-    """Writes the evaluation after a step, chunk by chunk, by which runs are compared."""
-    with atomic_write(folder / SCORES) as temporary:
-        save_evaluation(temporary, evaluation, step)
+    content = {
+        "state": ending.name.lower() if ending else "running",
+        "text": asdict(replace(stats, split_words=stats.split_words[:SHOWN_SPLIT_WORDS])),
+        "skipped_steps": progress.skipped_steps,
+        "guesses": [(*hidden, before, after) for hidden, before, after in words],
+    }
+    write_json(setup.folder / "summary.json", content)
+    return _read_files(setup.folder)
 
 
 def read_summary(folder: Path) -> Summary:
@@ -108,19 +89,9 @@ def read_summary(folder: Path) -> Summary:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     try:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        settings.pop("text_digest", None)
-        kept = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        metrics = read_csv(folder / "metrics.csv")
-        rows = [{name: float(value) for name, value in row.items() if value} for row in metrics]
-        if kept["state"] == "running" and not is_at_work(folder):
-            kept["state"] = Ending.INTERRUPTED.name.lower()
-        kept["text"] = TextStats.from_dict(kept["text"])
-        kept["guesses"] = [
-            GuessedWord(line, word, *([Guess(*guess) for guess in guesses] for guesses in both))
-            for line, word, *both in kept["guesses"]
-        ]
-        summary = Summary(folder=folder, rows=rows, **settings, **kept)
+        summary = _read_files(folder)
+        if summary.state == "running" and not is_at_work(folder):
+            summary.state = Ending.INTERRUPTED.name.lower()
         missing = {field.name for field in fields(Config)} - summary.settings.keys()
         if missing:
             raise ValueError(f"another version wrote settings.json, without {min(missing)}")
@@ -128,4 +99,12 @@ def read_summary(folder: Path) -> Summary:
             raise ValueError("metrics.csv has no evaluation")
         return summary
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder} is not the folder of a run that has been evaluated: {error}") from error
+        raise UserError(f"{folder} is not the folder of a run that has been evaluated: {first_line(error)}") from error
+
+
+def _read_files(folder: Path) -> Summary:
+    settings, kept = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("settings.json", "summary.json")
+    )
+    rows = [{name: value for name, value in row.items() if value} for row in read_csv(folder / "metrics.csv")]
+    return TypeAdapter(Summary).validate_python({"folder": folder, "rows": rows, **settings, **kept})

@@ -1,12 +1,20 @@
 """Sentences and tables about a run, for its log, its page and its model card."""
 
 import math
+from typing import Any
 
-from mlm.evaluation.loss import perplexity
+from Config import Config
+from mlm.data.chunks import Corpus
+from mlm.data.text_stats import SHOWN_SPLIT_WORDS, text_warnings, used_splits
+from mlm.data.words import MANY_SUBWORDS
+from mlm.evaluation.loss import Change, Evaluation, perplexity
 from mlm.report.summary import Summary
-from mlm.report.templates import render
-from mlm.terminal import figure, table, with_error
-from mlm.training.plan import SAMPLE_ERROR
+from mlm.settings import describe_settings
+from mlm.terminal import figure, render, table, with_error
+from mlm.training.checkpoint import checkpoint_path
+from mlm.training.plan import SAMPLE_ERROR, Plan
+from mlm.training.progress import Progress
+from mlm.training.run import Ending, Setup
 
 
 def verdict(summary: Summary) -> str:
@@ -38,10 +46,8 @@ def describe_change(loss: float, low: float, high: float, fell: str, rose: str) 
 
 
 def trend(summary: Summary) -> str:
-    """Returns a sentence: whether the test loss still falls; empty where too few evaluations were made to say.
-
-    The last evaluation is compared with the best before it, whose model best/ holds unless the last is better.
-    """
+    """Returns a sentence: whether the test loss still falls; empty where too few evaluations were made to say. The last
+    evaluation is compared with the best before it, whose model best/ holds unless the last is better."""
     last = summary.evaluations[-1]
     if not math.isfinite(last.get("trend_low", -math.inf)):
         return ""
@@ -52,10 +58,10 @@ def trend(summary: Summary) -> str:
             f"It was lowest after step {best}, and has risen by {change:.3f} since (95% interval {low:.3f} to "
             f"{high:.3f}); best/ holds that model."
         )
-    interval = f"(95% interval {low:+.3f} to {high:+.3f})"
     if high < 0:
         interval = f"(95% interval {-high:.3f} to {-low:.3f})"
         return f"It still fell, by {-change:.3f} since step {best} {interval}: more epochs may lower it further."
+    interval = f"(95% interval {low:+.3f} to {high:+.3f})"
     if low > -SAMPLE_ERROR:
         if last["step"] - last["best_step"] < summary.settings["eval_every"] / 2:
             return ""  # too few steps to tell
@@ -103,6 +109,7 @@ def score_rows(summary: Summary) -> list[tuple[str, ...]]:
     """Returns the table of scores: name, before, after, a note. Where nothing has trained, both are the baseline's."""
     both = summary.evaluations[0], summary.evaluations[-1]
     last, unigram = both[-1], summary.text.unigram_perplexity
+    tokens_per_character = summary.text.test.tokens / summary.text.test.characters
     divided = ""
     if summary.has_trained and math.isfinite(last["change_low"]):
         factor, least, most = (perplexity(-last[name]) for name in ("change", "change_high", "change_low"))
@@ -110,7 +117,7 @@ def score_rows(summary: Summary) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("perplexity", *(with_error(row["perplexity"], row["perplexity_se"]) for row in both), divided),
         ("masked accuracy", *(f"{row['masked_accuracy']:.1%}" for row in both), ""),
-        ("nats per character", *(f"{nats:.3f}" for nats in summary.nats_per_character), ""),
+        ("nats per character", *(f"{row['eval_loss'] * tokens_per_character:.3f}" for row in both), ""),
     ]
     if not summary.settings["evaluate_only"]:
         share = figure(last["perplexity"] / unigram)
@@ -125,4 +132,67 @@ def closing_words(summary: Summary) -> str:
         scores = table([("", "before", "after"), *rows], "<>><")
     else:  # both scores are the same
         scores = table([(name, score, note) for name, _, score, note in rows], "<><")
-    return render("closing.txt", run=summary, scores=scores, verdict=verdict(summary), notes=notes(summary))
+    return render(
+        "report/templates/closing.txt", run=summary, scores=scores, verdict=verdict(summary), notes=notes(summary)
+    )
+
+
+# -------------------------------------------------------------------------------------- lines of the log
+
+
+def describe_run(given: Config, config: Config, corpus: Corpus, derived: dict[str, Any]) -> str:
+    """Returns settings, what was found in the text, and derived numbers, for people."""
+    stats, only_test = corpus.stats, config.evaluate_only
+    return render(
+        "report/templates/setup.txt",
+        settings=describe_settings(config, given),
+        stats=stats,
+        splits=used_splits(stats, only_test),
+        only_test=only_test,
+        many_subwords=MANY_SUBWORDS,
+        split_words=stats.split_words[:SHOWN_SPLIT_WORDS],
+        warnings=[*corpus.text.notes, *text_warnings(stats, config.initial_pretrain_tokenizer, only_test)],
+        added_words=corpus.added_words,
+        derived=derived,
+    )
+
+
+def describe_evaluation(setup: Setup, corpus: Corpus, step: int, evaluation: Evaluation, change: Change | None) -> str:
+    """Returns a line of scores with their standard errors, and of how the loss changed on the same chunks; before
+    training a second one where the checkpoint knows nothing of the text."""
+    chunks, test_chunks = len(evaluation.losses), len(corpus.test)
+    sample = f"{chunks:,} of {test_chunks:,} chunks" if chunks < test_chunks else "all chunks"
+    heading = f"step {step}/{setup.plan.steps}" if step else "before training"
+    line = (
+        f"{heading}, test ({sample}): perplexity {with_error(evaluation.perplexity, evaluation.perplexity_se)}, "
+        f"masked accuracy {evaluation.accuracy:.1%}"
+    )
+    if change:
+        line += f"; loss {change.loss:+.3f} ± {change.se:.3f} from the baseline"
+    elif not setup.config.scratch_size:
+        unigram, vocabulary = corpus.stats.unigram_perplexity, corpus.vocabulary.size
+        line += "\n" + ignorance(evaluation.perplexity, evaluation.perplexity_se, unigram, vocabulary)
+    return line.rstrip()
+
+
+def describe_training(step: int, plan: Plan, figures: dict[str, float]) -> str:
+    """Returns a line about the steps since the last such line; figures: what `metrics.training_figures` returned."""
+    train_loss = figures["train_loss"]
+    return (
+        f"step {step}/{plan.steps}, epoch {plan.epochs(step):.2f}: loss {train_loss:.3f}, "
+        f"perplexity {figure(perplexity(train_loss))}, lr {figures['lr']:.2e}, {figures['tokens_per_s']:,.0f} tokens/s"
+    )
+
+
+def describe_divergence(setup: Setup, progress: Progress, ending: Ending, saved_step: int | None) -> str:
+    """Returns what went wrong, the setting to change, and where the last finite weights are."""
+    what = f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, had no finite loss and gradient"
+    if ending is Ending.BROKEN:
+        what = f"the weights after step {progress.step} are not finite"
+    rate = f"most often {setup.config.learning_rate:g} is too high. Begin a new run with a lower one"
+    lines = [f"learning_rate: {what}; {rate}"]
+    if saved_step is not None:
+        lines.append(f"  the last finite weights are in {checkpoint_path(setup.folder, saved_step)}")
+    if progress.best:
+        lines.append(f"  those with the lowest test loss are in {setup.folder / 'best'}")
+    return "\n".join(lines)

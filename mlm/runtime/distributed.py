@@ -22,10 +22,11 @@ TRAINING_TIMEOUT = timedelta(minutes=15)  # a checkpoint may have to go to a slo
 
 
 def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str | None = None) -> Accelerator:
-    """Makes the accelerator of a run: its devices, its precision, and its tracker, which writes under `output`.
-
-    Raises UserError where devices or precision are not available, or several processes share one device.
-    """
+    """Makes the accelerator of a run: its devices, its precision, and its tracker, which writes under `output`. Raises
+    UserError where devices or precision are not available, or several processes share one device."""
+    transformers.logging.set_verbosity_error()  # load_model gives these warnings in its own words
+    transformers.logging.disable_progress_bar()
+    filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # accelerate passes it on by its old name
     check_devices(config)
     precision = choose_precision(config)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -49,18 +50,9 @@ def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str 
     return accelerator
 
 
-def quiet_libraries() -> None:
-    """Silences warnings of the libraries that this program gives itself, in its own words."""
-    transformers.logging.set_verbosity_error()  # load_model gives these warnings
-    transformers.logging.disable_progress_bar()
-    filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # accelerate passes it on by its old name
-
-
 def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
-    """Calls `decide` on the main rank, and returns its result on every rank.
-
-    Where it raises UserError there, the other ranks exit with status 2.
-    """
+    """Calls `decide` on the main rank, and returns its result on every rank. Where it raises UserError there, the other
+    ranks exit with status 2."""
     decided = error = None
     if accelerator.is_main_process:
         try:
@@ -100,17 +92,6 @@ def on_any_rank(accelerator: Accelerator, flag: bool) -> bool:
     flags = torch.tensor([int(flag)])
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_host_group())
     return bool(flags)
-
-
-def shut_down(accelerator: Accelerator) -> None:
-    """Ends the ranks together: a launcher that sees one end badly ends the others, even while the main one saves.
-
-    The caller has deleted the model before: the process group must not end inside DistributedDataParallel's reducer,
-    which would wait for a thread of the group that waits for this one, and a rank would hang now and then.
-    """
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-    accelerator.end_training()
 
 
 @cache

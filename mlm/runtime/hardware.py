@@ -7,20 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
+from Config import Config, DownstreamConfig
 from mlm.errors import UserError
 
 POSITIONS_THAT_FILL_A_GPU = 16_000  # in a step
 
-
-class DeviceSettings(Protocol):
-    """The settings of any program that runs a model."""
-
-    @property
-    def cuda_visible_devices(self) -> str: ...
-    @property
-    def mixed_precision(self) -> str: ...
+DeviceSettings = Config | DownstreamConfig
 
 
 def choose_devices(config: DeviceSettings) -> None:
@@ -49,10 +42,8 @@ def count_gpus() -> int:
 
 
 def native_precision() -> str:
-    """Returns the fastest precision of this machine's GPU, or else of its CPU: bf16, fp16, or "no" for float32.
-
-    Volta and Turing GPUs (V100, T4; compute capability 7.x) have tensor cores for fp16 and none for bf16.
-    """
+    """Returns the fastest precision of this machine's GPU, or else of its CPU: bf16, fp16, or "no" for float32. Volta
+    and Turing GPUs (V100, T4; compute capability 7.x) have tensor cores for fp16 and none for bf16."""
     import torch
 
     if not count_gpus():
@@ -64,10 +55,8 @@ def native_precision() -> str:
 
 
 def choose_precision(config: DeviceSettings) -> str:
-    """Returns the precision of forward passes: the setting's, else the launcher's, else the native one.
-
-    Raises UserError for fp16 and tf32 on a CPU, and for a launcher's choice that is not known here.
-    """
+    """Returns the precision of forward passes: the setting's, else the launcher's, else the native one. Raises
+    UserError for fp16 and tf32 on a CPU, and for a launcher's choice that is not known here."""
     chosen: str = config.mixed_precision
     if chosen == "auto":
         chosen = os.environ.get("ACCELERATE_MIXED_PRECISION") or native_precision()
@@ -105,9 +94,7 @@ class OutOfMemory(Exception):
 @contextmanager
 def detect_out_of_memory() -> Iterator[None]:
     """Raises OutOfMemory where the block's memory does not suffice: not all such errors are torch.OutOfMemoryError.
-
-    Whoever catches it is to leave the `except` before trying again: until then it holds what the block had made.
-    """
+    Whoever catches it is to leave the `except` before trying again: until then it holds what the block had made."""
     import torch
 
     try:

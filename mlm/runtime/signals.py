@@ -51,10 +51,8 @@ class StopRequest:
 
 @contextmanager
 def translate_failures(config: Config) -> Iterator[None]:
-    """Ends the process with a readable message where memory, compiler or network fail, or a signal comes early.
-
-    Raises UserError for what the user can put right, and SystemExit for the rest.
-    """
+    """Ends the process with a readable message where memory, compiler or network fail, or a signal comes early. Raises
+    UserError for what the user can put right, and SystemExit for the rest."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

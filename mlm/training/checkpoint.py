@@ -6,12 +6,12 @@ A folder named as a checkpoint is whole; what a kill -9 leaves of an unfinished 
 import hashlib
 import json
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
@@ -55,10 +55,11 @@ def save_if_due(run: Run, progress: Progress, ending: Ending | None) -> None:
     setup, learner, timings = run.setup, run.learner, run.timings
     if not run.is_main or timings.saved_step == progress.step:
         return
+    unsaved_s = time.perf_counter() - timings.saved_at
     is_wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
     if ending is None and setup.plan.is_save_due(progress.step):
-        is_wanted = bool(setup.plan.save_every) or timings.is_save_affordable()
-    elif ending is None and not setup.plan.save_every and timings.is_save_overdue():
+        is_wanted = bool(setup.plan.save_every) or unsaved_s >= timings.affordable_interval_s
+    elif ending is None and not setup.plan.save_every and unsaved_s >= timings.longest_interval_s:
         is_wanted = has_finite_weights(learner.bert)
     if not is_wanted:
         return
@@ -66,7 +67,7 @@ def save_if_due(run: Run, progress: Progress, ending: Ending | None) -> None:
         progress.micro_batch_tokens = learner.micro_batcher.max_positions
     with timings.measure("save_checkpoint"):
         save_checkpoint(setup, learner, run.corpus.tokenizer, progress)
-    timings.note_save(progress.step)
+    timings.saved_step, timings.saved_at = progress.step, time.perf_counter()
 
 
 def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
@@ -182,15 +183,8 @@ def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOptimizer) -> Progress:
-    """Restores the optimizer and its gradient scaler; the weights of `bert` have been loaded from the same folder.
-
-    Raises UserError where the optimizer's state cannot be read, though its checksum was right a moment before.
-    """
-    try:
-        moments = load_file(path / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"resume: {path / 'optimizer.safetensors'} cannot be read: {error}") from error
-    for key, tensor in moments.items():
+    """Restores the optimizer and its gradient scaler; the weights of `bert` have been loaded from the same folder."""
+    for key, tensor in load_file(path / "optimizer.safetensors").items():
         name, _, kind = key.rpartition("/")
         parameter = bert.get_parameter(name)
         optimizer.state[parameter][kind] = tensor.to(parameter.device, copy=True)  # not a view of the file

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from mlm.evaluation.hidden_words import Guess
+from mlm.evaluation.fill_mask import Guess
 from mlm.evaluation.loss import Evaluation
 
 

@@ -14,11 +14,9 @@ from transformers import BertForMaskedLM
 from Config import Config
 from mlm.data.chunks import Corpus
 from mlm.data.micro_batches import MicroBatcher
-from mlm.evaluation.hidden_words import HiddenWord
-from mlm.runtime import distributed
+from mlm.evaluation.fill_mask import HiddenWord
 from mlm.runtime.signals import StopRequest
-from mlm.training.plan import Plan
-from mlm.training.timing import Timings
+from mlm.training.plan import Plan, Timings
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,6 @@ class Setup:
     resumed: Path | None  # the checkpoint to resume from
     recipe: dict[str, Any]  # all that decides the training
     derived: dict[str, Any]  # numbers that follow from settings, text and machine, by name, to be shown
-    versions: dict[str, str]  # of the libraries
     command: str  # that repeats the run
 
 
@@ -46,9 +43,15 @@ class Learner:
     micro_batcher: MicroBatcher
 
     def shut_down(self) -> None:
-        """Ends the ranks together, once the model is freed."""
+        """Ends the ranks together: a launcher that sees one end badly ends the others, even while the main one saves.
+
+        The model goes first: the process group must not end inside DistributedDataParallel's reducer, which would wait
+        for a thread of the group that waits for this one, and a rank would hang now and then.
+        """
         del self.model, self.optimizer
-        distributed.shut_down(self.accelerator)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
 
 @dataclass

@@ -63,6 +63,7 @@ def take_step(
     began = time.perf_counter()
     accelerator, optimizer, new = learner.accelerator, learner.optimizer, progress.since_last_log
     batch, step = batches.batch, progress.step + 1
+    assert batch, "there is a batch as long as there is a step to do"
     if not learner.bert.training:  # an evaluation left it without dropout
         learner.model.train()
     set_learning_rate(optimizer, plan.learning_rate(progress.step))

@@ -10,7 +10,6 @@ from comparisons import make_rows, read_csv, save_model, write_rows
 from runs import ROOT
 
 import downstream
-from mlm.downstream.results import describe_verdict
 from mlm.downstream.significance import Difference
 from mlm.downstream.trials import Result
 
@@ -69,11 +68,11 @@ def test_a_terminal_that_lacks_characters_shows_their_numbers(tmp_path):
 
 
 def test_each_verdict_is_a_sentence_to_repeat():
-    assert describe_verdict(Difference(0.019, 0.007, 0.03, 0.03, 0.02)) == "better by 1.9 (0.7 to 3.0)"
-    assert describe_verdict(Difference(-0.019, -0.03, -0.007, 0.03, 0.02)) == "worse by 1.9 (0.7 to 3.0)"
+    assert Difference(0.019, 0.007, 0.03, 0.03, 0.02).sentence == "better by 1.9 (0.7 to 3.0)"
+    assert Difference(-0.019, -0.03, -0.007, 0.03, 0.02).sentence == "worse by 1.9 (0.7 to 3.0)"
     assert (
-        describe_verdict(Difference(0.004, -0.003, 0.01, 0.3, 0.012))
+        Difference(0.004, -0.003, 0.01, 0.3, 0.012).sentence
         == "cannot tell: a difference below 1.2 would not reliably show"
     )
-    assert "the seeds do not agree" in describe_verdict(Difference(0.385, 0.18, 0.59, 0.0625, 0.353))
-    assert "fewer than 6 seeds" in describe_verdict(Difference(0.1, 0.05, 0.15, 0.25, np.inf))
+    assert "the seeds do not agree" in Difference(0.385, 0.18, 0.59, 0.0625, 0.353).sentence
+    assert "fewer than 6 seeds" in Difference(0.1, 0.05, 0.15, 0.25, np.inf).sentence

@@ -14,8 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertFo
 from mlm.data.chunks import Chunks
 from mlm.data.masking import BERT_RULE, content_keys, mask
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
-from mlm.evaluation.fill_mask import guess, predict
-from mlm.evaluation.hidden_words import HIDDEN_WORDS, HiddenWord, hide_words
+from mlm.evaluation.fill_mask import HIDDEN_WORDS, HiddenWord, guess, hide_words, predict
 from mlm.report.summary import read_summary
 
 

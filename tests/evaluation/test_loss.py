@@ -13,7 +13,6 @@ import data_process
 from data_process import evaluation_batches, prepare
 from mlm.data.chunks import Chunks, take
 from mlm.data.masking import BERT_RULE, content_keys, mask
-from mlm.data.micro_batches import chunk_of_target
 from mlm.data.packing import frame
 from mlm.data.randomness import evaluation_order
 from mlm.data.text_files import find_text
@@ -71,16 +70,28 @@ def test_evaluation_is_the_same_whatever_the_run(settings, tmp_path):
     assert scores[0] == pytest.approx(float(metrics(first)[-1]["eval_loss"]), abs=1e-5)
 
 
+class Echo(torch.nn.Module):
+    """Guesses the token that it sees."""
+
+    def forward(self, input_ids, label_positions, **others):
+        return 100.0 * torch.nn.functional.one_hot(input_ids.flatten()[label_positions], 60)
+
+
 @pytest.mark.parametrize("varlen", [False, True])
 def test_masked_tokens_know_their_chunk_in_either_layout(vocabulary, varlen):
     lengths = np.random.default_rng(0).integers(1, 30, size=50)
     tokens = np.repeat(np.arange(10, 60), lengths)  # each chunk repeats one token of its own
     masked = np.sort(np.random.default_rng(1).choice(len(tokens), len(tokens) // 3, replace=False))
-    chunks = frame(tokens, masked, tokens[masked], lengths, vocabulary)
-    micro_batches = micro_batcher_of(vocabulary, 100, varlen)(chunks)
-    assert len(micro_batches) > 3
-    for micro_batch, chunk in zip(micro_batches, chunk_of_target(micro_batches), strict=True):
-        assert torch.equal(chunk, micro_batch.targets - 10)
+    targets = np.where(np.arange(len(masked)) % 3, tokens[masked], 0)  # a third are others than the model sees
+    chunks, micro_batcher = (
+        frame(tokens, masked, targets, lengths, vocabulary),
+        micro_batcher_of(vocabulary, 100, varlen),
+    )
+    assert len(micro_batcher(chunks)) > 3
+    lines = np.arange(50, dtype=np.uint64)
+    found = evaluate(Accelerator(), Echo(), [(np.arange(50), chunks)], lines, micro_batcher, StopRequest())
+    assert found.masked.tolist() == np.bincount(tokens[masked] - 10, minlength=50).tolist()
+    assert found.correct.tolist() == np.bincount(targets[targets > 0] - 10, minlength=50).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- its error

@@ -1,4 +1,4 @@
-"""What a run does beside training: a dry run, an evaluation alone, and what it tells trackers."""
+"""What a run does beside training: a dry run, an evaluation alone, and what it tells metrics."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ import train
 from mlm import terminal
 from mlm.data import text_files
 from mlm.errors import UserError
-from mlm.report import dry_run, trackers
+from mlm.report import dry_run
 from mlm.runtime import hub
 from mlm.terminal import prepare_output, say
 from mlm.training import checkpoint
@@ -138,7 +138,7 @@ def test_modes_exclude_each_other(settings):
 
 
 def test_a_tracker_that_is_not_installed_is_said_plainly(settings, monkeypatch):
-    monkeypatch.setattr(trackers, "get_available_trackers", lambda: [])
+    monkeypatch.setattr("mlm.report.metrics.get_available_trackers", lambda: [])
     with pytest.raises(UserError, match="tracker: wandb is not installed; pip install wandb, or --tracker none"):
         train.main(settings(tracker="wandb"))
 
@@ -147,7 +147,7 @@ def test_a_tracker_that_cannot_start_is_said_plainly(settings, monkeypatch, tmp_
     def fail(*arguments, **options):
         raise RuntimeError("No API key configured.\nmore")
 
-    monkeypatch.setattr(trackers, "check_tracker", lambda name: None)
+    monkeypatch.setattr("mlm.report.metrics.check_tracker", lambda name: None)
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
     with pytest.raises(UserError, match=r"tracker: tensorboard could not start \(No API key configured\.\)"):
         train.main(settings(tracker="tensorboard", run_name="mine"))

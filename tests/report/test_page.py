@@ -14,7 +14,7 @@ import pytest
 from runs import ROOT
 
 from mlm.errors import UserError
-from mlm.evaluation.hidden_words import Guess
+from mlm.evaluation.fill_mask import Guess
 from mlm.evaluation.loss import load_evaluation, save_evaluation
 from mlm.report import __main__ as program
 from mlm.report.page import redraw, render_run, render_runs
@@ -288,9 +288,9 @@ def test_two_processes_may_write_one_page_at_once(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from mlm.report.page import write_page
+from mlm.storage import write_text
 for number in range(300):
-    write_page(Path(sys.argv[1]) / "report.html", sys.argv[2] * 10_000)
+    write_text(Path(sys.argv[1]) / "report.html", sys.argv[2] * 10_000)
 """
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), letter], cwd=ROOT) for letter in "ab"]
     assert [writer.wait() for writer in writers] == [0, 0]

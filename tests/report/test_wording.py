@@ -141,7 +141,7 @@ def test_of_simulated_runs_few_are_told_what_is_not_so(finished, fall, sample):
     """200 runs of ten evaluations whose true loss falls by so much between them, or not at all: a sample of the lines
     is scored, but in the end all 20,000. A rise is said of at most 2.5%, and so is a fall where there is none."""
     draw = np.random.default_rng(sample)
-    setup = Setup(cast(Any, None), cast(Any, SimpleNamespace(epochs=float)), Path(), None, {}, {}, {}, "")
+    setup = Setup(cast(Any, None), cast(Any, SimpleNamespace(epochs=float)), Path(), None, {}, {}, "")
     accelerator = cast(Any, SimpleNamespace(is_main_process=False, log=lambda *_, **__: None))
     ones, lines = np.ones(20_000), np.arange(20_000)
     said = []

@@ -6,9 +6,8 @@ from itertools import product
 import pytest
 
 from mlm.errors import UserError
-from mlm.training.plan import Plan, learning_rate_at, resolve
+from mlm.training.plan import Plan, Timings, learning_rate_at, resolve, time_left
 from mlm.training.progress import Progress
-from mlm.training.timing import Timings, time_left
 
 
 def plan_of(steps: int, epoch: int, evaluate_every: int = 4, save_every: int | None = None) -> Plan:
@@ -40,10 +39,6 @@ def test_evaluations_come_before_the_first_step_when_due_and_after_the_last():
         for done in range(steps + 1):
             middle = [step for step in due if done < step < steps]
             assert list(plan.middle_evaluations(done)) == middle
-
-
-def test_a_line_is_written_every_so_many_steps_and_after_the_last():
-    assert [step for step in range(1, 14) if plan_of(13, 3).is_log_due(step, log_every=5)] == [5, 10, 13]
 
 
 def test_the_schedule_warms_up_decays_and_never_trains_at_zero():

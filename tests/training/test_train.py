@@ -31,9 +31,8 @@ from mlm.errors import UserError
 from mlm.storage import lock
 from mlm.training import step as training_step
 from mlm.training.checkpoint import save_if_due
-from mlm.training.plan import learning_rate_at
+from mlm.training.plan import Timings, learning_rate_at
 from mlm.training.progress import Progress
-from mlm.training.timing import Timings
 from model import Dropout, load_model
 
 
@@ -57,6 +56,7 @@ def test_what_a_run_leaves(settings, capsys):
     assert list(rows[0]) == f"step epoch train_loss lr tokens_per_s {scores} {changes}".split()
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(set(steps)) and steps[0] == 0  # the start is evaluated first, no step twice
+    assert [int(row["step"]) for row in rows if row["train_loss"]] == [5, 10, 15, 20, 24]  # every five, and the last
     evaluated = [row for row in rows if row["eval_loss"]]
     assert len(evaluated) == 3  # the start and two epochs
     for row in evaluated:
@@ -304,10 +304,9 @@ def test_checkpoints_take_a_twentieth_of_the_time_unless_more_are_asked_for(sett
 
 def test_only_the_rank_that_saves_looks_whether_it_is_time(settings, monkeypatch):
     """A look at every weight at every step would cost the others, and so all of them, much."""
-    monkeypatch.setattr("mlm.training.timing.LONGEST_UNSAVED_S", 0.0)
+    monkeypatch.setattr("mlm.training.plan.LONGEST_UNSAVED_S", 0.0)
     monkeypatch.setattr("mlm.training.checkpoint.has_finite_weights", lambda bert: pytest.fail("looked"))
     timings = Timings()
-    timings.begin_training()
     plan = SimpleNamespace(is_save_due=lambda step: False, save_every=None)
     run = SimpleNamespace(setup=SimpleNamespace(plan=plan), learner=None, timings=timings, is_main=False)
     save_if_due(run, Progress(step=3), None)

@@ -12,7 +12,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "ACCELER
 os.environ |= {"OMP_NUM_THREADS": "1"}
 
 import pytest
-from runs import reset_process_state, run
+from runs import draw_no_charts, reset_process_state, run
 from texts import make_lines, write_text
 
 from Config import Config
@@ -105,3 +105,9 @@ def fresh_process_state():
     """A run in a test must not see what the last one left in this process."""
     yield
     reset_process_state()
+
+
+@pytest.fixture(autouse=True)
+def charts(monkeypatch):
+    """A run in a test draws none, but for those of tests/report."""
+    draw_no_charts(monkeypatch)

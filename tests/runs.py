@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from markupsafe import Markup
 from safetensors.torch import load_file
 from transformers import BertForMaskedLM
 
@@ -26,13 +28,13 @@ from mlm.data.micro_batches import MicroBatcher
 from mlm.data.tokenizer import Vocabulary
 from mlm.errors import plain_errors
 from mlm.evaluation import loss
+from mlm.report.plots import Chart
 from mlm.training import step as training_step
 from mlm.training.run import Learner
 from model import PackedMaskedLM
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-LAUNCHERS = {1: [sys.executable], 2: [*TORCHRUN, "--nproc_per_node=2"]}  # by the number of ranks
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
 # ------------------------------------------------------------------------------------------------- in this process
@@ -114,6 +116,13 @@ def reset_process_state() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def draw_no_charts(patches: pytest.MonkeyPatch | None = None) -> None:
+    """Leaves a run's page without its charts, which take as long as a small run does; tests/report draws them."""
+    for name in ("draw_curves", "draw_histogram"):
+        replace = (patches or pytest.MonkeyPatch()).setattr
+        replace(f"mlm.report.page.{name}", lambda title, *data, **how: Chart(title, Markup(), []))
+
+
 def score_as(patches: pytest.MonkeyPatch, losses: Iterable[float]) -> None:
     """Has each evaluation find the next of these losses, on two chunks, whatever the model."""
     masked, remaining = np.array([4.0, 6.0]), iter(losses)
@@ -141,35 +150,41 @@ def learner_of(bert: BertForMaskedLM, vocabulary: Vocabulary) -> Learner:
 
 def start(config, command=(sys.executable, "train.py"), **environment) -> subprocess.Popen:
     """Starts a command with the flags of `config`; its output is a pipe."""
-    given = {name: value for name, value in asdict(config).items() if value is not None and value is not False}
-    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *flags], cwd=ROOT, env=os.environ | environment, **pipes)
+    return subprocess.Popen([*command, *flags_of(config)], cwd=ROOT, env=os.environ | environment, **pipes)
+
+
+def flags_of(config) -> list[str]:
+    given = {name: value for name, value in asdict(config).items() if value is not None and value is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
 # -------------------------------------------------------------------------------------------------------------- forked
 
 
 class Forked:
-    """A process that trains, forked from one that has imported all, so that it starts at once.
+    """A process that does some work, forked from one that has imported all, so that it begins at once.
 
-    Used as a subprocess.Popen is; what it writes to stderr is in `stdout` too. For tests of what survives a process and
-    of several ranks; how a program starts is tested by `start`.
+    Used as a subprocess.Popen is; what it writes to stderr is in `stdout` too. For tests of what survives a process, of
+    several ranks and of several commands in a row; how a program starts is tested by `start`.
     """
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["runs"])
 
-    def __init__(self, config, before: Callable[[], None] | None = None, **environment: str):
-        """before: is called in the process before it trains; of a module, as it is sent by its name."""
+    def __init__(self, work: Callable, *arguments, **environment: str):
+        """work: is called in the process with the arguments; of a module, as it is sent by its name."""
         with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}):
             multiprocessing.forkserver.ensure_running()
         reader, writer = self.context.Pipe(duplex=False)
-        self._process = self.context.Process(target=_train, args=(config, before, environment, writer))
+        self._process = self.context.Process(target=_work, args=(work, arguments, environment, writer))
         self._process.start()
         writer.close()
         self.stdout, self.returncode = os.fdopen(os.dup(reader.fileno()), encoding="utf-8"), None
         reader.close()
+
+    def send_signal(self, kind: int) -> None:
+        os.kill(self._process.pid, kind)
 
     def kill(self) -> None:
         self._process.kill()
@@ -186,26 +201,65 @@ class Forked:
         return out, ""
 
 
-def _train(config, before, environment, output):
+def _work(work, arguments, environment, output):
     os.environ.update(environment)
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     output.close()
+    work(*arguments)
+
+
+def fork_run(config, before: Callable[[], None] | None = None, **environment: str) -> Forked:
+    """Trains; before: is called in the process first."""
+    return Forked(_train, config, before, **environment)
+
+
+def _train(config, before):
+    draw_no_charts()
     if before:
         before()
     with plain_errors():
         train.main(config)
 
 
-def fork_ranks(config, ranks: int, before: dict[int, Callable[[], None]] | None = None) -> list[Forked]:
-    """The ranks of one run, as a launcher would start them; before: by rank, what is called there first."""
+def fork_program(
+    *command: str, folder: Path = ROOT, before: Callable[[], None] | None = None, **environment: str
+) -> Forked:
+    """Does what `python COMMAND` does in a folder that holds the project or a copy; before: as of `fork_run`."""
+    return Forked(_run_program, command, folder, before, **environment)
+
+
+def _run_program(command, folder, before):
+    os.chdir(folder)
+    ours = {"mlm", *(path.stem for path in ROOT.glob("*.py"))}
+    for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+        del sys.modules[name]  # to be imported from the folder
+    of_others = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"))]
+    sys.path[:] = [str(folder), *of_others]
+    if before:
+        before()
+    is_module = command[0] == "-m"
+    sys.argv = list(command[is_module:])
+    if is_module:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str((folder / sys.argv[0]).parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def environments(ranks: int) -> list[dict[str, str]]:
+    """What a launcher would tell each of several ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    return [
-        Forked(config, (before or {}).get(rank), RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(ranks)
-    ]
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def fork_ranks(config, ranks: int, before: dict[int, Callable[[], None]] | None = None, **environment) -> list[Forked]:
+    """The ranks of one run, as a launcher would start them; before: by rank, what is called there first."""
+    of_ranks = [environment | each for each in environments(ranks)]
+    return [fork_run(config, (before or {}).get(rank), **each) for rank, each in enumerate(of_ranks)]
 
 
 # ------------------------------------------------------------------------------------------------------- what they say

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+from runs import finish, fork_program
 
 from Config import Config, DownstreamConfig, defaults_of, parse_flags
 from mlm.errors import UserError
@@ -106,18 +107,6 @@ def run(*flags, program="train.py"):
         (["--batch_size", "many"], "--batch_size"),
         (["--batchsize", "3"], "--batchsize"),
         (["--initial_pretrain_model", "./nowhere"], "error: initial_pretrain_model: there is no folder ./nowhere"),
-        pytest.param(
-            [
-                "--initial_pretrain_model",
-                "scratch:tiny",
-                "--initial_pretrain_tokenizer",
-                "corpus",
-                "--path_datasets",
-                "tests",
-            ],
-            "error: path_datasets: no train*.txt in tests",
-            marks=pytest.mark.slow,
-        ),
         (["--mixed_precision", "int8"], "--mixed_precision"),
     ],
 )
@@ -126,6 +115,12 @@ def test_wrong_flags_end_with_status_2_and_no_traceback(flags, said):
     assert result.returncode == 2
     assert said in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_text_that_is_not_there_ends_with_status_2_and_no_traceback():
+    flags = ["--initial_pretrain_model", "scratch:tiny", "--initial_pretrain_tokenizer", "corpus"]
+    said, _ = finish(fork_program("train.py", *flags, "--path_datasets", "tests"), 2)
+    assert said.startswith("error: path_datasets: no train*.txt in tests") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("program", ["train.py", "downstream.py"])

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from runs import finish, fork_program
 from texts import write_text
 
 from Config import Config, DownstreamConfig, parse_downstream_flags, parse_flags
@@ -150,7 +151,7 @@ def test_commands_are_found():
 
 
 @pytest.mark.slow
-def test_commands_that_need_no_network_run(tmp_path, monkeypatch):
+def test_commands_that_need_no_network_run(tmp_path):
     """Each as a page has it; defaults that would fetch a model, or train for long, are changed in Config.py."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
@@ -170,15 +171,14 @@ def test_commands_that_need_no_network_run(tmp_path, monkeypatch):
     (tmp_path / "Config.py").write_text(source, encoding="utf-8")
     dry_run = tmp_path / "mlm" / "report" / "dry_run.py"
     dry_run.write_text(read(dry_run).replace("TIMED_SECONDS = 15.0", "TIMED_SECONDS = 0.1"), encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def run(documented: str, *more: str) -> str:
+    def arguments(documented: str) -> list[str]:
         pages = "\n".join(read(page).replace("\\\n    ", "") for page in ENGLISH)
         assert re.search(rf"{re.escape(documented)}(?=[`\n])", pages), documented
-        command = [sys.executable, *shlex.split(documented)[1:], *more]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
+        return shlex.split(documented)[1:]
+
+    def run(documented: str, *more: str) -> str:
+        return finish(fork_program(*arguments(documented), *more, folder=tmp_path))[0]
 
     output = tmp_path / "output"
     assert "all thrown away" in run("python train.py --dry_run")
@@ -197,6 +197,7 @@ def test_commands_that_need_no_network_run(tmp_path, monkeypatch):
     )
     assert "Not trained" in scored
 
-    assert "report.html" in run("python -m mlm.report output/my_run")
+    command = [sys.executable, *arguments("python -m mlm.report output/my_run")]  # which no other test starts
+    assert "report.html" in subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "report-of-2-runs.html" in run("python -m mlm.report output/a output/b")
     assert (output / "report-of-2-runs.html").exists()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from comparisons import make_rows, save_model, write_rows
-from runs import ROOT
+from runs import ROOT, finish, fork_program
 from safetensors.torch import load_file, save_file
 
 from Config import DownstreamConfig, parse_downstream_flags
@@ -33,7 +33,6 @@ def test_flags_of_former_versions_still_work():
     [
         ([], "--task"),
         (["--task", "nowhere.tsv", "--models", "./nowhere"], "error: models: there is no folder ./nowhere"),
-        (["--task", "nowhere.tsv", "--models", "tests"], "error: task: there is no file or folder nowhere.tsv"),
         (["--task", "a", "--models", "b", "--num_seeds", "0"], "error: num_seeds: must be greater than or equal to 1"),
         (["--task", "a", "--models", "b", "--seeds", "0"], "error: num_seeds: must be greater than or equal to 1"),
         (
@@ -52,6 +51,11 @@ def test_wrong_flags_end_with_status_2_and_no_traceback(flags, said):
     assert result.returncode == 2
     assert said in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_task_that_is_not_there_ends_with_status_2_and_no_traceback():
+    said, _ = finish(fork_program("downstream.py", "--task", "nowhere.tsv", "--models", "tests"), 2)
+    assert said.startswith("error: task: there is no file or folder nowhere.tsv") and said.count("\n") == 1
 
 
 def test_models_that_do_not_fit_are_named(tmp_path, compare):

@@ -1,13 +1,10 @@
 """The words on screen: verdicts to be repeated, warnings about models that learned nothing."""
 
-import os
-import subprocess
+import io
 import sys
 
 import numpy as np
-import pytest
 from comparisons import make_rows, read_csv, save_model, write_rows
-from runs import ROOT
 
 import downstream
 from mlm.downstream.significance import Difference
@@ -54,17 +51,13 @@ def test_whether_a_model_learned_is_asked_of_the_metric_that_was_chosen(tmp_path
     assert "3 of 3 seed(s) of seeing did not learn" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_terminal_that_lacks_characters_shows_their_numbers(tmp_path):
+def test_a_terminal_that_lacks_characters_shows_their_numbers(tmp_path, compare, monkeypatch):
     model = save_model(tmp_path / "model")
     task = write_rows(tmp_path / "任务.tsv", make_rows(40, 1))
-    flags = ["--task", str(task), "--models", model, "--frozen", "--num_seeds", "1"]
-    flags += ["--path_model_save", str(tmp_path / "output")]
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    command = [sys.executable, "downstream.py", *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=100)
-    assert result.returncode == 0, result.stderr
-    assert rb"\u4efb\u52a1: texts of 2 classes" in result.stdout
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "latin-1"))
+    compare(task, model, frozen=True, num_seeds=1)
+    assert rb"\u4efb\u52a1: texts of 2 classes" in shown.getvalue()
 
 
 def test_each_verdict_is_a_sentence_to_repeat():

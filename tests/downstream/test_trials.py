@@ -2,11 +2,10 @@
 
 import csv
 import json
-import subprocess
 
 import pytest
 from comparisons import make_rows, read_csv, save_model, write_rows
-from runs import LAUNCHERS, ROOT
+from runs import environments, finish, fork_program
 
 import downstream
 
@@ -107,11 +106,10 @@ def test_two_ranks_share_the_trials(tmp_path):
     flags = ["--task", str(task), "--models", model, "--num_seeds", "4", "--min_steps", "8", "--num_epochs", "1"]
     flags += ["--learning_rates", "1e-3", "--mixed_precision", "no", "--path_model_save"]
     tables = []
-    for ranks, launcher in LAUNCHERS.items():
-        output = tmp_path / f"{ranks} ranks"
-        command = [*launcher, "downstream.py", *flags, str(output)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
+    for ranks in ([{}], environments(2)):
+        output = tmp_path / f"{len(ranks)} ranks"
+        for process in [fork_program("downstream.py", *flags, str(output), **each) for each in ranks]:
+            finish(process)
         [folder] = (output / "downstream").iterdir()
         rows = read_csv(folder / "results.csv")
         assert len(rows) == len(list((folder / "trials").glob("*.json"))) == 4

@@ -1,16 +1,15 @@
 """What users of GPUs rely on, as far as a CPU can show it: the memory trial, memory that runs out, kernels, formats."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import LAUNCHERS, ROOT, assert_close, finish, learner_of, run, start
+from runs import assert_close, finish, fork_program, fork_ranks, learner_of, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -222,29 +221,31 @@ def test_other_errors_are_not_taken_for_memory_that_ran_out():
             raise RuntimeError(text)
 
 
+def limit_memory_of_the_second():
+    """Has this rank run out of memory if it is the second, and else say what it does."""
+    forward, rank = PackedMaskedLM.forward, os.environ["RANK"]
+
+    def limited(self, input_ids, *arguments, **more):
+        if rank == "1" and input_ids.numel() > (96 if self.training else 150):
+            raise torch.OutOfMemoryError("no memory")
+        if self.training and rank == "0":
+            backend = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+            print("patience", backend.options._timeout)
+            print("positions", input_ids.numel())
+        return forward(self, input_ids, *arguments, **more)
+
+    PackedMaskedLM.forward = limited
+
+
 @pytest.mark.slow
-def test_two_ranks_agree_to_use_smaller_micro_batches_and_wait_minutes_for_each_other(settings, tmp_path):
+def test_two_ranks_agree_to_use_smaller_micro_batches_and_wait_minutes_for_each_other(settings):
     """One of them alone runs out of memory, in an evaluation and in a step."""
     usual = {"max_steps": 10, "hidden_dropout": 0.0, "log_every": 1, "micro_batch_tokens": 256}
+    before = {0: limit_memory_of_the_second, 1: limit_memory_of_the_second}
+    first, second = fork_ranks(settings(run_name="limited", **usual), 2, before)
     undisturbed = run(settings(run_name="undisturbed", **usual))
-    script = tmp_path / "limited.py"
-    script.write_text(
-        "import os, runpy, sys; sys.path.insert(0, '.')\n"
-        "import torch, torch.distributed as dist\n"
-        "from model import PackedMaskedLM\n"
-        "forward = PackedMaskedLM.forward\n"
-        "def limited(self, input_ids, *arguments, **more):\n"
-        "    if os.environ['RANK'] == '1' and input_ids.numel() > (96 if self.training else 150):\n"
-        "        raise torch.OutOfMemoryError('no memory')\n"
-        "    if self.training and dist.get_rank() == 0:\n"
-        "        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device('cpu'))\n"
-        "        print('patience', backend.options._timeout)\n"
-        "        print('positions', input_ids.numel())\n"
-        "    return forward(self, input_ids, *arguments, **more)\n"
-        "PackedMaskedLM.forward = limited\n"
-        "runpy.run_path('train.py', run_name='__main__')\n"
-    )
-    out, _ = finish(start(settings(run_name="limited", **usual), [*LAUNCHERS[2], str(script)]))
+    out, _ = finish(first)
+    finish(second)
     assert re.findall(r"step (\d): out of memory; .* micro-batches of (\d+)", out) == [("2", "64")]
     sizes = [int(line.split()[1]) for line in out.splitlines() if line.startswith("positions")]
     assert 96 < max(sizes) <= 128 and max(sizes[-10:]) <= 64  # the rank that has memory divides as finely
@@ -325,11 +326,9 @@ def test_tf32_rounds_the_inputs_of_products_and_is_another_format_to_resume_in(s
 
 @pytest.mark.slow
 def test_the_benchmark_for_gpus_runs_to_its_end_on_a_cpu_and_says_what_it_leaves_out():
-    command = [sys.executable, "benchmarks/gpu.py", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = dict(line.strip("| ").split(" | ", 1) for line in done.stdout.splitlines() if line.startswith("| "))
+    out, _ = finish(fork_program("benchmarks/gpu.py", "--quick"))
+    rows = dict(line.strip("| ").split(" | ", 1) for line in out.splitlines() if line.startswith("| "))
     assert "loss off by" in rows["packed rows against the stock model, bf16"]
     assert rows["memory trial, and memory that runs out"] == "left out: no GPU"
     assert rows["stopped and resumed"] == "the same bits"
-    assert done.stdout.count("| 25 | ") == 2  # Trainer's speed and ours
+    assert out.count("| 25 | ") == 2  # Trainer's speed and ours

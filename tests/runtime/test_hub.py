@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from texts import make_lines
 from transformers import BertConfig, BertForMaskedLM
 
 COMMIT = "0" * 40
+PATH = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # where run.sh finds python
 pytestmark = pytest.mark.slow
 
 
@@ -91,10 +93,9 @@ class StubHub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(tmp_path, tokenizer):
+@contextmanager
+def serve_hub(folder, tokenizer):
     """A stub Hub with a tiny bert-base-uncased and WikiText-2; yields its address."""
-    folder = tmp_path / "hub"
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     BertForMaskedLM(config).save_pretrained(folder / "models" / "bert-base-uncased")
     tokenizer.save_pretrained(folder / "models" / "bert-base-uncased")
@@ -113,17 +114,16 @@ def hub(tmp_path, tokenizer):
     server.shutdown()
 
 
-@pytest.fixture
-def train(tmp_path):
-    """Runs a copy of the project, with empty data and output folders and its own caches."""
-    copy = tmp_path / "project"
+def copy_project(folder):
+    """Returns what runs a copy of the project, with empty data and output folders and its own caches."""
+    copy = folder / "project"
     copy.mkdir()
     for file in [*ROOT.glob("*.py"), ROOT / "run.sh"]:
         shutil.copy(file, copy)
     shutil.copytree(ROOT / "mlm", copy / "mlm")
 
     def start(endpoint, *flags, command=(sys.executable, "train.py"), **environment):
-        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), **environment}
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), **environment}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         started = time.monotonic()
         result = subprocess.run(
@@ -135,22 +135,47 @@ def train(tmp_path):
     return start
 
 
-def test_python_train_py_fetches_the_model_and_wikitext_and_trains(hub, train):
-    result, _ = train(hub, "--max_steps", "2", "--sen_max_length", "64", "--run_name", "first")
-    assert result.returncode == 0, result.stderr
+@pytest.fixture
+def hub(tmp_path, tokenizer):
+    with serve_hub(tmp_path / "hub", tokenizer) as address:
+        yield address
+
+
+@pytest.fixture
+def train(tmp_path):
+    return copy_project(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory, tokenizer):
+    """What runs a copy of the project in which a first run, my_run, fetched model and text; the Hub; the result."""
+    folder = tmp_path_factory.mktemp("fetched")
+    with serve_hub(folder / "hub", tokenizer) as hub:
+        train = copy_project(folder)
+        result, _ = train(hub, "--max_steps", "2", "--sen_max_length", "64", "--run_name", "my_run")
+        assert result.returncode == 0, result.stderr
+        yield train, hub, result
+
+
+def test_python_train_py_fetches_the_model_and_wikitext_and_trains(fetched):
+    train, _, result = fetched
     assert "fetching WikiText-2" in result.stdout
     lines = (train.folder / "data" / "train.txt").read_text(encoding="utf-8").splitlines()
     assert lines == [f" {line} " for line in make_lines(50)] + [""]
-    assert (train.folder / "output" / "first" / "final" / "model.safetensors").is_file()
+    assert (train.folder / "output" / "my_run" / "final" / "model.safetensors").is_file()
 
-    # What was fetched serves again with no Hub in reach.
-    result, _ = train("http://127.0.0.1:9", "--max_steps", "2", "--sen_max_length", "64", "--run_name", "second")
+
+def test_what_was_fetched_serves_run_sh_with_no_hub_in_reach_on_a_machine_without_gpu(fetched):
+    train, _, _ = fetched
+    flags = ["--max_steps", "2", "--sen_max_length", "64", "--run_name", "launched"]
+    result, _ = train("http://127.0.0.1:9", *flags, command=["./run.sh"], **PATH)
     assert result.returncode == 0, result.stderr
+    saved = json.loads((train.folder / "output" / "launched" / "settings.json").read_text())
+    assert saved["derived"]["devices"] == "1 x cpu"
 
 
-def test_a_model_of_the_hub_is_compared_with_the_one_trained_from_it(hub, train):
-    result, _ = train(hub, "--max_steps", "2", "--sen_max_length", "64", "--run_name", "my_run")
-    assert result.returncode == 0, result.stderr
+def test_a_model_of_the_hub_is_compared_with_the_one_trained_from_it(fetched):
+    train, hub, _ = fetched
     rows = "".join(f"{line}\t{'long' if len(line) > 90 else 'short'}\n" for line in make_lines(80, seed=5))
     (train.folder / "labelled.tsv").write_text(rows, encoding="utf-8")
     flags = ["--task", "labelled.tsv", "--models", "bert-base-uncased", "output/my_run/final", "--frozen"]
@@ -221,17 +246,12 @@ def test_an_unknown_name_is_no_network_trouble(hub, train):
     assert "HF_ENDPOINT" not in result.stderr
 
 
-def test_run_sh_says_a_wrong_setting_once_and_trains_on_a_machine_without_gpu(hub, train):
-    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    result, _ = train(hub, "--batch_size", "0", command=["./run.sh"], **path)
+def test_run_sh_says_a_wrong_setting_once_and_helps(train):
+    result, _ = train("http://127.0.0.1:9", "--batch_size", "0", command=["./run.sh"], **PATH)
     assert result.returncode == 2
     assert result.stderr.strip() == "error: batch_size: must be 1 or more, not 0"
-    result, _ = train(hub, "--help", command=["./run.sh"], **path)
+    result, _ = train("http://127.0.0.1:9", "--help", command=["./run.sh"], **PATH)
     assert result.returncode == 0 and "--num_epochs" in result.stdout
-    result, _ = train(hub, "--max_steps", "2", "--run_name", "launched", command=["./run.sh"], **path)
-    assert result.returncode == 0, result.stderr
-    saved = json.loads((train.folder / "output" / "launched" / "settings.json").read_text())
-    assert saved["derived"]["devices"] == "1 x cpu"
 
 
 def test_what_datasets_loads_is_not_counted():

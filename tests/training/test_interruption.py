@@ -11,11 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from runs import (
-    Forked,
     assert_same_bits,
     checkpoint,
     checkpoints,
     finish,
+    fork_run,
     metrics,
     read_until,
     run,
@@ -34,18 +34,18 @@ from mlm.errors import UserError
 def test_killed_five_times_it_ends_with_the_same_bits(long_settings):
     """kill -9 at random moments, each after another random step was reported, before the first checkpoint or after."""
     config = long_settings(run_name="whole", max_steps=60, log_every=1)
-    whole = Forked(config)
+    whole = fork_run(config)
     seed = random.SystemRandom().randrange(10**6)
     draw = random.Random(seed)
     print(f"seed {seed}")  # of the moments
     config = long_settings(run_name="killed", max_steps=60, log_every=1, resume=True)
     for step in sorted(draw.sample(range(1, 58), 5)):
-        process = Forked(config)
+        process = fork_run(config)
         read_until(process, *(f"step {later}/60, epoch" for later in range(step, 60)))  # it may resume after `step`
         time.sleep(draw.uniform(0, 0.03))
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    out, _ = finish(Forked(config))
+    out, _ = finish(fork_run(config))
     assert "resumed from" in out
     finish(whole)
     output = Path(config.path_model_save)

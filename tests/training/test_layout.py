@@ -15,7 +15,7 @@ import pytest
 import torch
 from reference import labelled
 from runs import (
-    LAUNCHERS,
+    TORCHRUN,
     assert_close,
     assert_same_bits,
     checkpoints,
@@ -112,7 +112,7 @@ def assert_trained_alike(one: Path, two: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_train_as_one(layout_settings):
     """Uneven shares of a batch, and none at all."""
-    process = start(layout_settings(run_name="two", max_grad_norm=1e9), [*LAUNCHERS[2], "train.py"])
+    process = start(layout_settings(run_name="two", max_grad_norm=1e9), [*TORCHRUN, "train.py"])
     one = run(layout_settings(run_name="one", max_grad_norm=1e9))
     finish(process)
     assert_trained_alike(one, one.with_name("two"))
@@ -133,19 +133,6 @@ def stop_in_step_8():
     send_signals(pytest.MonkeyPatch(), 8, signal.SIGTERM)
 
 
-STOPPING = """\
-import os, sys
-sys.path[:0] = [".", "tests", "tests/training"]
-import test_layout, train
-from Config import parse_flags
-from mlm.errors import plain_errors
-if os.environ["RANK"] == "1":
-    test_layout.stop_in_step_8()
-with plain_errors():
-    train.main(parse_flags())
-"""
-
-
 @pytest.fixture
 def whole(layout_settings):
     return run(layout_settings(run_name="whole"))
@@ -160,11 +147,12 @@ def assert_moved(folder: Path, whole: Path, said: str, devices: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_begun_on_two_ranks_ends_the_same_on_one(layout_settings, whole, tmp_path, capsys):
+def test_a_run_begun_on_two_ranks_ends_the_same_on_one(layout_settings, whole, capsys):
     """The signal comes to the last rank alone, and both stop after the same step."""
-    (tmp_path / "stop.py").write_text(STOPPING)
     config = layout_settings(run_name="moved")
-    out, _ = finish(start(config, [*LAUNCHERS[2], str(tmp_path / "stop.py")]), 1)  # torchrun's own status
+    first, second = fork_ranks(config, 2, {1: stop_in_step_8})
+    out, _ = finish(first, 143)
+    finish(second, 143)
     assert "stopped after step 8" in out and "--resume" in out
     assert checkpoints(folder_of(config)) == [8]
     capsys.readouterr()

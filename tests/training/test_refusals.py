@@ -162,6 +162,18 @@ def test_a_run_at_work_is_not_resumed_by_another_process(stopped):
         train.main(stopped(resume=True))
 
 
+@pytest.fixture(scope="module")
+def after_one_step(module_settings, tmp_path_factory):
+    output = str(tmp_path_factory.mktemp("output"))
+    return run(module_settings(run_name="start", max_steps=1, path_model_save=output)) / "final"
+
+
+@pytest.fixture
+def start(after_one_step, tmp_path):
+    """The folder of a model to start from, which a test may damage."""
+    return shutil.copytree(after_one_step, tmp_path / "start")
+
+
 @pytest.mark.parametrize(
     ("rename", "said"),
     [
@@ -178,9 +190,8 @@ def test_a_run_at_work_is_not_resumed_by_another_process(stopped):
     ],
     ids=["module", "Wq", "layer", "embeddings"],
 )
-def test_an_encoder_whose_weights_are_not_all_in_the_file_is_refused(settings, tmp_path, rename, said):
+def test_an_encoder_whose_weights_are_not_all_in_the_file_is_refused(settings, start, rename, said):
     """It would be trained from random weights without a word."""
-    start = run(settings(run_name="start", max_steps=1)) / "final"
     kept = {rename(key): tensor for key, tensor in load_file(start / "model.safetensors").items() if rename(key)}
     save_file(kept, start / "model.safetensors", metadata={"format": "pt"})
     config = settings(initial_pretrain_model=str(start), initial_pretrain_tokenizer=str(start))
@@ -190,8 +201,7 @@ def test_an_encoder_whose_weights_are_not_all_in_the_file_is_refused(settings, t
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("mode", ["evaluate_only", "dry_run", "check_only"])
-def test_weights_that_are_not_finite_are_refused(settings, value, mode):
-    start = run(settings(run_name="start", max_steps=1)) / "final"
+def test_weights_that_are_not_finite_are_refused(settings, start, value, mode):
     weights = load_file(start / "model.safetensors")
     weights["bert.encoder.layer.0.output.dense.weight"][1, 2] = value
     save_file(weights, start / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,8 @@
+"""Runs in these tests draw their charts."""
+
+import pytest
+
+
+@pytest.fixture
+def charts():
+    pass

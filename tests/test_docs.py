@@ -159,12 +159,12 @@ def test_commands_that_need_no_network_run(tmp_path):
     write_text(tmp_path / "data")
     source = read(tmp_path / "Config.py")
     for setting, value in {
-        "initial_pretrain_model: str": '"scratch:tiny"',
-        "initial_pretrain_tokenizer: str": '"corpus"',
-        "vocab_size: int": "300",
-        "max_steps: int | None": "30",
-        "save_every: int | None": "5",
-        "tracker: str": '"none"',
+        "initial_pretrain_model: Name": '"scratch:tiny"',
+        "initial_pretrain_tokenizer: Name": '"corpus"',
+        "vocab_size: VocabularySize": "300",
+        "max_steps: Count | None": "30",
+        "save_every: Count | None": "5",
+        "tracker: Name": '"none"',
     }.items():
         source, changed = re.subn(rf"(    {re.escape(setting)} = ).+?(?=  #)", rf"\g<1>{value}", source)
         assert changed == 1, setting

@@ -261,7 +261,7 @@ def test_rows_that_no_token_uses_are_a_note_where_both_names_are_one(tmp_path, s
 def test_a_token_that_was_added_without_a_row_is_said(tmp_path, settings, tokenizer, vocabulary):
     folder = with_rows(tmp_path / "narrow", tokenizer, vocabulary, -1)
     config = settings(initial_pretrain_model=folder, initial_pretrain_tokenizer=folder)
-    with pytest.raises(UserError, match=r"tokens, the model \d+ rows .* resize_token_embeddings"):
+    with pytest.raises(UserError, match=r"tokens, the model \d+ rows .*model\.resize_token_embeddings is due"):
         load_model(config, vocabulary.size, vocabulary.pad_id)
 
 

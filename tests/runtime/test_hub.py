@@ -249,7 +249,7 @@ def test_an_unknown_name_is_no_network_trouble(hub, train):
 def test_run_sh_says_a_wrong_setting_once_and_helps(train):
     result, _ = train("http://127.0.0.1:9", "--batch_size", "0", command=["./run.sh"], **PATH)
     assert result.returncode == 2
-    assert result.stderr.strip() == "error: batch_size: must be 1 or more, not 0"
+    assert result.stderr.strip() == "error: batch_size: must be greater than or equal to 1, not 0"
     result, _ = train("http://127.0.0.1:9", "--help", command=["./run.sh"], **PATH)
     assert result.returncode == 0 and "--num_epochs" in result.stdout
 

@@ -231,5 +231,5 @@ def test_missing_files_are_said(tmp_path):
 def test_bytes_that_are_not_utf_8_are_said_by_line(tmp_path):
     path = tmp_path / "t.tsv"
     path.write_bytes("好的\t一\n".encode() + "标题\t二\n".encode("gbk"))
-    with pytest.raises(UserError, match=r"task: .*t.tsv, line 2 is not UTF-8, as lines above it are. Convert it by itself"):
+    with pytest.raises(UserError, match=r"task: .*t.tsv, line 2 is not UTF-8, as lines above it are. Convert it"):
         load_task(make_config(path))

@@ -179,7 +179,7 @@ def start(after_one_step, tmp_path):
     [
         (
             lambda key: f"module.{key}",
-            r"lacks \d+ of .*, such as bert\.\S+\. It has others, such as module\..* DataParallel; save those of model\.module",
+            r"lacks \d+ of .*, such as bert\.\S+\. It has others, such as module\..* save those of model\.module",
         ),
         (
             lambda key: key.replace("attention.self.query", "attention.self.Wq"),

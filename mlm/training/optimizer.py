@@ -26,12 +26,12 @@ class MuonWithAdamW(torch.optim.AdamW):
         self.precision = precision
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Takes a step. The gradients of Muon's matrices are used up."""
         for group in self.param_groups:
             if group["muon"]:
                 self._step_of_muon(group)
-        super().step(closure)  # passes over parameters without a gradient
+        return super().step(closure)  # passes over parameters without a gradient
 
     def _step_of_muon(self, group: dict[str, Any]) -> None:
         by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
@@ -65,10 +65,13 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Returns the optimizer of that name, "adamw" or "muon".
 
-    precision: of Muon's own work, that of the forward passes. Muon has the matrices of the layers and of the head. Embeddings, of which the projection to the vocabulary is most
-    often one, are AdamW's. Weight decay is on all matrices and embeddings, not on biases and LayerNorm.
+    precision: of Muon's own work, that of the forward passes. Muon has the matrices of the layers and of the head.
+    Embeddings, of which the projection to the vocabulary is most often one, are AdamW's. Weight decay is on all
+    matrices and embeddings, not on biases and LayerNorm.
     """
-    of_muon, matrices, vectors = [], [], []
+    of_muon: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_inner = parameter.ndim == 2 and "embeddings" not in key and "decoder" not in key

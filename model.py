@@ -4,8 +4,10 @@ The starting model is loaded as BertForMaskedLM; for downstream.py also as a cla
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -147,10 +149,12 @@ def load_model(
     pad_id: int,
     checkpoint: Path | None = None,
     added: dict[int, list[int]] | None = None,
+    count_tokens: Callable[[], np.ndarray] | None = None,
 ) -> tuple[BertForMaskedLM, list[str]]:
     """Loads the model in the folder `checkpoint`, or else the one that `initial_pretrain_model` names, in float32.
 
     added: the ids of the subwords of each word that was added to the vocabulary, by its id; a checkpoint knows them.
+    count_tokens: returns how often each token occurs in the training text, (vocabulary,); a new head begins with that.
     The pooler comes along untrained, so that a fine-tuned task starts from it. The dropouts of Config.py are set on the
     modules; the model's config, which is saved, keeps the model's own for whoever fine-tunes it.
     Returns the model and warnings about it. Raises UserError where the checkpoint is missing or not BERT, or does not
@@ -166,12 +170,14 @@ def load_model(
     )
     torch.manual_seed(config.seed)  # of all weights, or of a head that the checkpoint lacks
     if size:
-        model = BertForMaskedLM(bert_config)
+        model, is_head_new = BertForMaskedLM(bert_config), True
     else:
-        model, of_weights = _pretrained_bert(name)
+        model, is_head_new, of_weights = _pretrained_bert(name)
         warnings += of_weights
     if not checkpoint and added:
         _add_embeddings(model, vocabulary_size, added)
+    if not checkpoint and is_head_new and count_tokens:
+        _expect_frequencies(model, count_tokens())
     _set_dropouts(model, config.hidden_dropout, config.attention_dropout)
     for layer in model.bert.encoder.layer:
         # A softmax does not see a constant added to all its inputs, so this bias has no gradient but rounding noise,
@@ -192,7 +198,7 @@ def _config_of_size(size, vocabulary_size, pad_id):
 
 
 def _pretrained_bert(name):
-    """Returns the model in a folder or on the Hub, with its pooler, and warnings."""
+    """Returns the model in a folder or on the Hub, with its pooler; whether its head is new; and warnings."""
     model, is_head_new, warnings = load_masked_lm(name, "initial_pretrain_model")
     if is_head_new:
         warnings.append(
@@ -203,7 +209,17 @@ def _pretrained_bert(name):
     encoder, missing, _ = load_weights(BertModel, name, "initial_pretrain_model")
     if not any(key.startswith("pooler") for key in missing):
         model.bert.pooler = encoder.pooler.requires_grad_(False)
-    return model, warnings
+    return model, is_head_new, warnings
+
+
+@torch.no_grad()
+def _expect_frequencies(model, counts):
+    """Begins the bias of a new head at the logarithms of the tokens' shares, each count raised by one, so that it need
+    not learn what is frequent (Meister et al., A Natural Bias for Language Generation Models, arXiv 2212.09686)."""
+    bias = model.cls.predictions.bias  # (rows,): the tokens, and rows to spare
+    shares = torch.ones(len(bias), dtype=torch.float64)
+    shares[: len(counts)] += torch.from_numpy(counts)
+    bias.copy_((shares / shares.sum()).log())
 
 
 def load_masked_lm(name: str, setting: str) -> tuple[BertForMaskedLM, bool, list[str]]:

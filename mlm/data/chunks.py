@@ -23,6 +23,8 @@ from mlm.data.tokenizer import Vocabulary
 from mlm.data.words import Encoders, WordCounts, tokenize
 from mlm.errors import UserError
 
+COUNTED_AT_ONCE = 1 << 24  # tokens
+
 
 @dataclass(frozen=True)
 class Chunks:
@@ -56,6 +58,15 @@ def take(chunks: Chunks, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     marked = chunks.tokens[np.arange(lengths.sum()) + np.repeat(skipped, lengths)]
     word_bit = _word_bit(marked.dtype)
     return (marked & ((1 << word_bit) - 1)).astype(np.int64), lengths, (marked >> word_bit).astype(bool)
+
+
+def count_tokens(chunks: Chunks, vocabulary_size: int) -> np.ndarray:
+    """Returns how often each token occurs in the chunks: (vocabulary,) int64."""
+    counts = np.zeros(vocabulary_size, dtype=np.int64)
+    ids = (1 << _word_bit(chunks.tokens.dtype)) - 1
+    for start in range(0, len(chunks.tokens), COUNTED_AT_ONCE):
+        counts += np.bincount(chunks.tokens[start : start + COUNTED_AT_ONCE] & ids, minlength=vocabulary_size)
+    return counts
 
 
 def _word_bit(dtype: Any) -> int:

@@ -91,12 +91,13 @@ class Config:
     mask_span: bool = False  # choose runs of whole words, of geometric lengths, as SpanBERT does
 
     # --- optimisation
+    optimizer: Literal["auto", "adamw", "muon"] = "auto"  # auto: Muon from random weights, AdamW for a checkpoint
     num_epochs: Count = 3  # times every line is seen
     max_steps: Count | None = None  # optimizer steps, whatever num_epochs says; unset: num_epochs decides
     batch_size: Count = 32  # chunks per optimizer step, over all devices
     learning_rate: Positive | None = None  # peak; unset: 3e-5, or that of the size when training from scratch
     num_warmup_steps: NotNegative = 0.1  # linear warm-up: below 1 a share of all steps, else a count; then linear decay
-    weight_decay: NotNegative = 0.01  # AdamW's, not on biases and LayerNorm
+    weight_decay: NotNegative = 0.01  # decoupled weight decay, not on biases and LayerNorm
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
     seed: Seed = 42  # decides order, masks, dropout, held-out lines and new weights
 

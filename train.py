@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import BertForMaskedLM
 
 import data_process
-from mlm.data.chunks import Corpus, steps_per_epoch
+from mlm.data.chunks import Corpus, count_tokens, steps_per_epoch
 from mlm.data.micro_batches import MicroBatcher, Prefetcher
 from mlm.data.randomness import evaluation_order
 from mlm.data.tokenizer import tokenizer_warnings
@@ -38,6 +38,7 @@ from mlm.settings import repeat_command
 from mlm.storage import atomic_write, write_csv
 from mlm.terminal import prepare_output, say, steps_bar
 from mlm.training import checkpoint, micro_batch_size, step
+from mlm.training.optimizer import make_optimizer
 from mlm.training.plan import Timings, make_plan, middle_sample, resolve, time_left
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers
@@ -83,7 +84,10 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     # The weights: the checkpoint's, or those to start from.
     vocabulary, ids = corpus.vocabulary, corpus.tokenizer.get_vocab()
     added = {ids[word]: subwords for word, subwords in corpus.added_words.items()}
-    bert, model_warnings = load_model(config, vocabulary.size, vocabulary.pad_id, resumed, added)
+    bert, model_warnings = load_model(
+        config, vocabulary.size, vocabulary.pad_id, resumed, added,
+        count_tokens=lambda: count_tokens(corpus.train, vocabulary.size),
+    )  # fmt: skip
 
     # What was found, for the user.
     derived = derive_numbers(accelerator, bert, corpus, plan)
@@ -107,7 +111,8 @@ def make_learner(config: Config, bert: BertForMaskedLM, corpus: Corpus, accelera
     packed = PackedMaskedLM(bert)
     if config.compile:
         packed.compile(dynamic=True)  # once for all sizes of batches
-    optimizer = step.make_optimizer(packed, cast(float, config.learning_rate), config.weight_decay)
+    rate = cast(float, config.learning_rate)
+    optimizer = make_optimizer(packed, config.optimizer, rate, config.weight_decay, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(packed, optimizer)
     if accelerator.device.type == "cpu":
         hardware.keep_freed_memory()

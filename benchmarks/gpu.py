@@ -42,10 +42,11 @@ from mlm.data.tokenizer import Vocabulary
 from mlm.runtime.hardware import has_variable_length_kernels, native_precision
 from mlm.runtime.signals import StopRequest
 from mlm.training import micro_batch_size
+from mlm.training.optimizer import make_optimizer
 from mlm.training.plan import Plan
 from mlm.training.progress import Progress
 from mlm.training.run import Learner
-from mlm.training.step import make_optimizer, take_step
+from mlm.training.step import take_step
 from model import PackedMaskedLM
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +77,13 @@ def random_bert(size: str, dropout: float = 0.0) -> BertForMaskedLM:
 
 
 def settings(batch_size: int, **changes) -> Config:
-    usual = {"batch_size": batch_size, "sen_max_length": 512, "max_steps": 10_000, "learning_rate": 1e-4}
+    usual = {
+        "batch_size": batch_size,
+        "sen_max_length": 512,
+        "max_steps": 10_000,
+        "learning_rate": 1e-4,
+        "optimizer": "adamw",
+    }
     return Config(**usual | changes)
 
 
@@ -89,7 +96,9 @@ def make_learner(size: str, config: Config, precision: str, on_cpu: bool = False
     packed = PackedMaskedLM(bert)
     if config.compile:
         packed.compile(dynamic=True)
-    model, optimizer = accelerator.prepare(packed, make_optimizer(packed, config.learning_rate, config.weight_decay))
+    model, optimizer = accelerator.prepare(
+        packed, make_optimizer(packed, config.optimizer, config.learning_rate, config.weight_decay, precision)
+    )
     varlen = not on_cpu and has_variable_length_kernels(config.attention_dropout, precision, head_size=64)
     micro_batcher = MicroBatcher(VOCABULARY, accelerator.device, varlen, config.sen_max_length, 1 << 20)
     learner = Learner(accelerator, bert, model, optimizer, micro_batcher)

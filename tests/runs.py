@@ -30,6 +30,7 @@ from mlm.errors import plain_errors
 from mlm.evaluation import loss
 from mlm.report.plots import Chart
 from mlm.training import step as training_step
+from mlm.training.optimizer import make_optimizer
 from mlm.training.run import Learner
 from model import PackedMaskedLM
 
@@ -141,7 +142,7 @@ def micro_batcher_of(vocabulary: Vocabulary, max_positions: int = 10**6, varlen:
 def learner_of(bert: BertForMaskedLM, vocabulary: Vocabulary) -> Learner:
     """A model that could be trained on the CPU."""
     model = PackedMaskedLM(bert)
-    optimizer = training_step.make_optimizer(model, learning_rate=1e-3, weight_decay=0.0)
+    optimizer = make_optimizer(model, "adamw", learning_rate=1e-3, weight_decay=0.0)
     return Learner(Accelerator(), bert, model, optimizer, micro_batcher_of(vocabulary))
 
 

@@ -23,8 +23,9 @@ from mlm.data.packing import Sequences, slice_chunks
 from mlm.data.randomness import dropout_seed
 from mlm.downstream.encoding import Encoded, training_order
 from mlm.terminal import progress_bar
+from mlm.training.optimizer import make_optimizer
 from mlm.training.plan import learning_rate_at
-from mlm.training.step import has_finite_weights, make_optimizer, set_learning_rate
+from mlm.training.step import has_finite_weights, set_learning_rate
 
 WARMUP_SHARE, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.01, 1.0
 MAX_EVALUATIONS = 10  # on dev, in one fine-tuning
@@ -66,7 +67,7 @@ def fine_tune(
     """
     if accelerator.scaler is not None:  # which remembers the scale that the last classifier needed
         accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
-    optimizer = accelerator.prepare(make_optimizer(classifier, budget.learning_rate, WEIGHT_DECAY))
+    optimizer = accelerator.prepare(make_optimizer(classifier, "adamw", budget.learning_rate, WEIGHT_DECAY))
     warmup_steps = round(WARMUP_SHARE * budget.steps)
     best_step, best_score, best_weights = 0, 0.0, deepcopy(classifier.state_dict())
     batches = islice(training_order(train, budget.batch_size, seed), budget.steps)

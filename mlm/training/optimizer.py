@@ -27,16 +27,21 @@ class MuonWithAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Takes a step. The gradients of Muon's matrices are used up."""
+        """Takes a step; a parameter without a gradient stays. The gradients of Muon's matrices are used up."""
         for group in self.param_groups:
             if group["muon"]:
                 self._step_of_muon(group)
-        return super().step(closure)  # passes over parameters without a gradient
+        return super().step(closure)
 
     def _step_of_muon(self, group: dict[str, Any]) -> None:
         by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
         for parameter in group["params"]:
-            momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"]
             momentum.lerp_(parameter.grad, 1 - MOMENTUM)
             by_shape[parameter.shape].append((parameter, parameter.grad.lerp(momentum, MOMENTUM)))
             parameter.grad = None
@@ -44,15 +49,15 @@ class MuonWithAdamW(torch.optim.AdamW):
             updates = orthogonalize(torch.stack([update for _, update in updated]), self.precision)
             rate = group["lr"] * MATCH_ADAMW * max(shape) ** 0.5
             for (parameter, _), update in zip(updated, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * rate)
 
 
 def orthogonalize(matrices: Tensor, precision: torch.dtype) -> Tensor:
     """Returns for matrices (n, rows, columns) the nearest ones with orthonormal rows or columns, roughly: most singular
     values become 0.7 to 1.2, by Newton and Schulz's iteration in that precision."""
     is_tall = matrices.shape[1] > matrices.shape[2]
-    states = (matrices.mT if is_tall else matrices).to(precision)
-    states = states / states.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    states = matrices.mT if is_tall else matrices
+    states = (states / states.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(precision)
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):
         gram = states @ states.mT
@@ -61,13 +66,13 @@ def orthogonalize(matrices: Tensor, precision: torch.dtype) -> Tensor:
 
 
 def make_optimizer(
-    model: nn.Module, name: str, learning_rate: float, weight_decay: float, precision: torch.dtype
+    model: nn.Module, name: str, learning_rate: float, weight_decay: float, mixed_precision: str = "no"
 ) -> torch.optim.Optimizer:
     """Returns the optimizer of that name, "adamw" or "muon".
 
-    precision: of Muon's own work, that of the forward passes. Muon has the matrices of the layers and of the head.
-    Embeddings, of which the projection to the vocabulary is most often one, are AdamW's. Weight decay is on all
-    matrices and embeddings, not on biases and LayerNorm.
+    mixed_precision: of the forward passes, as accelerate names it; Muon iterates in bfloat16 where it is bf16, else in
+    float32. Muon has the matrices of the layers and of the head. Embeddings, of which the projection to the vocabulary
+    is most often one, are AdamW's. Weight decay is on all matrices and embeddings, not on biases and LayerNorm.
     """
     of_muon: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
@@ -83,4 +88,5 @@ def make_optimizer(
         {"params": vectors, "weight_decay": 0.0, "muon": False},
     ]
     # BERT's own epsilon: with 1e-8 Adam would blow the rounding noise of the smallest gradients up into steps.
+    precision = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     return MuonWithAdamW(groups, precision, lr=learning_rate, eps=1e-6, fused=True)

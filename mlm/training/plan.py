@@ -46,6 +46,7 @@ def resolve(config: Config, epoch_steps: int, precision: str) -> Config:
         config,
         path_datasets=str(text_folder(config)),
         max_steps=total_steps,
+        optimizer=("muon" if config.scratch_size else "adamw") if config.optimizer == "auto" else config.optimizer,
         num_warmup_steps=warmup_steps,
         learning_rate=config.learning_rate or usual_rate,
         eval_every=config.eval_every or math.ceil(epoch_steps / evaluations_per_epoch),

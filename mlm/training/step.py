@@ -1,4 +1,4 @@
-"""A training step and what it needs: the optimizer, and gradients summed over micro-batches."""
+"""A training step: gradients summed over micro-batches, and what becomes of them."""
 
 import math
 import time
@@ -23,17 +23,6 @@ from mlm.training.run import Learner
 
 MAX_CONSECUTIVE_SKIPS = 5  # steps without a finite loss and gradient; as many end a run
 FP16_HALVINGS = 16  # so many more in fp16, whose gradient scaler may first have to halve its 65,536 down to 1
-
-
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Returns AdamW with weight decay on matrices and embeddings alone: not on biases and LayerNorm."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-    # BERT's own epsilon: with 1e-8 Adam would blow the rounding noise of the smallest gradients up into steps.
-    return torch.optim.AdamW(groups, lr=learning_rate, eps=1e-6, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -39,7 +39,7 @@ def test_muons_steps_are_those_of_torch(bert):
     """torch's iterates one matrix after the other, in bfloat16 alone."""
     ours, theirs = bert, BertForMaskedLM(bert.config)
     theirs.load_state_dict(ours.state_dict())
-    optimizer = make_optimizer(ours, "muon", 0.02, 0.1, torch.bfloat16)
+    optimizer = make_optimizer(ours, "muon", 0.02, 0.1, "bf16")
     matrices = {name: weight for name, weight in theirs.named_parameters() if ".dense.weight" in name or "self" in name}
     matrices = {name: weight for name, weight in matrices.items() if weight.ndim == 2}
     reference = torch.optim.Muon(matrices.values(), lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
@@ -59,7 +59,7 @@ def test_muons_steps_are_those_of_torch(bert):
 def test_all_else_is_adamws(bert, name):
     ours, theirs = bert, BertForMaskedLM(bert.config)
     theirs.load_state_dict(ours.state_dict())
-    optimizer = make_optimizer(ours, name, 0.01, 0.1, torch.float32)
+    optimizer = make_optimizer(ours, name, 0.01, 0.1)
     decays = [weight for weight in theirs.parameters() if weight.ndim > 1]
     rest = [weight for weight in theirs.parameters() if weight.ndim < 2]
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]

@@ -214,10 +214,10 @@ def prefetch(run: Run, progress: Progress) -> Prefetcher:
 
 def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
     """Scores the model on the test text and keeps the best in best/. Raises Stopped where a signal comes meanwhile."""
-    # The first and the last evaluation score the whole test text, or as much as is allowed; the others a sample of it.
+    # The last evaluation scores the whole test text, or as much as is allowed; the others a sample of it.
     setup, corpus, plan = run.setup, run.corpus, run.setup.plan
-    is_whole = progress.step in (0, plan.steps)
-    evaluation = evaluate_chunks(run, plan.test_chunks if is_whole else progress.sampled_chunks)
+    at_the_ends = {0: plan.first_test_chunks, plan.steps: plan.test_chunks}
+    evaluation = evaluate_chunks(run, at_the_ends.get(progress.step, progress.sampled_chunks))
     if progress.baseline is None:
         progress.baseline = evaluation
         progress.sampled_chunks = middle_sample(plan, corpus.test, evaluation)

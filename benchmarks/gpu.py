@@ -111,8 +111,8 @@ def train_steps(learner: Learner, chunks: Chunks, config: Config) -> Iterator[fl
     epoch_steps, positions = steps_per_epoch(len(chunks), config.batch_size), len(chunks.tokens)
     plan = Plan(
         steps=config.max_steps, steps_per_epoch=epoch_steps, warmup_steps=1000, peak_learning_rate=config.learning_rate,
-        evaluate_every=epoch_steps, save_every=None, test_chunks=1, tokens_per_step=positions // epoch_steps,
-        positions_per_step=positions // epoch_steps,
+        evaluate_every=epoch_steps, save_every=None, first_test_chunks=1, test_chunks=1,
+        tokens_per_step=positions // epoch_steps, positions_per_step=positions // epoch_steps,
     )  # fmt: skip
     progress, stop = Progress(), StopRequest()
     batches = training_batches(chunks, VOCABULARY, BERT_RULE, 0, config.batch_size)

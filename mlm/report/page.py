@@ -8,7 +8,7 @@ from mlm.errors import optional
 from mlm.evaluation.loss import compare, load_evaluation, perplexity
 from mlm.report.plots import COLORS_OF_RUNS, Chart, Curve, Point, draw_curves, draw_histogram
 from mlm.report.summary import SCORES, Summary, read_summary
-from mlm.report.wording import describe_change, notes, score_rows, verdict
+from mlm.report.wording import describe_change, notes, score_rows, scored_chunks, verdict
 from mlm.storage import read_csv, write_text
 from mlm.terminal import figure, render
 from mlm.training.run import Ending
@@ -45,6 +45,7 @@ def render_run(run: Summary) -> str:
         notes=[*notes(run), *_general_text_notes(run.folder)],
         warnings=warnings,
         scores=score_rows(run),
+        scored_chunks=scored_chunks(run),
         charts=_draw_charts(run),
         tasks=_task_results(run.folder),
         splits=splits,

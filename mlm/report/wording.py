@@ -125,6 +125,16 @@ def score_rows(summary: Summary) -> list[tuple[str, ...]]:
     return rows
 
 
+def scored_chunks(summary: Summary) -> str:
+    """Returns what the scores are of."""
+    first, last = (int(summary.evaluations[place]["test_chunks"]) for place in (0, -1))
+    all_chunks = summary.text.test.chunks
+    scored = (
+        f"{last:,} of {all_chunks:,} chunks of test text" if last < all_chunks else f"all {last:,} chunks of test text"
+    )
+    return scored if first == last else f"{scored} ({first:,} before training; the change is on what both scored)"
+
+
 def closing_words(summary: Summary) -> str:
     """Returns the end of the log: scores before and after, some hidden words and their guesses, where the model is."""
     rows = score_rows(summary)
@@ -133,7 +143,12 @@ def closing_words(summary: Summary) -> str:
     else:  # both scores are the same
         scores = table([(name, score, note) for name, _, score, note in rows], "<><")
     return render(
-        "report/templates/closing.txt", run=summary, scores=scores, verdict=verdict(summary), notes=notes(summary)
+        "report/templates/closing.txt",
+        run=summary,
+        scores=scores,
+        scored_chunks=scored_chunks(summary),
+        verdict=verdict(summary),
+        notes=notes(summary),
     )
 
 

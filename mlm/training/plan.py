@@ -14,10 +14,10 @@ from mlm.errors import UserError
 from mlm.evaluation.loss import Evaluation
 from mlm.training.progress import Progress
 
-# Evaluations between the first and the last score a sample of the test chunks.
+# All evaluations but the last score a sample of the test chunks, where all of them would take too long.
 SAMPLE_ERROR = 0.01  # the standard error wanted of a loss, in nats: one per cent of the perplexity
 TYPICAL_LOSS_STD = 4.0  # nats, of a masked token's loss once a model has learned something: 1.8 to 3.8 in four runs
-LARGEST_EVALUATION_SHARE = 0.05  # of training's work, for all of them together
+LARGEST_EVALUATION_SHARE = 0.05  # of training's work: for the first, and for all between it and the last together
 SMALLEST_SAMPLE = 256  # chunks, whatever share they are
 MOST_STEPS_UNEVALUATED = 10_000  # where eval_every is unset
 STEP_IN_FORWARD_PASSES = 3  # a training step is a forward pass, and a backward pass of about twice its work
@@ -71,7 +71,8 @@ class Plan:
     peak_learning_rate: float
     evaluate_every: int  # steps
     save_every: int | None  # steps; None: at the ends of epochs, and by the clock, as long as that costs little
-    test_chunks: int  # that the first and the last evaluation score
+    first_test_chunks: int  # that the evaluation before training scores
+    test_chunks: int  # that the last evaluation scores
     tokens_per_step: int  # on average
     positions_per_step: int  # on average, with [CLS] and [SEP]
 
@@ -112,6 +113,9 @@ def make_plan(config: Config, corpus: Corpus) -> Plan:
     assert config.max_steps and config.learning_rate and config.eval_every, "`resolve` has set them"
     epoch_steps = steps_per_epoch(len(corpus.train), config.batch_size)
     tokens = len(corpus.train.tokens)
+    positions_per_step = round((tokens + 2 * len(corpus.train)) / epoch_steps)
+    test_chunks = min(len(corpus.test), config.max_test_chunks or len(corpus.test))
+    sample = max(SMALLEST_SAMPLE, affordable_chunks(config.max_steps * positions_per_step, corpus.test))
     return Plan(
         steps=config.max_steps,
         steps_per_epoch=epoch_steps,
@@ -119,10 +123,17 @@ def make_plan(config: Config, corpus: Corpus) -> Plan:
         peak_learning_rate=config.learning_rate,
         evaluate_every=config.eval_every,
         save_every=config.save_every,
-        test_chunks=min(len(corpus.test), config.max_test_chunks or len(corpus.test)),
+        first_test_chunks=test_chunks if config.evaluate_only else min(test_chunks, sample),
+        test_chunks=test_chunks,
         tokens_per_step=round(tokens / epoch_steps),
-        positions_per_step=round((tokens + 2 * len(corpus.train)) / epoch_steps),
+        positions_per_step=positions_per_step,
     )
+
+
+def affordable_chunks(trained_positions: int, test: Chunks) -> int:
+    """Returns how many test chunks can be scored in LARGEST_EVALUATION_SHARE of the work that training is."""
+    positions = LARGEST_EVALUATION_SHARE * STEP_IN_FORWARD_PASSES * trained_positions
+    return int(positions / (2 + len(test.tokens) / len(test)))
 
 
 def middle_sample(plan: Plan, test: Chunks, baseline: Evaluation) -> int:
@@ -134,10 +145,8 @@ def middle_sample(plan: Plan, test: Chunks, baseline: Evaluation) -> int:
     for_the_error = (TYPICAL_LOSS_STD / SAMPLE_ERROR) ** 2 / baseline.masked.mean()
     if math.isfinite(baseline.loss_se):
         for_the_error = max(for_the_error, len(baseline.losses) * (baseline.loss_se / SAMPLE_ERROR) ** 2)
-    positions = LARGEST_EVALUATION_SHARE * STEP_IN_FORWARD_PASSES * (plan.positions_per_step * plan.steps)
-    positions_per_chunk = 2 + len(test.tokens) / len(test)
-    affordable = positions / max(1, len(plan.middle_evaluations())) / positions_per_chunk
-    return round(min(plan.test_chunks, max(SMALLEST_SAMPLE, min(for_the_error, affordable))))
+    affordable = affordable_chunks(plan.positions_per_step * plan.steps, test) / max(1, len(plan.middle_evaluations()))
+    return round(min(plan.first_test_chunks, max(SMALLEST_SAMPLE, min(for_the_error, affordable))))
 
 
 # -------------------------------------------------------------------------------------------------------------- time
@@ -188,9 +197,10 @@ class TimeLeft(NamedTuple):
 def time_left(plan: Plan, progress: Progress, timings: Timings, seconds_per_step: float) -> TimeLeft:
     """Returns what is left from where the run stands to its end, each part as fast as it was last."""
     middle = len(plan.middle_evaluations(progress.step))
-    at_an_end = sum(progress.last_evaluated_step < step for step in (0, plan.steps))
-    evaluations = middle + at_an_end
-    test_chunks = middle * progress.sampled_chunks + at_an_end * plan.test_chunks
+    ends = {0: plan.first_test_chunks, plan.steps: plan.test_chunks}
+    at_an_end = [chunks for step, chunks in ends.items() if progress.last_evaluated_step < step]
+    evaluations = middle + len(at_an_end)
+    test_chunks = middle * progress.sampled_chunks + sum(at_an_end)
     step_seconds = (plan.steps - progress.step) * seconds_per_step
     checkpoints = plan.saves_left(progress.step)
     between = seconds_per_step * min(plan.steps_per_epoch, plan.save_every or plan.steps_per_epoch)

@@ -113,6 +113,7 @@ def test_a_start_that_knows_nothing_is_said_before_it_is_trained(settings, tmp_p
     torch.manual_seed(0)
     if spoilt == "head":
         torch.nn.init.normal_(weights["cls.predictions.transform.dense.weight"])
+        torch.nn.init.zeros_(weights["cls.predictions.bias"])
     if spoilt == "tokens":
         rows = weights["bert.embeddings.word_embeddings.weight"]
         weights["bert.embeddings.word_embeddings.weight"] = 3 * rows[torch.randperm(len(rows))]

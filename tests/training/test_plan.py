@@ -13,7 +13,7 @@ from mlm.training.progress import Progress
 def plan_of(steps: int, epoch: int, evaluate_every: int = 4, save_every: int | None = None) -> Plan:
     return Plan(
         steps=steps, steps_per_epoch=epoch, warmup_steps=0, peak_learning_rate=1.0, evaluate_every=evaluate_every,
-        save_every=save_every, test_chunks=80, tokens_per_step=100, positions_per_step=110,
+        save_every=save_every, first_test_chunks=70, test_chunks=80, tokens_per_step=100, positions_per_step=110,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_the_time_left_is_that_of_steps_evaluations_and_checkpoints():
     assert (left.evaluations, left.test_chunks, left.checkpoints) == (2, 130, 2)
     assert left.seconds == pytest.approx(10 * 2 + 130 * 0.1 + 3 * 3.0 + 2 * 7.0)
     at_the_start = time_left(plan, Progress(sampled_chunks=50), TIMINGS, seconds_per_step=2.0)
-    assert (at_the_start.evaluations, at_the_start.test_chunks) == (5, 80 + 3 * 50 + 80)
+    assert (at_the_start.evaluations, at_the_start.test_chunks) == (5, 70 + 3 * 50 + 80)
 
 
 def test_checkpoints_that_nobody_asked_for_are_predicted_as_seldom_as_they_are_affordable():

@@ -21,7 +21,7 @@ from mlm.evaluation import loss as evaluation
 from mlm.evaluation.loss import Evaluation, compare, evaluate, standard_error
 from mlm.runtime.signals import StopRequest
 from mlm.training import plan as training_plan
-from mlm.training.plan import Plan, middle_sample
+from mlm.training.plan import Plan, affordable_chunks, middle_sample
 from model import PackedMaskedLM, load_model
 
 
@@ -220,7 +220,13 @@ def test_the_sample_suffices_for_one_percent_and_costs_a_twentieth():
     assert sample_of(start.first(1), training_positions=10**9, evaluate_every=32) == 1
 
 
-def test_evaluations_in_the_middle_take_a_sample_and_a_resumed_run_the_same_bits(long_settings, monkeypatch):
+def test_what_five_percent_of_the_training_pays_for():
+    """A step is three forward passes: of a million positions 5% are 150,000 of one, 7,500 chunks of 18 tokens."""
+    chunks = Chunks(np.zeros(18 * 50), 18 * np.arange(51), np.arange(50))
+    assert affordable_chunks(10**6, chunks) == 7500
+
+
+def test_evaluations_before_the_last_take_a_sample_and_a_resumed_run_the_same_bits(long_settings, monkeypatch, capsys):
     """Stopped in the middle, with another number of evaluations after: best/ and every figure are those of a run that
     was not."""
     monkeypatch.setattr(training_plan, "SMALLEST_SAMPLE", 6)
@@ -229,6 +235,11 @@ def test_evaluations_in_the_middle_take_a_sample_and_a_resumed_run_the_same_bits
     rows = [row for row in metrics(whole) if row["eval_loss"]]
     taken = [int(row["test_chunks"]) for row in rows]
     assert taken == [taken[0], *[6] * (len(rows) - 2), taken[-1]] and 6 < taken[0] < taken[-1]
+    said = capsys.readouterr().out
+    assert f"before training, test ({taken[0]} of {taken[-1]} chunks)" in said
+    assert (
+        f"all {taken[-1]} chunks of test text ({taken[0]} before training; the change is on what both scored)" in said
+    )
     folder = stop_at(long_settings(run_name="stopped"), 11)
     run(long_settings(run_name="stopped", resume=True))
     assert_same_bits(folder, whole)

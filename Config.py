@@ -159,14 +159,14 @@ class DownstreamConfig:
     label_column: Name | None = None  # that of the label
     test_fraction: Share = 0.2  # share of the texts that are tested on, where there is no test file
     dev_fraction: Share = 0.1  # share that chooses learning rate and epoch, where there is no dev file
-    examples_per_class: tuple[str, ...] = ("all",)  # training texts per class, such as 10 50 all: a learning curve
+    examples_per_class: tuple[str, ...] = ("10", "50", "all")  # training texts per class: a learning curve, or one size
     sen_max_length: Length = 128  # positions of a text: tokens, [CLS] and [SEP]; longer texts are truncated
 
     # --- fine-tuning
     frozen: bool = False  # linear probe: logistic regression on each model's features, and no fine-tuning
     num_seeds: Count = 6  # fine-tunings of each model; with fewer than 6 no difference can be told from chance
     num_epochs: Count = 4  # times the training texts are seen, at least
-    min_steps: Count = 300  # optimizer steps at least, whatever num_epochs says: small data need more epochs
+    min_steps: Count = 500  # optimizer steps at least, whatever num_epochs says: small data need more epochs
     batch_size: Count = 32  # texts per optimizer step
     learning_rates: tuple[Positive, ...] = (2e-5, 5e-5, 1e-4)  # peaks, each tried with the first seed; dev chooses
     seed: Seed = 42  # the first seed; decides splits, drawn texts, new heads, order and dropout

@@ -33,7 +33,7 @@ from mlm.downstream.contamination import count_contaminated
 from mlm.downstream.encoding import encode
 from mlm.downstream.metrics import choose_metric
 from mlm.downstream.plot import save_picture
-from mlm.downstream.task import load_task, sample_per_class
+from mlm.downstream.task import Task, load_task, sample_per_class
 from mlm.downstream.trials import Result, Trial
 from mlm.evaluation.loss import evaluate
 from mlm.report.page import redraw
@@ -53,7 +53,7 @@ def compare_models(config: DownstreamConfig, accelerator: Accelerator) -> None:
     for whatever the user can put right."""
     comparison = set_up(config, accelerator)
     outcomes = []
-    for size in config.examples_per_class:
+    for size in different_sizes(comparison.task, config):
         tried = try_models(comparison, size)
         outcomes.append(results.summarize(comparison.task, comparison.metric, size, tried))
         say(results.describe_outcome(outcomes[-1]))
@@ -127,6 +127,19 @@ def read_candidate(comparison: Comparison, name: str) -> Candidate:
     )
 
 
+def different_sizes(task: Task, config: DownstreamConfig) -> list[str]:
+    """Returns examples_per_class without sizes that are all the training texts, where "all" is there too."""
+    sizes = []
+    for size in config.examples_per_class:
+        is_all = size != "all" and len(sample_per_class(task, size, config.seed)) == len(task.train)
+        if is_all:
+            also = ", as all is: left out" if "all" in config.examples_per_class else ""
+            say(f"note: {size} per class are all the training texts{also}")
+        if not (is_all and "all" in config.examples_per_class):
+            sizes.append(size)
+    return sizes
+
+
 def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
     """Returns each model's results, one per seed, with `size` training texts per class."""
     config = comparison.config
@@ -136,8 +149,6 @@ def try_models(comparison: Comparison, size: str) -> dict[str, list[Result]]:
         return trials.run(comparison, todo, probe_once)
 
     # The first seed tries every learning rate, and dev chooses one for each model.
-    if size != "all" and len(sample_per_class(comparison.task, size, config.seed)) == len(comparison.task.train):
-        say(f"note: {size} per class are all the training texts")
     first = [Trial(name, size, config.seed, rate) for name in config.models for rate in config.learning_rates]
     tried = trials.run(comparison, first, fine_tune_once)
     chosen = {name: choose_rate(name, config.learning_rates, of_rates) for name, of_rates in tried.items()}

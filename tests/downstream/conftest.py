@@ -17,6 +17,7 @@ def compare(tmp_path) -> Callable[..., Path]:
 
     def run(task: Path, *models: str, **changes) -> Path:
         usual = {"num_epochs": 1, "min_steps": 12, "learning_rates": (1e-3,), "mixed_precision": "no"}
+        usual["examples_per_class"] = ("all",)
         usual |= {"path_model_save": str(tmp_path / "output")}
         config = DownstreamConfig(task=str(task), models=models, **usual | changes)
         try:

@@ -136,15 +136,25 @@ def test_a_learning_curve_and_general_text(tmp_path, compare, capsys):
     task = write_rows(tmp_path / "task.tsv", make_rows(120, 5))
     (tmp_path / "general.txt").write_text("w1 w2 w3 w4\n\nw5 w6 w7\n")
     model, headless = save_model(tmp_path / "model"), save_model(tmp_path / "headless", pooler=True)
-    sizes = ("5", "20", "all")
+    sizes = ["5", "20", "all"]
+    given = ("5", "20", "90", "all")  # of 84 texts to train on
     folder = compare(
-        task, model, headless, frozen=True, examples_per_class=sizes, general_text=str(tmp_path / "general.txt")
+        task, model, headless, frozen=True, examples_per_class=given, general_text=str(tmp_path / "general.txt")
     )
-    assert [row["examples_per_class"] for row in read_csv(folder / "comparison.csv")] == list(sizes)
+    assert [row["examples_per_class"] for row in read_csv(folder / "comparison.csv")] == sizes
     [row] = read_csv(folder / "general_text.csv")
     assert row["model"] == model and 20 < float(row["perplexity"]) < 100  # of 37 tokens, at random
     said = capsys.readouterr().out
     assert "no masked-language-model head" in said and "nats per character" in said
+    assert said.count("are all the training texts") == said.count("note: 90 per class") == 1
+
+
+def test_a_size_that_is_all_the_texts_is_tried_where_it_alone_is_asked_for(tmp_path, compare, capsys):
+    task = write_rows(tmp_path / "task.tsv", make_rows(60, 5))
+    model = save_model(tmp_path / "model")
+    folder = compare(task, model, frozen=True, num_seeds=1, examples_per_class=("90",))
+    assert [row["examples_per_class"] for row in read_csv(folder / "results.csv")] == ["90"]
+    assert "note: 90 per class are all the training texts\n" in capsys.readouterr().out
 
 
 def test_chinese_labels_and_texts(tmp_path, compare):

@@ -2,10 +2,10 @@
 
     python benchmarks/time_to_perplexity.py --text folder/with/train.txt/and/test.txt --peer run_mlm_no_trainer.py
 
-The others train for one epoch; what they end with is the perplexity to reach. This project trains for one epoch too,
-and for the shorter runs that --steps names. Every model is scored by this project's evaluation: BERT's masking, masks
-that depend on the text alone. All begin with the same random weights and vocabulary, each repeat with a seed of its own
-for what else is random.
+The others train for one epoch, at --rate; what they end with is the perplexity to reach. This project trains for one
+epoch too, and for the shorter runs that --steps names, by its own defaults for a model from random weights. Every model
+is scored by this project's evaluation: BERT's masking, masks that depend on the text alone. All have the same shape and
+vocabulary; each repeat has a seed of its own.
 """
 
 import argparse
@@ -63,13 +63,13 @@ def train_by_trainer(model: str, text: str, bf16: str, rate: str, seed: str, out
     made.save_model(output)
 
 
-def ours(model: Path, text: Path, bf16: bool, *flags: str, tokenizer: Path | None = None) -> list[tuple[float, float]]:
-    """train.py; for every evaluation the seconds since the start and the perplexity."""
+def ours(model: str, tokenizer: Path, text: Path, bf16: bool, *flags: str) -> list[tuple[float, float]]:
+    """train.py, on a folder or scratch:SIZE; for every evaluation the seconds since the start and the perplexity."""
     with tempfile.TemporaryDirectory() as output:
         paths = ["--path_datasets", str(text.resolve()), "--path_model_save", output, "--run_name", "run"]
         command = [
-            sys.executable, "train.py", "--initial_pretrain_model", str(model.resolve()),
-            "--initial_pretrain_tokenizer", str((tokenizer or model).resolve()), *paths, "--batch_size", str(BATCH),
+            sys.executable, "train.py", "--initial_pretrain_model", model,
+            "--initial_pretrain_tokenizer", str(tokenizer.resolve()), *paths, "--batch_size", str(BATCH),
             "--tracker", "none", "--mixed_precision", "bf16" if bf16 else "no", *flags,
         ]  # fmt: skip
         began, times = time.perf_counter(), []
@@ -90,8 +90,9 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="path to transformers' run_mlm_no_trainer.py")
     parser.add_argument("--tokenizer", help="Hub name or local folder; otherwise one is learned from the text")
     parser.add_argument("--size", default="mini", help="of Config.py's SCRATCH_SIZES")
-    parser.add_argument("--rate", default="5e-4", help="peak learning rate, for all")
+    parser.add_argument("--rate", default="5e-4", help="peak learning rate of the others")
     parser.add_argument("--steps", nargs="*", default=[], help="of more runs of this project, shorter than an epoch")
+    parser.add_argument("--without_trainer", action="store_true", help="leave transformers.Trainer out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--formats", nargs="+", default=native_formats(), choices=["float32", "bf16"])
     parser.add_argument("--json", type=Path, default=Path("time_to_perplexity.json"), help="receives every measurement")
@@ -102,7 +103,7 @@ def main() -> None:
 
     names = ("torch", "transformers", "accelerate")
     print(platform.platform(), *(f"{name} {version(name)}" for name in names), sep=", ", flush=True)
-    others = {"transformers.Trainer": trainer}
+    others = {} if given.without_trainer else {"transformers.Trainer": trainer}
     if given.peer:
         os.environ["PEER"] = str(given.peer.resolve())
         others["run_mlm_no_trainer.py"] = peer
@@ -116,23 +117,23 @@ def main() -> None:
             lengths = {f"this project, {steps} steps": ["--max_steps", steps] for steps in given.steps}
             lengths["this project"] = ["--num_epochs", "1"]
             runs = {name: [] for name in [*others, *lengths]}
+            found.append({"size": given.size, "dtype": dtype, "runs": runs})
             for number in range(given.repeats):
                 for name, train in others.items():
                     output, began = folder / f"{name}-{dtype}-{number}", time.perf_counter()
                     train(model, given.text, bf16, given.rate, str(number), output)
                     seconds = time.perf_counter() - began
-                    [(_, perplexity), *_] = ours(output, given.text, bf16, "--max_steps", "1", tokenizer=model)
+                    [(_, perplexity)] = ours(str(output.resolve()), model, given.text, bf16, "--evaluate_only")
                     runs[name].append([(seconds, perplexity)])
                 for name, flags in lengths.items():
-                    drawn = ["--learning_rate", given.rate, "--seed", str(number)]
-                    runs[name].append(ours(model, given.text, bf16, *drawn, *flags))
+                    start = f"scratch:{given.size}"
+                    runs[name].append(ours(start, model, given.text, bf16, "--seed", str(number), *flags))
+                given.json.write_text(json.dumps(found, indent=1))
             print(f"\n{given.size}, {dtype}; medians of {given.repeats}\n")
             print("| | seconds | perplexity |\n| --- | ---: | ---: |")
             for name, each in runs.items():
                 seconds, perplexity = (statistics.median(run[-1][i] for run in each) for i in (0, 1))
                 print(f"| {name} | {seconds:.0f} | {perplexity:,.1f} |", flush=True)
-            found.append({"size": given.size, "dtype": dtype, "runs": runs})
-    given.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

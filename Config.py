@@ -85,6 +85,7 @@ class Config:
 
     # --- masking
     mlm_probability: Probability = 0.15  # probability that a token (or word) is chosen for prediction
+    mlm_probability_end: Probability | None = None  # that of the last step, reached linearly; unset: always the same
     mask_replace_prob: float = 0.8  # share of the chosen that become [MASK]
     random_replace_prob: float = 0.1  # share of the chosen that become a random token; the rest stay as they are
     whole_words_mask: bool = False  # choose whole words; Chinese ones are found by a segmenter
@@ -199,8 +200,10 @@ def _wrong_in_training(config: Config) -> Iterator[str]:
             "mask_replace_prob, random_replace_prob: must each be 0 or more and together at most 1, "
             f"not {replaced[0]} and {replaced[1]}"
         )
-    if config.mask_span and config.mlm_probability > 0.5:
-        yield f"mask_span, mlm_probability: spans cover at most 0.5 of the words, not {config.mlm_probability}"
+    for name in ("mlm_probability", "mlm_probability_end"):
+        probability = getattr(config, name)
+        if config.mask_span and (probability or 0) > 0.5:
+            yield f"mask_span, {name}: spans cover at most 0.5 of the words, not {probability}"
     if config.max_steps is not None and 0 < config.max_steps < config.num_warmup_steps:
         yield f"num_warmup_steps, max_steps: a warm-up of {config.num_warmup_steps} steps is longer than training"
     modes = [mode for mode in ("dry_run", "evaluate_only", "resume") if getattr(config, mode)]

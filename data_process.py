@@ -13,6 +13,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -105,13 +106,15 @@ def _compare(train: WrittenSplit, test: WrittenSplit, split_words: list[SplitWor
 
 
 def training_rule(config: Config) -> MaskRule:
-    """Returns how tokens are masked in training."""
+    """Returns how tokens are masked in training, by a resolved configuration."""
     return MaskRule(
         probability=config.mlm_probability,
         mask_share=config.mask_replace_prob,
         random_share=config.random_replace_prob,
         whole_words=config.whole_words_mask,
         spans=config.mask_span,
+        probability_end=config.mlm_probability_end,
+        steps=cast(int, config.max_steps),
     )
 
 
@@ -139,7 +142,8 @@ def training_batches(
         for start in range(step_of_epoch, epoch_steps, steps_at_once):
             indices = order[start * batch_size : (start + steps_at_once) * batch_size]  # (n,) of many steps
             tokens, lengths, starts_word = take(chunks, indices)
-            masked = mask(tokens, lengths, mask_keys(seed, epoch, indices), vocabulary, rule, starts_word)
+            rule_now = rule.at(epoch * epoch_steps + start + np.arange(len(indices)) // batch_size)
+            masked = mask(tokens, lengths, mask_keys(seed, epoch, indices), vocabulary, rule_now, starts_word)
             yield from _split_into_batches(frame(*masked, lengths, vocabulary), batch_size, rank, ranks)
         epoch, step_of_epoch = epoch + 1, 0
 

@@ -35,6 +35,8 @@ ROOT = Path(__file__).parent.parent
         ({"add_words": "auto:all"}, ["add_words"]),
         ({"user_words": " "}, ["user_words"]),
         ({"mask_span": True, "mlm_probability": 0.6}, ["mask_span", "mlm_probability"]),
+        ({"mask_span": True, "mlm_probability_end": 0.6}, ["mask_span", "mlm_probability_end"]),
+        ({"mlm_probability_end": 0.0}, ["mlm_probability_end"]),
         ({"num_warmup_steps": -1}, ["num_warmup_steps"]),
         ({"num_warmup_steps": 2.5}, ["num_warmup_steps"]),
         ({"num_warmup_steps": 20, "max_steps": 10}, ["num_warmup_steps", "max_steps"]),

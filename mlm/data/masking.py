@@ -18,11 +18,25 @@ SPAN_WORDS = 3.8  # the mean length of a span
 class MaskRule(NamedTuple):
     """How tokens are chosen and replaced (Devlin et al., BERT, arXiv 1810.04805, section 3.1 and appendix A.1)."""
 
-    probability: float = 0.15  # that a token, or a word, is chosen
+    probability: float | np.ndarray = 0.15  # that a token, or a word, is chosen; or (n,), of each chunk its own
     mask_share: float = 0.8  # of the chosen: become [MASK]
     random_share: float = 0.1  # of the chosen: become a random regular token; the rest stay
     whole_words: bool = False
     spans: bool = False  # of whole words
+    probability_end: float | None = None  # that of the last of `steps` steps, to which it goes linearly
+    steps: int = 1
+
+    def at(self, step: np.ndarray) -> "MaskRule":
+        """Returns the rule for chunks (n,) by how many steps (n,) went before theirs; after the last it stays.
+
+        That a high probability pays early and a lower one late: Yang et al., Learning Better Masking for Better
+        Language Model Pre-training (arXiv 2208.10806).
+        """
+        if self.probability_end is None:
+            return self
+        done = np.minimum(step / max(1, self.steps - 1), 1.0)  # (n,)
+        probability = self.probability + (self.probability_end - self.probability) * done
+        return self._replace(probability=probability, probability_end=None)
 
 
 BERT_RULE = MaskRule()
@@ -46,6 +60,8 @@ def mask(
     starts = chunk_bounds(lengths)[:-1]
     places = np.arange(len(tokens)) - np.repeat(starts, lengths)  # (tokens,) in the chunk, from 0 on
     token_bits = random_bits(places, after=np.repeat(random_bits(keys), lengths))
+    if np.ndim(rule.probability):
+        rule = rule._replace(probability=np.repeat(rule.probability, lengths))  # (tokens,)
     if rule.whole_words or rule.spans:
         assert starts_word is not None, "a rule for words needs to know where words start"
         is_chosen, unit_bits = _choose_words(token_bits, starts_word | (places == 0), places == 0, rule)
@@ -74,15 +90,18 @@ def _choose_words(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns whether each token's word is chosen, (tokens,) bool, and the random bits of its unit (tokens,)."""
     bits = token_bits[starts_word]  # (words,) a word has its first subword's
+    probability = rule.probability[starts_word] if isinstance(rule.probability, np.ndarray) else rule.probability
     if rule.spans:
-        is_chosen, bits = _choose_spans(bits, starts_chunk[starts_word], rule.probability)
+        is_chosen, bits = _choose_spans(bits, starts_chunk[starts_word], probability)
     else:
-        is_chosen = bits < threshold(rule.probability)
+        is_chosen = bits < threshold(probability)
     word_of_token = np.cumsum(starts_word) - 1  # (tokens,)
     return is_chosen[word_of_token], bits[word_of_token]
 
 
-def _choose_spans(bits: np.ndarray, starts_chunk: np.ndarray, probability: float) -> tuple[np.ndarray, np.ndarray]:
+def _choose_spans(
+    bits: np.ndarray, starts_chunk: np.ndarray, probability: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns whether each word is in a span, (words,) bool, and random bits, (words,), which a span's words share.
 
     Spans are a Markov chain of two states along a chunk: one continues with probability 1 - 1/3.8, which makes lengths

@@ -9,6 +9,8 @@ from enum import IntEnum
 
 import numpy as np
 
+LARGEST_BELOW_2_64 = 2.0**64 - 2.0**11  # of float64
+
 
 class Stream(IntEnum):
     """A stream of random numbers for each use. Hashed after the run's seed."""
@@ -43,9 +45,10 @@ def random_bits(*counters: int | np.ndarray, after: np.ndarray | None = None) ->
     return bits
 
 
-def threshold(probability: float) -> np.uint64:
-    """Returns what 64 random bits are below with this probability: integers compare faster than fractions."""
-    return np.uint64(min(round(probability * 2**64), 2**64 - 1))
+def threshold(probability: float | np.ndarray) -> np.ndarray:
+    """Returns what 64 random bits are below with this probability, or each of these: integers compare faster than
+    fractions."""
+    return np.minimum(np.rint(np.multiply(probability, 2.0**64)), LARGEST_BELOW_2_64).astype(np.uint64)
 
 
 def epoch_order(seed: int, epoch: int, chunks: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Law 1: the masking is BERT's. Law 6: evaluation masks depend on a chunk's own tokens alone."""
 
+from dataclasses import replace
 from itertools import islice
 from math import sqrt
 from typing import NamedTuple
@@ -286,15 +287,52 @@ def test_ranks_share_a_batch_and_know_the_count_of_all(vocabulary, forty_chunks)
     assert [half.masked_tokens for half in halves] == [len(hidden)] * 2
 
 
+@pytest.mark.parametrize("at_once", [1, 2**20])  # steps one by one, and all of an epoch
+@pytest.mark.parametrize("kind", RULES)
+def test_each_step_has_its_own_probability(vocabulary, monkeypatch, kind, at_once):
+    """From 0.5 in the first of nine steps to 0.1 in the last: four epochs of two steps, and one step more."""
+    monkeypatch.setattr(data_process, "MASKED_AT_ONCE", at_once)
+    tokens, _ = random_chunks(50, 4000, vocabulary)
+    marked = tokens.astype(np.uint16) | np.tile(np.array([1, 0], np.uint16) << 15, 100_000)  # 25 words of two tokens
+    chunks = Chunks(marked, 50 * np.arange(4001), np.arange(4000))
+    rule = RULES[kind]._replace(probability=0.5, probability_end=0.1, steps=9)
+    steps = list(islice(training_batches(chunks, vocabulary, rule, seed=42, batch_size=2000), 10))
+    probabilities = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.1)  # after the last it stays
+    for step, p in zip(steps, probabilities, strict=True):
+        chosen = np.zeros(2000 * 52, dtype=bool)
+        chosen[step.chunks.label_positions] = True
+        units = chosen.reshape(2000, 52)[:, 1:-1]
+        if kind != "tokens":
+            assert np.array_equal(units[:, ::2], units[:, 1::2])
+            units = units[:, ::2]
+        if kind == "spans":  # the words of which are not independent of each other
+            none = (1 - p) * (1 - p / (1 - p) / 3.8) ** 24
+            for column in (0, 12, 24):
+                assert_share(int(units[:, column].sum()), 2000, p + none / 25)
+        else:
+            assert_share(int(units.sum()), units.size, expected_share(p, units.shape[1]))
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_probability_that_ends_where_it_began_masks_as_one_that_stays(vocabulary, forty_chunks, kind):
+    rule, chunks = RULES[kind], replace(forty_chunks, tokens=forty_chunks.tokens | np.uint16(1 << 15))  # all are words
+    for changes in (False, True):
+        end = rule._replace(probability_end=0.3 if changes else 0.15, steps=4)
+        pairs = zip(*(training_batches(chunks, vocabulary, each, 42, 16) for each in (rule, end)), strict=True)
+        same = [np.array_equal(one.chunks.label_positions, two.chunks.label_positions) for one, two in islice(pairs, 4)]
+        assert same == [True, *[not changes] * 3]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_steps_are_the_same_wherever_training_begins(vocabulary, monkeypatch, rank):
+@pytest.mark.parametrize("rule", [BERT_RULE, MaskRule(probability_end=0.4, steps=40)], ids=["constant", "varying"])
+def test_steps_are_the_same_wherever_training_begins(vocabulary, monkeypatch, rule, rank):
     """And however many of them are masked at once."""
     lengths = np.random.default_rng(0).integers(1, 60, 100)
     tokens = np.random.default_rng(1).choice(vocabulary.regular_ids, lengths.sum()).astype(np.uint16)
     chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.arange(100))
 
     def steps(number, **more):
-        return list(islice(training_batches(chunks, vocabulary, BERT_RULE, 42, 8, rank=rank, ranks=2, **more), number))
+        return list(islice(training_batches(chunks, vocabulary, rule, 42, 8, rank=rank, ranks=2, **more), number))
 
     whole = steps(40)  # 13 an epoch, the last one of four chunks
     assert sum(step.tokens for step in whole[:13]) == len(tokens)

@@ -60,7 +60,8 @@ def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings, monkeypatch)
 def test_evaluation_is_the_same_whatever_the_run(settings, tmp_path):
     """Seed, batch size, micro-batch and training masks do not change what the same weights score."""
     first = run(settings(run_name="a", max_steps=2))
-    changes = {"seed": 7, "batch_size": 5, "micro_batch_tokens": 64, "mlm_probability": 0.3, "whole_words_mask": True}
+    changes = {"seed": 7, "batch_size": 5, "micro_batch_tokens": 64, "whole_words_mask": True}
+    changes |= {"mlm_probability": 0.3, "mlm_probability_end": 0.9}
     start = str(first / "final")
     same = {"initial_pretrain_model": start, "initial_pretrain_tokenizer": start, "max_steps": 1}
     scores = []

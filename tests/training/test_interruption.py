@@ -136,6 +136,15 @@ def test_masks_of_spans_and_words_of_ones_own_come_back(long_settings, tmp_path)
     assert_same_bits(whole, folder)
 
 
+def test_a_masking_probability_that_varies_goes_on_where_it_was(long_settings):
+    """The steps on both sides of the resume are masked at once in the run that nothing interrupted."""
+    falls = {"mlm_probability": 0.4, "mlm_probability_end": 0.1}
+    whole = run(long_settings(run_name="whole", **falls))
+    folder = stop_at(long_settings(run_name="a", **falls), 7)
+    run(long_settings(run_name="a", resume=True, **falls))
+    assert_same_bits(whole, folder)
+
+
 def test_rows_after_the_checkpoint_go(long_settings):
     folder = stop_at(long_settings(run_name="a", log_every=4), 9)
     rows = untimed(folder)

@@ -153,7 +153,7 @@ def test_every_chunk_is_trained_on_once_an_epoch_in_a_new_order_by_the_rule(sett
 
     def watched_batches(*arguments):
         named = inspect.signature(training_batches).bind(*arguments).arguments
-        assert (named["seed"], named["batch_size"], named["rule"]) == (5, 7, (0.3, 0.6, 0.2, *words))
+        assert (named["seed"], named["batch_size"], named["rule"][:5]) == (5, 7, (0.3, 0.6, 0.2, *words))
         return training_batches(*arguments)
 
     monkeypatch.setattr(data_process, "take", watched_take)

@@ -58,6 +58,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
+PartialShare = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, must("not be empty or hold a character that cannot be printed", _is_name)]
 FolderName = Annotated[str, must("be a plain folder name, without / or \\ or a leading dot", _is_folder_name)]
 Devices = Annotated[str, must("be GPUs separated by commas, such as 0,1", _are_devices)]
@@ -82,6 +83,8 @@ class Config:
     test_fraction: Share = 0.05  # share of the distinct lines held out for testing where there is no test* or dev*
     sen_max_length: Length = 128  # positions of a chunk: tokens, [CLS] and [SEP]; longer lines are cut into chunks
     user_words: Name | None = None  # file of words, one per line, that the Chinese segmenter is to keep whole
+    path_general: Name | None = None  # folder of general text, laid out as path_datasets: shows what is forgotten
+    replay_fraction: PartialShare = 0.0  # share of each step's chunks that are of path_general's training text
 
     # --- masking
     mlm_probability: Probability = 0.15  # probability that a token (or word) is chosen for prediction
@@ -142,6 +145,16 @@ class Config:
         """The name behind `scratch:`, or None where a checkpoint is continued."""
         prefix, _, size = self.initial_pretrain_model.partition(":")
         return size if prefix == "scratch" else None
+
+    @property
+    def general_chunks(self) -> int:
+        """How many of a step's `batch_size` chunks are of general text."""
+        return round(self.replay_fraction * self.batch_size)
+
+    @property
+    def domain_chunks(self) -> int:
+        """How many of them are of the domain's own text, which epochs are counted by."""
+        return self.batch_size - self.general_chunks
 
 
 @dataclass
@@ -204,6 +217,11 @@ def _wrong_in_training(config: Config) -> Iterator[str]:
         probability = getattr(config, name)
         if config.mask_span and (probability or 0) > 0.5:
             yield f"mask_span, {name}: spans cover at most 0.5 of the words, not {probability}"
+    if config.replay_fraction and config.path_general is None:
+        yield "replay_fraction, path_general: there is no general text to replay; name its folder"
+    if config.replay_fraction and not 0 < config.general_chunks < config.batch_size:
+        part = "all" if config.general_chunks else "none"
+        yield f"replay_fraction, batch_size: {config.replay_fraction} of {config.batch_size} chunks, rounded, is {part}"
     if config.max_steps is not None and 0 < config.max_steps < config.num_warmup_steps:
         yield f"num_warmup_steps, max_steps: a warm-up of {config.num_warmup_steps} steps is longer than training"
     modes = [mode for mode in ("dry_run", "evaluate_only", "resume") if getattr(config, mode)]

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,14 +20,24 @@ from transformers import PreTrainedTokenizerBase
 
 from Config import MOST_AUTOMATIC_WORDS, Config
 from mlm.data.chinese import make_segmenter
-from mlm.data.chunks import Chunks, Corpus, WrittenSplit, chunk_bounds, steps_per_epoch, take, write_chunks
+from mlm.data.chunks import (
+    Chunks,
+    Corpus,
+    GeneralText,
+    WrittenSplit,
+    chunk_bounds,
+    steps_per_epoch,
+    take,
+    write_chunks,
+)
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
-from mlm.data.packing import Batch, Sequences, frame, slice_chunks
-from mlm.data.randomness import epoch_order, mask_keys
+from mlm.data.packing import Batch, Sequences, frame, join, slice_chunks
+from mlm.data.randomness import epoch_order, general_seed, mask_keys
 from mlm.data.text_files import Text, distinct, find_text
-from mlm.data.text_stats import SplitStats, TextStats
+from mlm.data.text_stats import SplitStats, TextStats, text_warnings
 from mlm.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from mlm.data.words import SplitWord, add_words, make_encoders, read_words
+from mlm.errors import UserError
 from mlm.storage import digest, once
 
 CACHE_FORMAT = 7  # raise when what the cache holds changes
@@ -47,9 +57,45 @@ def load_corpus(config: Config) -> Corpus:
     added_words = add_words(tokenizer, words)
     vocabulary = read_vocabulary(tokenizer)
     if config.evaluate_only:  # of the training text nothing is scored or shown
-        text = text._replace(train=text.test, digest=digest(text.digest, "the test text alone"))
+        text = _test_alone(text)
     train, test, stats = prepare(config, text, tokenizer, vocabulary)
-    return Corpus(text, tokenizer, added_words, vocabulary, train, test, stats)
+    corpus = Corpus(text, tokenizer, added_words, vocabulary, train, test, stats)
+    return _add_general_text(config, corpus) if config.path_general else corpus
+
+
+def _test_alone(text: Text) -> Text:
+    return text._replace(train=text.test, digest=digest(text.digest, "the test text alone"))
+
+
+def _add_general_text(config: Config, corpus: Corpus) -> Corpus:
+    """Returns the corpus with the text of `path_general`, found and cut as the domain's is, by the domain's tokenizer.
+
+    Raises UserError where it cannot be read, or has too few chunks to replay.
+    """
+    assert config.path_general
+    is_replayed = config.general_chunks > 0 and not config.evaluate_only
+    like_the_domain = replace(
+        config,
+        path_datasets=config.path_general,
+        demo=False,
+        dry_run=False,
+        resume=False,
+        evaluate_only=not is_replayed,
+    )
+    try:
+        text = find_text(like_the_domain)
+        text = text if is_replayed else _test_alone(text)
+        general = GeneralText(text.digest, *prepare(like_the_domain, text, corpus.tokenizer, corpus.vocabulary))
+    except UserError as error:
+        raise UserError(str(error).replace("path_datasets:", "path_general:")) from error
+    if is_replayed and len(general.train) < config.general_chunks:
+        raise UserError(
+            f"replay_fraction: the training text of {config.path_general} has {len(general.train)} chunks, fewer than "
+            f"the {config.general_chunks} of it that each step takes"
+        )
+    warnings = text_warnings(general.stats, config.initial_pretrain_tokenizer, only_test=not is_replayed)
+    notes = [f"general text: {line}" for line in (*text.notes, *warnings)]
+    return corpus._replace(text=corpus.text._replace(notes=[*corpus.text.notes, *notes]), general=general)
 
 
 def prepare(
@@ -116,6 +162,20 @@ def training_rule(config: Config) -> MaskRule:
         probability_end=config.mlm_probability_end,
         steps=cast(int, config.max_steps),
     )
+
+
+def replaying_batches(config: Config, corpus: Corpus, first_step: int, rank: int, ranks: int) -> Iterator[Batch]:
+    """Yields a run's batches of training from step `first_step` on, without end, by a resolved configuration.
+
+    Where `replay_fraction` is set, general text is another stream of `training_batches`, with its own order, masks and
+    epochs, and a step has a batch of each.
+    """
+    rule, place = training_rule(config), (first_step, rank, ranks)
+    batches = training_batches(corpus.train, corpus.vocabulary, rule, config.seed, config.domain_chunks, *place)
+    if not (corpus.general and config.general_chunks):
+        return batches
+    seed, train = general_seed(config.seed), corpus.general.train
+    return map(join, batches, training_batches(train, corpus.vocabulary, rule, seed, config.general_chunks, *place))
 
 
 def training_batches(

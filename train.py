@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import BertForMaskedLM
 
 import data_process
-from mlm.data.chunks import Corpus, count_tokens, steps_per_epoch
+from mlm.data.chunks import Chunks, Corpus, count_tokens, steps_per_epoch
 from mlm.data.micro_batches import MicroBatcher, Prefetcher
 from mlm.data.randomness import evaluation_order
 from mlm.data.tokenizer import tokenizer_warnings
@@ -70,12 +70,12 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     timings = Timings()
     with timings.measure("prepare_text"):
         corpus = data_process.load_corpus(given)
-    epoch_steps = steps_per_epoch(len(corpus.train), given.batch_size)
+    epoch_steps = steps_per_epoch(len(corpus.train), given.domain_chunks)
     config = resolve(given, epoch_steps, hardware.choose_precision(given))
     plan = make_plan(config, corpus)
 
     # A checkpoint is resumed if it is of this very training: the same settings, text, words and tokenizer.
-    recipe = checkpoint.make_recipe(config, corpus.text.digest, corpus.tokenizer)
+    recipe = checkpoint.make_recipe(config, corpus)
     distributed.refuse_differences(recipe)
     resumed, warnings = distributed.decide_on_main(accelerator, lambda: checkpoint.find_checkpoint(folder))
     if resumed:
@@ -204,11 +204,7 @@ def fit(run: Run, progress: Progress) -> Ending:
 
 def prefetch(run: Run, progress: Progress) -> Prefetcher:
     """Returns the batches of the steps from where the run stands to its last one."""
-    config, accelerator, corpus = run.setup.config, run.learner.accelerator, run.corpus
-    batches = data_process.training_batches(
-        corpus.train, corpus.vocabulary, data_process.training_rule(config), config.seed, config.batch_size,
-        progress.step, accelerator.process_index, accelerator.num_processes,
-    )  # fmt: skip
+    batches = data_process.replaying_batches(run.setup.config, run.corpus, progress.step, *run.learner.place)
     return Prefetcher(islice(batches, run.setup.plan.steps - progress.step), run.learner.micro_batcher)
 
 
@@ -217,16 +213,16 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
     # The last evaluation scores the whole test text, or as much as is allowed; the others a sample of it.
     setup, corpus, plan = run.setup, run.corpus, run.setup.plan
     at_the_ends = {0: plan.first_test_chunks, plan.steps: plan.test_chunks}
-    evaluation = evaluate_chunks(run, at_the_ends.get(progress.step, progress.sampled_chunks))
+    evaluation, general = evaluate_chunks(run, at_the_ends.get(progress.step, progress.sampled_chunks))
     if progress.baseline is None:
-        progress.baseline = evaluation
+        progress.baseline, progress.general_baseline = evaluation, general
         progress.sampled_chunks = middle_sample(plan, corpus.test, evaluation)
 
     # The scores, and what training changed, go to the log, metrics.csv, the tracker and the report.
     with run.timings.measure("write_results"):
         change = loss.compare(progress.baseline, evaluation) if progress.step else None
-        say(wording.describe_evaluation(setup, corpus, progress.step, evaluation, change))
-        metrics.record(metrics.scores(evaluation, change, progress), progress, setup, run.learner.accelerator)
+        say(wording.describe_evaluation(setup, corpus, progress.step, evaluation, change, general))
+        metrics.record(metrics.scores(evaluation, change, general, progress), progress, setup, run.learner.accelerator)
         progress.last_evaluated_step = progress.step
         if run.is_main:
             loss.save_evaluation(setup.folder / summary.SCORES, evaluation, progress.step)
@@ -243,14 +239,19 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
                     checkpoint.save_model(temporary, run.learner.bert, corpus.tokenizer)
 
 
-def evaluate_chunks(run: Run, number: int) -> loss.Evaluation:
-    """Scores the model on a sample of `number` test chunks. Raises Stopped where a signal comes meanwhile."""
-    learner, test, accelerator = run.learner, run.corpus.test, run.learner.accelerator
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    sample = evaluation_order(len(test))[:number]
-    batches = data_process.evaluation_batches(test, run.corpus.vocabulary, sample, rank, ranks)
+def evaluate_chunks(run: Run, number: int) -> tuple[loss.Evaluation, loss.Evaluation | None]:
+    """Scores the model on a sample of `number` test chunks, and on at most as many of general text, where there is
+    such. Raises Stopped where a signal comes meanwhile."""
+    learner, general = run.learner, run.corpus.general
+
+    def score(test: Chunks) -> loss.Evaluation:
+        sample = evaluation_order(len(test))[:number]
+        batches = data_process.evaluation_batches(test, run.corpus.vocabulary, sample, *learner.place)
+        lines, batcher = test.lines[sample], learner.micro_batcher
+        return loss.evaluate(learner.accelerator, learner.model, batches, lines, batcher, run.stop)
+
     with run.timings.measure("score_chunk", pieces=number):
-        return loss.evaluate(accelerator, learner.model, batches, test.lines[sample], learner.micro_batcher, run.stop)
+        return score(run.corpus.test), score(general.test) if general else None
 
 
 def find_ending(run: Run, progress: Progress) -> Ending | None:

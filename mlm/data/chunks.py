@@ -175,6 +175,15 @@ def cut_line(starts_word: np.ndarray, limit: int) -> list[int]:
     return [end - start for start, end in pairwise(bounds)]
 
 
+class GeneralText(NamedTuple):
+    """Text that is not of the domain, by which it is measured what a model forgets."""
+
+    digest: str
+    train: Chunks  # what is replayed; the test text's where nothing is
+    test: Chunks
+    stats: TextStats
+
+
 class Corpus(NamedTuple):
     """The text of a run, its tokenizer, its chunks and its statistics."""
 
@@ -185,3 +194,4 @@ class Corpus(NamedTuple):
     train: Chunks
     test: Chunks
     stats: TextStats
+    general: GeneralText | None = None

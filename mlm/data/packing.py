@@ -75,6 +75,14 @@ def slice_chunks(chunks: Sequences, bounds: np.ndarray, first: int, after: int) 
     )
 
 
+def join(one: Batch, other: Batch) -> Batch:
+    """Returns a batch of the chunks of both, for the same rank."""
+    label_positions = other.chunks.label_positions + len(one.chunks.input_ids)
+    pairs = zip(one.chunks, other.chunks._replace(label_positions=label_positions), strict=True)
+    chunks = Sequences(*map(np.concatenate, pairs))
+    return Batch(chunks, one.masked_tokens + other.masked_tokens, one.tokens + other.tokens)
+
+
 def pack(chunks: Sequences, row_positions: int, vocabulary: Vocabulary) -> Rows:
     """Packs chunks into as few rows as hold them, evenly: the longest first, each into the row that holds the least
     (Graham 1969, doi 10.1137/0117039), so that little is padded.

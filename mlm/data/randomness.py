@@ -19,6 +19,7 @@ class Stream(IntEnum):
     MASKS = 2  # which tokens are chosen, and what replaces them
     DROPOUT = 3
     EVALUATION = 4  # which test chunks are scored where not all are
+    GENERAL = 5  # the seed of general text's own order and masks
 
 
 class Draw(IntEnum):
@@ -65,6 +66,11 @@ def evaluation_order(chunks: int) -> np.ndarray:
 def mask_keys(seed: int, epoch: int, chunks: np.ndarray) -> np.ndarray:
     """Returns the keys, (n,) uint64, that decide the masks in an epoch of the chunks with these indices (n,)."""
     return random_bits(seed, Stream.MASKS, epoch, chunks)
+
+
+def general_seed(seed: int) -> int:
+    """Returns the seed that decides order and masks of the general text that is replayed."""
+    return int(random_bits(seed, Stream.GENERAL)[0])
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

@@ -37,6 +37,7 @@ class Estimate(NamedTuple):
     """What the whole run takes, with its text prepared."""
 
     baseline: Evaluation  # of some test chunks
+    general: Evaluation | None  # of some of general text
     trained_steps: int
     tokens_per_s: float
     start_seconds: float  # until the first evaluation begins
@@ -56,12 +57,12 @@ def measure(
     run: Run,
     progress: Progress,
     batches: Prefetcher,
-    score: Callable[[int], Evaluation],
+    score: Callable[[int], tuple[Evaluation, Evaluation | None]],
     load_text: Callable[[], object],
 ) -> Estimate:
     """Evaluates, trains and saves for some seconds in the run's folder, which is to be thrown away.
 
-    score: evaluates the model on a number of test chunks; load_text: loads the text.
+    score: evaluates the model on a number of test chunks, and of general text; load_text: loads the text.
     """
     # The whole run will find its text prepared: it starts in the time of this process until now, with the second load
     # in place of the preparation.
@@ -72,7 +73,8 @@ def measure(
     is_cuda = run.learner.accelerator.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()  # the trial for the size of micro-batches has tried what did not fit
-    progress.baseline = baseline = score(min(plan.test_chunks, SCORED_CHUNKS))
+    baseline, general = score(min(plan.test_chunks, SCORED_CHUNKS))
+    progress.baseline, progress.general_baseline = baseline, general
     trained = _train_some_steps(run, progress, batches)
     if not trained.tokens:
         reason = "no step of the dry run had a finite loss and gradient, so the run would end early"
@@ -84,6 +86,7 @@ def measure(
     left = time_left(plan, at_the_start, run.timings, plan.tokens_per_step / tokens_per_s)
     return Estimate(
         baseline=baseline,
+        general=general,
         trained_steps=progress.step,
         tokens_per_s=tokens_per_s,
         start_seconds=start_seconds,
@@ -137,7 +140,7 @@ def _peak_memory() -> int:
 
 def describe_estimate(run: Run, estimate: Estimate) -> str:
     """Returns one screen: text, model, steps, speed, time, memory, disk, and what would make it faster."""
-    config, stats = run.setup.config, run.corpus.stats
+    config, stats, general = run.setup.config, run.corpus.stats, estimate.general
     warnings = [*run.corpus.text.notes, *text_warnings(stats, config.initial_pretrain_tokenizer, only_test=False)]
     if estimate.disk_bytes + estimate.saving_bytes > estimate.free_bytes:
         fewer = min(estimate.left.checkpoints, config.keep_checkpoints) > 1
@@ -148,6 +151,8 @@ def describe_estimate(run: Run, estimate: Estimate) -> str:
         run=run,
         estimate=estimate,
         perplexity=with_error(estimate.baseline.perplexity, estimate.baseline.perplexity_se),
+        general=run.corpus.general.stats if run.corpus.general else None,
+        general_perplexity=with_error(general.perplexity, general.perplexity_se) if general else "",
         lengths=histogram(stats.train, config.sen_max_length),
         hints=_hints_for_speed(run, estimate),
         warnings=warnings,

@@ -26,12 +26,16 @@ COLUMNS = (
     "step", "epoch", "train_loss", "lr", "tokens_per_s",
     "eval_loss", "eval_loss_se", "perplexity", "perplexity_se", "masked_accuracy", "test_chunks",
     "change", "change_low", "change_high", "best_step", "trend", "trend_low", "trend_high",
+    "general_loss", "general_loss_se", "general_perplexity", "general_test_chunks",
+    "general_change", "general_change_low", "general_change_high",
 )  # fmt: skip
 
 
-def scores(evaluation: Evaluation, change: Change | None, progress: Progress) -> dict[str, float]:
-    """Returns the figures of an evaluation, of what training changed, and of what changed since the best evaluation in
-    it so far, by their columns."""
+def scores(
+    evaluation: Evaluation, change: Change | None, general: Evaluation | None, progress: Progress
+) -> dict[str, float]:
+    """Returns the figures of an evaluation, of what training changed, of what changed since the best evaluation in it
+    so far, and of general text, where there is such, by their columns."""
     figures = {
         "eval_loss": evaluation.loss,
         "eval_loss_se": evaluation.loss_se,
@@ -46,6 +50,13 @@ def scores(evaluation: Evaluation, change: Change | None, progress: Progress) ->
         trend = compare(progress.best, evaluation, best_of=sum("change" in row for row in progress.metrics))
         figures |= {"best_step": progress.best_step}
         figures |= {"trend": trend.loss, "trend_low": trend.low, "trend_high": trend.high}
+    if general:
+        figures |= {"general_loss": general.loss, "general_loss_se": general.loss_se}
+        figures |= {"general_perplexity": general.perplexity, "general_test_chunks": len(general.losses)}
+    if general and progress.step and progress.general_baseline:
+        forgotten = compare(progress.general_baseline, general)
+        figures |= {"general_change": forgotten.loss}
+        figures |= {"general_change_low": forgotten.low, "general_change_high": forgotten.high}
     return figures
 
 

@@ -54,7 +54,8 @@ def render_run(run: Summary) -> str:
 
 
 def _draw_charts(run: Summary) -> list[Chart | None]:
-    """Draws perplexity beside the baseline's and that of word frequencies, accuracy, learning rate and speed."""
+    """Draws perplexity beside the baseline's, that of word frequencies and that of general text, where it was scored;
+    accuracy, learning rate and speed."""
     if len(run.rows) < 2:
         return []
     last_step = run.rows[-1]["step"]
@@ -67,6 +68,12 @@ def _draw_charts(run: Summary) -> list[Chart | None]:
         Curve("before training", "soft", [Point(0, before), Point(last_step, before)], "dashed"),
         Curve("word frequencies alone", "three", [Point(0, unigram), Point(last_step, unigram)], "dotted"),
     ]
+    if "general_loss" in run.evaluations[-1]:
+        general = [
+            Point(row["step"], row["general_perplexity"], 1.96 * row["general_perplexity"] * row["general_loss_se"])
+            for row in run.evaluations
+        ]
+        perplexities.append(Curve("general text with 95% intervals", "two", general))
     return [
         draw_curves("Perplexity", perplexities, logarithmic=True),
         draw_curves("Masked accuracy", [Curve("test text", "one", _points(run, "masked_accuracy"))], label=_percent),

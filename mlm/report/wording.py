@@ -88,14 +88,53 @@ def ignorance(before: float, error: float, unigram: float, vocabulary: float) ->
     )
 
 
+def forgetting(summary: Summary) -> str:
+    """Returns a sentence: whether the model guesses general text worse than the baseline; empty where that was not
+    measured, or is not finite."""
+    last = summary.evaluations[-1]
+    change = last.get("general_change", math.nan)
+    if not math.isfinite(change):
+        return ""
+    low, high = last["general_change_low"], last["general_change_high"]
+    if not math.isfinite(low):
+        return "Whether anything was forgotten cannot be told: the general text that was scored is one line."
+    if low > 0:
+        interval = f"(95% interval {low:.3f} to {high:.3f})"
+        return f"On general text the loss rose by {change:.3f} nats {interval}: that much was forgotten."
+    if high < 0:
+        return f"On general text the loss fell by {-change:.3f} nats (95% interval {-high:.3f} to {-low:.3f})."
+    interval = f"{change:+.3f} nats (95% interval {low:+.3f} to {high:+.3f})"
+    return f"Whether anything was forgotten cannot be told: on general text the loss changed by {interval}."
+
+
+def specificity(domain: float, domain_se: float, general: float, general_se: float) -> str:
+    """Returns a sentence: how much harder the domain's text is to the start than general text; empty where that cannot
+    be told. By the losses on both before training, in nats per masked token, with their standard errors.
+
+    After the domain specificity of Zheng et al., When Does Pretraining Help? (arXiv 2104.08671), by which gains go.
+    Theirs is the difference of two models on one text; before training there is one model, on two texts.
+    """
+    difference, error = domain - general, math.hypot(domain_se, general_se)  # of independent texts
+    if not abs(difference) > 1.96 * error:
+        return ""
+    than = "harder to guess than general text: there is much to learn"
+    if difference < 0:
+        than = "easier to guess than general text: there may be little to learn"
+    return f"Domain specificity: {difference:+.3f} ± {error:.3f} nats. To the starting model this text is {than}."
+
+
 def notes(summary: Summary) -> list[str]:
-    """Returns what else to know of the scores: a start that knew nothing, the trend of the loss, and whether word
-    frequencies do as well."""
+    """Returns what else to know of the scores: a start that knew nothing, the trend of the loss, what was forgotten,
+    how special the domain is, and whether word frequencies do as well."""
     unigram, first, last = summary.text.unigram_perplexity, summary.evaluations[0], summary.evaluations[-1]
     vocabulary = summary.derived.get("vocabulary", math.inf)  # which older runs did not write down
     is_checkpoint = not summary.settings["initial_pretrain_model"].startswith("scratch:")  # random weights know nothing
+    special = ""
     at_first = ignorance(first["perplexity"], first["perplexity_se"], unigram, vocabulary) if is_checkpoint else ""
-    found = [sentence for sentence in (at_first, trend(summary)) if sentence]
+    if is_checkpoint and "general_loss" in first:
+        columns = ("eval_loss", "eval_loss_se", "general_loss", "general_loss_se")
+        special = specificity(*(first[column] for column in columns))
+    found = [sentence for sentence in (at_first, trend(summary), forgetting(summary), special) if sentence]
     error = last["perplexity_se"] if math.isfinite(last["perplexity_se"]) else 0.0
     if summary.has_trained and not last["perplexity"] + 1.96 * error < unigram:  # the end of its 95% interval
         found.append(
@@ -122,6 +161,9 @@ def score_rows(summary: Summary) -> list[tuple[str, ...]]:
     if not summary.settings["evaluate_only"]:
         share = figure(last["perplexity"] / unigram)
         rows.append(("unigram perplexity", "", figure(unigram), f"perplexity / unigram = {share}"))
+    if "general_loss" in last:
+        general = [(row["general_perplexity"], row["general_loss_se"]) for row in both]
+        rows.append(("general perplexity", *(with_error(of_text, of_text * se) for of_text, se in general), ""))
     return rows
 
 
@@ -132,7 +174,10 @@ def scored_chunks(summary: Summary) -> str:
     scored = (
         f"{last:,} of {all_chunks:,} chunks of test text" if last < all_chunks else f"all {last:,} chunks of test text"
     )
-    return scored if first == last else f"{scored} ({first:,} before training; the change is on what both scored)"
+    if first != last:
+        scored += f" ({first:,} before training; the change is on what both scored)"
+    general = summary.evaluations[-1].get("general_test_chunks")
+    return f"{scored}; the general perplexity on those of {general:,.0f} chunks of general text" if general else scored
 
 
 def closing_words(summary: Summary) -> str:
@@ -158,11 +203,15 @@ def closing_words(summary: Summary) -> str:
 def describe_run(given: Config, config: Config, corpus: Corpus, derived: dict[str, Any]) -> str:
     """Returns settings, what was found in the text, and derived numbers, for people."""
     stats, only_test = corpus.stats, config.evaluate_only
+    splits = used_splits(stats, only_test)
+    if corpus.general:
+        general = used_splits(corpus.general.stats, only_test or not config.general_chunks)
+        splits |= {f"general {name}": split for name, split in general.items()}
     return render(
         "report/templates/setup.txt",
         settings=describe_settings(config, given),
         stats=stats,
-        splits=used_splits(stats, only_test),
+        splits=splits,
         only_test=only_test,
         many_subwords=MANY_SUBWORDS,
         split_words=stats.split_words[:SHOWN_SPLIT_WORDS],
@@ -172,9 +221,12 @@ def describe_run(given: Config, config: Config, corpus: Corpus, derived: dict[st
     )
 
 
-def describe_evaluation(setup: Setup, corpus: Corpus, step: int, evaluation: Evaluation, change: Change | None) -> str:
-    """Returns a line of scores with their standard errors, and of how the loss changed on the same chunks; before
-    training a second one where the checkpoint knows nothing of the text."""
+def describe_evaluation(
+    setup: Setup, corpus: Corpus, step: int, evaluation: Evaluation, change: Change | None, general: Evaluation | None
+) -> str:
+    """Returns a line of scores with their standard errors, also of general text where there is such, and of how the
+    loss changed on the same chunks; before training others where the checkpoint knows nothing of the text, and where
+    the domain is special."""
     chunks, test_chunks = len(evaluation.losses), len(corpus.test)
     sample = f"{chunks:,} of {test_chunks:,} chunks" if chunks < test_chunks else "all chunks"
     heading = f"step {step}/{setup.plan.steps}" if step else "before training"
@@ -184,10 +236,15 @@ def describe_evaluation(setup: Setup, corpus: Corpus, step: int, evaluation: Eva
     )
     if change:
         line += f"; loss {change.loss:+.3f} ± {change.se:.3f} from the baseline"
-    elif not setup.config.scratch_size:
+    lines = [line]
+    if general:
+        lines[0] += f"; general text: perplexity {with_error(general.perplexity, general.perplexity_se)}"
+    if not change and not setup.config.scratch_size:
         unigram, vocabulary = corpus.stats.unigram_perplexity, corpus.vocabulary.size
-        line += "\n" + ignorance(evaluation.perplexity, evaluation.perplexity_se, unigram, vocabulary)
-    return line.rstrip()
+        lines.append(ignorance(evaluation.perplexity, evaluation.perplexity_se, unigram, vocabulary))
+        if general:
+            lines.append(specificity(evaluation.loss, evaluation.loss_se, general.loss, general.loss_se))
+    return "\n".join(filter(None, lines))
 
 
 def describe_training(step: int, plan: Plan, figures: dict[str, float]) -> str:

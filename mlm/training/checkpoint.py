@@ -16,23 +16,24 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
 from Config import Config
+from mlm.data.chunks import Corpus
 from mlm.data.words import read_words
 from mlm.errors import UserError
 from mlm.evaluation.loss import load_evaluation, save_evaluation
 from mlm.storage import atomic_write, digest
 from mlm.training.micro_batch_size import is_found_by_trial
-from mlm.training.progress import Progress
+from mlm.training.progress import EVALUATIONS, Progress
 from mlm.training.run import Ending, Learner, Run, Setup
 from mlm.training.step import has_finite_weights
 
-FORMAT = 6  # raise when what a checkpoint holds changes
+FORMAT = 7  # raise when what a checkpoint holds changes
 
 # Settings that may differ when a run is resumed, as they do not change the training but where and how fast it runs and
 # what it shows. Text and files of words are compared by what they hold, not by where they lie.
 MAY_CHANGE_ON_RESUME = {
-    "path_datasets", "text_column", "user_words", "add_words", "path_model_save", "run_name", "cuda_visible_devices",
-    "compile", "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep_checkpoints", "tracker",
-    "check_only", "dry_run", "evaluate_only", "push_to_hub", "resume",
+    "path_datasets", "text_column", "path_general", "user_words", "add_words", "path_model_save", "run_name",
+    "cuda_visible_devices", "compile", "micro_batch_tokens", "log_every", "eval_every", "save_every",
+    "keep_checkpoints", "tracker", "check_only", "dry_run", "evaluate_only", "push_to_hub", "resume",
 }  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def save_if_due(run: Run, progress: Progress, ending: Ending | None) -> None:
 def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
     """Writes the checkpoint of the step that `progress` has reached, and removes older ones beyond `keep_checkpoints`.
 
-    A plain Hugging Face folder with the optimizer's state beside the weights, the evaluations of the baseline and best,
+    A plain Hugging Face folder with the optimizer's state beside the weights, the evaluations of baselines and best,
     state.json (progress, recipe, gradient scaler) and a manifest of every file's size and checksum.
     """
     optimizer = learner.optimizer
@@ -92,10 +93,10 @@ def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokeniz
     with atomic_write(path) as temporary:
         save_model(temporary, learner.bert, tokenizer)
         save_file(moments, temporary / "optimizer.safetensors")
-        if progress.baseline:
-            save_evaluation(temporary / "baseline.safetensors", progress.baseline, step=0)
-        if progress.best:
-            save_evaluation(temporary / "best.safetensors", progress.best, progress.best_step)
+        for name in EVALUATIONS:
+            if evaluation := getattr(progress, name):
+                step = progress.best_step if name == "best" else 0
+                save_evaluation(temporary / f"{name}.safetensors", evaluation, step)
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -145,12 +146,14 @@ def _damage(path):
         return "manifest.json is damaged"
 
 
-def make_recipe(config: Config, text_digest: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Returns all that decides a training: its "settings", and digests of its "text", "tokenizer" and "user_words"."""
+def make_recipe(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """Returns all that decides a training: its "settings", and digests of its "text", "general" text (None without),
+    "tokenizer" and "user_words"."""
     return {
         "settings": asdict(config),
-        "text": text_digest,
-        "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),
+        "text": corpus.text.digest,
+        "general": corpus.general.digest if corpus.general else None,
+        "tokenizer": digest(corpus.tokenizer.backend_tokenizer.to_str()),
         "user_words": digest(read_words(config.user_words, "user_words")),
     }
 
@@ -173,6 +176,8 @@ def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
     elif began_with["tokenizer"] != recipe["tokenizer"]:
         which = "the one that the run began with, or add_words names others"
         changed["initial_pretrain_tokenizer"] = f"the tokenizer is not {which}"
+    if began_with["general"] != recipe["general"]:
+        changed["path_general"] = "the general text is not the one that the run began with"
     if began_with["user_words"] != recipe["user_words"]:
         changed["user_words"] = "its words are not those that the run began with"
     if changed:
@@ -191,7 +196,7 @@ def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOpt
     state = _read_state(path)
     if optimizer.scaler is not None:
         optimizer.scaler.load_state_dict(state["scaler"])
-    files = {name: path / f"{name}.safetensors" for name in ("baseline", "best")}
+    files = {name: path / f"{name}.safetensors" for name in EVALUATIONS}
     evaluations = {name: load_evaluation(file)[0] for name, file in files.items() if file.exists()}
     return Progress.from_state_dict(state["progress"], evaluations)
 

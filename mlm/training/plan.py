@@ -75,6 +75,7 @@ class Plan:
     test_chunks: int  # that the last evaluation scores
     tokens_per_step: int  # on average
     positions_per_step: int  # on average, with [CLS] and [SEP]
+    general_chunks: int = 0  # in a step, of general text
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of the step after `step` others."""
@@ -111,22 +112,26 @@ def _multiples(of: int, above: int, below: int) -> range:
 def make_plan(config: Config, corpus: Corpus) -> Plan:
     """Returns the plan of a resolved configuration for a text."""
     assert config.max_steps and config.learning_rate and config.eval_every, "`resolve` has set them"
-    epoch_steps = steps_per_epoch(len(corpus.train), config.batch_size)
-    tokens = len(corpus.train.tokens)
-    positions_per_step = round((tokens + 2 * len(corpus.train)) / epoch_steps)
+    in_a_step = [(corpus.train, config.domain_chunks)]
+    if corpus.general and config.general_chunks:
+        in_a_step.append((corpus.general.train, config.general_chunks))
+    tokens_per_step = sum(len(text.tokens) / steps_per_epoch(len(text), chunks) for text, chunks in in_a_step)
+    chunks_per_step = sum(len(text) / steps_per_epoch(len(text), chunks) for text, chunks in in_a_step)
+    positions_per_step = round(tokens_per_step + 2 * chunks_per_step)
     test_chunks = min(len(corpus.test), config.max_test_chunks or len(corpus.test))
     sample = max(SMALLEST_SAMPLE, affordable_chunks(config.max_steps * positions_per_step, corpus.test))
     return Plan(
         steps=config.max_steps,
-        steps_per_epoch=epoch_steps,
+        steps_per_epoch=steps_per_epoch(len(corpus.train), config.domain_chunks),
         warmup_steps=int(config.num_warmup_steps),
         peak_learning_rate=config.learning_rate,
         evaluate_every=config.eval_every,
         save_every=config.save_every,
         first_test_chunks=test_chunks if config.evaluate_only else min(test_chunks, sample),
         test_chunks=test_chunks,
-        tokens_per_step=round(tokens / epoch_steps),
+        tokens_per_step=round(tokens_per_step),
         positions_per_step=positions_per_step,
+        general_chunks=config.general_chunks,
     )
 
 
@@ -155,7 +160,7 @@ def middle_sample(plan: Plan, test: Chunks, baseline: Evaluation) -> int:
 class Timings:
     """Seconds that each part of a run's work took when it was last done, and when it was last saved."""
 
-    prepare_text = score_chunk = save_checkpoint = 0.0
+    prepare_text = score_chunk = save_checkpoint = 0.0  # score_chunk: with what is scored of general text beside it
     write_results = 0.0  # after an evaluation
     saved_step: int | None = None  # or the one that the run was resumed from
     saved_at = 0.0  # by time.perf_counter; or when training began

@@ -6,6 +6,8 @@ from typing import Any
 from mlm.evaluation.fill_mask import Guess
 from mlm.evaluation.loss import Evaluation
 
+EVALUATIONS = ("baseline", "best", "general_baseline")  # fields of `Progress` whose arrays have files of their own
+
 
 @dataclass
 class SinceLastLog:
@@ -31,15 +33,15 @@ class Progress:
     skipped_steps: int = 0  # without a finite loss and gradient
     skipped_in_a_row: int = 0
     baseline: Evaluation | None = None  # of the model before training, which later ones are compared with
+    general_baseline: Evaluation | None = None  # the same on general text, where there is such
     sampled_chunks: int = 0  # of the test text, which evaluations between the first and the last score
     baseline_guesses: list[list[Guess]] = field(default_factory=list)  # for the hidden words, before training
     micro_batch_tokens: int | None = None  # what was found to fit a GPU's memory
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything but the evaluations, whose arrays have files of their own, as JSON takes it."""
-        state = asdict(replace(self, baseline=None, best=None))
-        del state["baseline"], state["best"]
-        return state
+        state = asdict(replace(self, baseline=None, best=None, general_baseline=None))
+        return {name: value for name, value in state.items() if name not in EVALUATIONS}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], evaluations: dict[str, Evaluation]) -> "Progress":

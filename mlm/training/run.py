@@ -42,6 +42,11 @@ class Learner:
     optimizer: AcceleratedOptimizer
     micro_batcher: MicroBatcher
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank, and how many there are."""
+        return self.accelerator.process_index, self.accelerator.num_processes
+
     def shut_down(self) -> None:
         """Ends the ranks together: a launcher that sees one end badly ends the others, even while the main one saves.
 
@@ -72,7 +77,8 @@ class Run:
 
 def derive_numbers(accelerator: Accelerator, bert: BertForMaskedLM, corpus: Corpus, plan: Plan) -> dict[str, Any]:
     """Returns numbers that follow from settings, text and machine, by name, to be shown."""
-    return {
+    replayed = {"general_chunks_per_step": plan.general_chunks} if plan.general_chunks else {}
+    return replayed | {
         "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
         "vocabulary": corpus.vocabulary.size,
         "parameters": sum(parameter.numel() for parameter in bert.parameters()),

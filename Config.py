@@ -219,7 +219,8 @@ def _wrong_in_training(config: Config) -> Iterator[str]:
             yield f"mask_span, {name}: spans cover at most 0.5 of the words, not {probability}"
     if config.replay_fraction and config.path_general is None:
         yield "replay_fraction, path_general: there is no general text to replay; name its folder"
-    if config.replay_fraction and not 0 < config.general_chunks < config.batch_size:
+    can_be_counted = 0 < config.replay_fraction < 1 <= config.batch_size < 2**31
+    if can_be_counted and not 0 < config.general_chunks < config.batch_size:
         part = "all" if config.general_chunks else "none"
         yield f"replay_fraction, batch_size: {config.replay_fraction} of {config.batch_size} chunks, rounded, is {part}"
     if config.max_steps is not None and 0 < config.max_steps < config.num_warmup_steps:

@@ -222,7 +222,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
     with run.timings.measure("write_results"):
         change = loss.compare(progress.baseline, evaluation) if progress.step else None
         say(wording.describe_evaluation(setup, corpus, progress.step, evaluation, change, general))
-        metrics.record(metrics.scores(evaluation, change, general, progress), progress, setup, run.learner.accelerator)
+        metrics.record(metrics.scores(evaluation, change, progress, general), progress, setup, run.learner.accelerator)
         progress.last_evaluated_step = progress.step
         if run.is_main:
             loss.save_evaluation(setup.folder / summary.SCORES, evaluation, progress.step)

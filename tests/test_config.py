@@ -37,6 +37,11 @@ ROOT = Path(__file__).parent.parent
         ({"mask_span": True, "mlm_probability": 0.6}, ["mask_span", "mlm_probability"]),
         ({"mask_span": True, "mlm_probability_end": 0.6}, ["mask_span", "mlm_probability_end"]),
         ({"mlm_probability_end": 0.0}, ["mlm_probability_end"]),
+        ({"replay_fraction": 0.1}, ["replay_fraction", "path_general"]),
+        ({"replay_fraction": 1.0, "path_general": "general"}, ["replay_fraction"]),
+        ({"replay_fraction": -0.1, "path_general": "general"}, ["replay_fraction"]),
+        ({"replay_fraction": 0.015, "path_general": "general"}, ["replay_fraction", "batch_size"]),  # of 32: none
+        ({"replay_fraction": 0.985, "path_general": "general"}, ["replay_fraction", "batch_size"]),  # all
         ({"num_warmup_steps": -1}, ["num_warmup_steps"]),
         ({"num_warmup_steps": 2.5}, ["num_warmup_steps"]),
         ({"num_warmup_steps": 20, "max_steps": 10}, ["num_warmup_steps", "max_steps"]),

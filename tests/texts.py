@@ -23,9 +23,9 @@ def make_lines(number: int, seed: int = 0) -> list[str]:
     return lines
 
 
-def write_text(folder: Path) -> Path:
-    """A folder with train.txt of 120 lines and test.txt of 40."""
+def write_text(folder: Path, train: int = 120, test: int = 40, seed: int = 1) -> Path:
+    """A folder with train.txt and test.txt of so many lines; another seed makes other lines."""
     folder.mkdir()
-    for name, lines in (("train", make_lines(120, seed=1)), ("test", make_lines(40, seed=2))):
+    for name, lines in (("train", make_lines(train, seed)), ("test", make_lines(test, seed + 1))):
         (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return folder

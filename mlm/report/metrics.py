@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def scores(
-    evaluation: Evaluation, change: Change | None, general: Evaluation | None, progress: Progress
+    evaluation: Evaluation, change: Change | None, progress: Progress, general: Evaluation | None = None
 ) -> dict[str, float]:
     """Returns the figures of an evaluation, of what training changed, of what changed since the best evaluation in it
     so far, and of general text, where there is such, by their columns."""

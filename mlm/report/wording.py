@@ -117,10 +117,10 @@ def specificity(domain: float, domain_se: float, general: float, general_se: flo
     difference, error = domain - general, math.hypot(domain_se, general_se)  # of independent texts
     if not abs(difference) > 1.96 * error:
         return ""
-    than = "harder to guess than general text: there is much to learn"
-    if difference < 0:
-        than = "easier to guess than general text: there may be little to learn"
-    return f"Domain specificity: {difference:+.3f} ± {error:.3f} nats. To the starting model this text is {than}."
+    harder = "harder to guess than general text, which speaks for training on it"
+    easier = "easier to guess than general text, so that little may be left to gain"
+    what = harder if difference > 0 else easier
+    return f"Domain specificity: {difference:+.3f} ± {error:.3f} nats. To the starting model this text is {what}."
 
 
 def notes(summary: Summary) -> list[str]:
@@ -129,11 +129,10 @@ def notes(summary: Summary) -> list[str]:
     unigram, first, last = summary.text.unigram_perplexity, summary.evaluations[0], summary.evaluations[-1]
     vocabulary = summary.derived.get("vocabulary", math.inf)  # which older runs did not write down
     is_checkpoint = not summary.settings["initial_pretrain_model"].startswith("scratch:")  # random weights know nothing
-    special = ""
     at_first = ignorance(first["perplexity"], first["perplexity_se"], unigram, vocabulary) if is_checkpoint else ""
-    if is_checkpoint and "general_loss" in first:
-        columns = ("eval_loss", "eval_loss_se", "general_loss", "general_loss_se")
-        special = specificity(*(first[column] for column in columns))
+    columns = ("eval_loss", "eval_loss_se", "general_loss", "general_loss_se")
+    is_told = is_checkpoint and "general_loss" in first
+    special = specificity(*(first[column] for column in columns)) if is_told else ""
     found = [sentence for sentence in (at_first, trend(summary), forgetting(summary), special) if sentence]
     error = last["perplexity_se"] if math.isfinite(last["perplexity_se"]) else 0.0
     if summary.has_trained and not last["perplexity"] + 1.96 * error < unigram:  # the end of its 95% interval

@@ -42,6 +42,8 @@ def test_the_card_says_what_was_done(finished):
     assert f"steps of {finished.text.train.chunks} chunks" in make_card(many, []).text
     whole = dataclasses.replace(finished, rows=[*finished.rows[:-1], last | {"epoch": 2.5}])
     assert "Trained for 2.5 epochs of" in make_card(whole, []).text and "skipped" not in make_card(whole, []).text
+    replaying = dataclasses.replace(finished, derived=finished.derived | {"general_chunks_per_step": 4})
+    assert "of 12 chunks and 4 of general text, of at most 32 positions" in make_card(replaying, []).text
     falling = dataclasses.replace(finished, settings=finished.settings | {"mlm_probability_end": 0.1})
     assert "Masking: 15% of the\ntokens;" in text
     assert "Masking: 15% in the first step, linearly to 10% in the last, of the\ntokens;" in make_card(falling, []).text

@@ -12,8 +12,20 @@ import pytest
 
 from mlm.evaluation.loss import Evaluation, compare
 from mlm.report.metrics import record, scores
+from mlm.report.model_card import make_card
 from mlm.report.page import render_run
-from mlm.report.wording import closing_words, ignorance, score_rows, trend, verdict
+from mlm.report.wording import (
+    closing_words,
+    describe_evaluation,
+    forgetting,
+    ignorance,
+    notes,
+    score_rows,
+    scored_chunks,
+    specificity,
+    trend,
+    verdict,
+)
 from mlm.training.progress import Progress
 from mlm.training.run import Setup
 
@@ -161,6 +173,88 @@ def test_of_simulated_runs_few_are_told_what_is_not_so(finished, fall, sample):
     assert sum("has risen" in sentence for sentence in said) <= 5
     if not fall:
         assert sum("still fell" in sentence for sentence in said) <= 5
+
+
+FORGOTTEN = "that much was forgotten"
+
+
+@pytest.mark.parametrize(
+    ("change", "low", "high", "said"),
+    [
+        (0.2, 0.1, 0.3, f"On general text the loss rose by 0.200 nats (95% interval 0.100 to 0.300): {FORGOTTEN}."),
+        (-0.2, -0.3, -0.1, "On general text the loss fell by 0.200 nats (95% interval 0.100 to 0.300)."),
+        (
+            0.1,
+            -0.1,
+            0.3,
+            "cannot be told: on general text the loss changed by +0.100 nats (95% interval -0.100 to +0.3",
+        ),
+        (0.0, 0.0, 0.0, "cannot be told: on general text the loss changed by +0.000"),
+        (0.2, -math.inf, math.inf, "cannot be told: the general text that was scored is one line."),
+        (math.nan, math.nan, math.nan, ""),  # the verdict says that it diverged
+    ],
+)
+def test_forgetting_follows_the_interval_and_is_said_on_screen_page_and_card(finished, change, low, high, said):
+    of_general = {"general_loss": 3.0, "general_loss_se": 0.1, "general_perplexity": 20.0, "general_test_chunks": 9.0}
+    rows = [row | of_general if "eval_loss" in row else row for row in finished.rows]
+    summary = dataclasses.replace(finished, rows=rows)
+    summary = changed(summary, general_change=change, general_change_low=low, general_change_high=high)
+    sentence = forgetting(summary)
+    assert said in sentence and (FORGOTTEN in sentence) == (low > 0) and bool(said) == bool(sentence)
+    for shown in (closing_words(summary), render_run(summary), make_card(summary, []).text):
+        assert sentence in shown
+    assert score_rows(summary)[-1] == ("general perplexity", "20.00 ± 2.00", "20.00 ± 2.00", "")
+    assert scored_chunks(summary).endswith("; the general perplexity on those of 9 chunks of general text")
+
+
+def test_nothing_is_said_of_general_text_where_there_is_none(finished):
+    assert forgetting(finished) == ""
+    for shown in (closing_words(finished), make_card(finished, []).text):
+        assert "general" not in shown
+
+
+@pytest.mark.parametrize(
+    ("domain", "general", "said"),  # each with its loss and standard error; the difference's is 0.5
+    [
+        ((5.0, 0.3), (4.01, 0.4), "Domain specificity: +0.990 ± 0.500 nats. To the starting model this text is harder"),
+        ((4.0, 0.3), (4.99, 0.4), "Domain specificity: -0.990 ± 0.500 nats. To the starting model this text is easier"),
+        ((5.0, 0.3), (4.03, 0.4), ""),  # 0.97 is less than 1.96 standard errors
+        ((5.0, 0.3), (5.97, 0.4), ""),
+        ((5.0, math.inf), (1.0, 0.4), ""),
+        ((math.nan, math.nan), (4.0, 0.4), ""),
+    ],
+)
+def test_a_domain_is_said_to_be_special_where_that_is_sure(finished, domain, general, said):
+    assert specificity(*domain, *general).startswith(said) and bool(said) == bool(specificity(*domain, *general))
+    figures = {"eval_loss": domain[0], "eval_loss_se": domain[1]}
+    figures |= {"general_loss": general[0], "general_loss_se": general[1], "general_perplexity": 1.0}
+    first = finished.rows[0] | figures
+    for start, is_said in (("bert-base-uncased", True), ("scratch:tiny", False)):  # random weights know neither text
+        summary = dataclasses.replace(
+            finished,
+            settings=finished.settings | {"initial_pretrain_model": start},
+            rows=[first, *finished.rows[1:]],
+        )
+        assert any(note.startswith("Domain specificity") for note in notes(summary)) == bool(is_said and said)
+
+
+def evaluation_of(losses, masked=4.0) -> Evaluation:
+    """Of lines of one chunk each, with so many masked tokens."""
+    losses = np.array(losses)
+    return Evaluation(masked * losses, 0 * losses, masked + 0 * losses, np.arange(len(losses), dtype=np.uint64))
+
+
+@pytest.mark.parametrize("scratch_size", [None, "tiny"])
+def test_the_line_of_the_first_evaluation_says_how_special_the_domain_is(finished, scratch_size):
+    """By hand: losses of 5.0 and 7.0 have a mean of 6.0 and a standard error of 1.0; 2.0 and 2.2 of 2.1 and 0.1."""
+    setup = cast(Setup, SimpleNamespace(config=SimpleNamespace(scratch_size=scratch_size), plan=None))
+    corpus = cast(Any, SimpleNamespace(test=[0, 0], stats=finished.text, vocabulary=SimpleNamespace(size=10**6)))
+    domain, general = evaluation_of([5.0, 7.0]), evaluation_of([2.0, 2.2])
+    first, *others = describe_evaluation(setup, corpus, 0, domain, None, general).splitlines()
+    assert first.endswith("; general text: perplexity 8.17 ± 0.82")
+    special = [line for line in others if line.startswith("Domain specificity: +3.900 ± 1.005 nats.")]
+    assert len(special) == (scratch_size is None)
+    assert "general" not in describe_evaluation(setup, corpus, 0, domain, None, None)
 
 
 def test_before_the_first_evaluation_in_training_nothing_is_compared(finished):

@@ -3,7 +3,7 @@
 import csv
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from reference import IGNORED, labelled
-from runs import assert_close, assert_same_bits, finish, fork_ranks, metrics, run, stop_at, untimed, weights
+from runs import assert_close, assert_same_bits, finish, fork_ranks, metrics, run, stop_at, untimed
 from texts import write_text
 
 import train
@@ -31,9 +31,8 @@ def chunks_of(kind: int, number: int, vocabulary) -> Chunks:
     """Chunks of 6 to 35 tokens, of which the first ones say which text a chunk is of, and which of it."""
     lengths = 6 + np.arange(number) % 30
     bodies = [np.resize(vocabulary.regular_ids[[kind, i // 50, i % 50]], length) for i, length in enumerate(lengths)]
-    return Chunks(
-        np.concatenate(bodies).astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]), np.arange(number)
-    )
+    tokens, offsets = np.concatenate(bodies).astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)])
+    return Chunks(tokens, offsets, np.arange(number))
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def drawn(batch, vocabulary) -> list[tuple[int, int]]:
 
 
 def test_each_step_has_its_share_of_both_and_an_epoch_of_either_each_of_its_chunks_once(vocabulary, corpus):
-    """Nine steps of twelve chunks, the last of four, are an epoch of the domain; three of 4, 4 and 2 of general text."""
+    """Nine steps of 12 chunks, the last of 4, are an epoch of the domain, and three of 4, 4 and 2 one of the other."""
     steps = [drawn(batch, vocabulary) for batch in islice(replaying_batches(MIXED, corpus, 0, 0, 1), 18)]
     counts = [tuple(sum(kind == of for kind, _ in step) for of in (DOMAIN, GENERAL)) for step in steps]
     assert counts == [*[(12, 4), (12, 4), (12, 2)] * 2, (12, 4), (12, 4), (4, 2)] * 2
@@ -94,7 +93,7 @@ def test_steps_are_the_same_wherever_they_begin(corpus, first):
 def test_ranks_share_both_texts(vocabulary, corpus):
     streams = [replaying_batches(MIXED, corpus, 0, rank, ranks) for rank, ranks in ((0, 1), (0, 2), (1, 2))]
     for whole, *halves in islice(zip(*streams, strict=True), 18):
-        assert sorted(drawn(whole, vocabulary)) == sorted(sum((drawn(half, vocabulary) for half in halves), []))
+        assert sorted(drawn(whole, vocabulary)) == sorted(chain(*(drawn(half, vocabulary) for half in halves)))
         assert [half[1:] for half in halves] == [whole[1:]] * 2
         assert sum(len(half.chunks.targets) for half in halves) == whole.masked_tokens
 
@@ -166,14 +165,14 @@ def test_a_replaying_run_that_is_resumed_ends_with_the_same_bits(replaying, gene
 
 
 def test_replay_is_learned_from(replaying, general):
-    """With it general text gets easier than without."""
-    losses = {}
+    """Of words in an order that the domain's text never has them in."""
+    for name in ("train", "test"):
+        (Path(general) / f"{name}.txt").write_text("three months and two doctors followed\n" * 30)
+    losses = []
     for fraction in (0.0, 0.5):
-        folder = run(replaying(run_name=f"of{fraction}", replay_fraction=fraction, max_steps=40))
-        losses[fraction] = float(metrics(folder)[-1]["general_loss"])
-        assert not fraction or any((weights(folder)[name] != other).any() for name, other in before.items())
-        before = weights(folder)
-    assert losses[0.5] < losses[0.0]
+        folder = run(replaying(run_name=f"of{fraction}", replay_fraction=fraction, max_steps=60))
+        losses.append(float(metrics(folder)[-1]["general_loss"]))
+    assert losses[1] < losses[0] - 0.5
 
 
 @pytest.mark.slow
@@ -282,7 +281,7 @@ def test_other_general_text_is_refused_on_resume(replaying, general):
     stop_at(replaying(run_name="a"), 2)
     with pytest.raises(UserError, match="path_general: the general text is not the one"):
         train.main(replaying(run_name="a", resume=True, path_general=None, replay_fraction=0.0))
-    with pytest.raises(UserError, match="replay_fraction: 0.25 when the run began, 0.5 now"):
+    with pytest.raises(UserError, match=r"replay_fraction: 0\.25 when the run began, 0.5 now"):
         train.main(replaying(run_name="a", resume=True, replay_fraction=0.5))
     path = Path(general) / "test.txt"
     path.write_text(path.read_text(encoding="utf-8") + "one more line\n", encoding="utf-8")

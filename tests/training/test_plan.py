@@ -10,10 +10,13 @@ from mlm.training.plan import Plan, Timings, learning_rate_at, resolve, time_lef
 from mlm.training.progress import Progress
 
 
-def plan_of(steps: int, epoch: int, evaluate_every: int = 4, save_every: int | None = None) -> Plan:
+def plan_of(
+    steps: int, epoch: int, evaluate_every: int = 4, save_every: int | None = None, decay_from: int = 0
+) -> Plan:
     return Plan(
-        steps=steps, steps_per_epoch=epoch, warmup_steps=0, peak_learning_rate=1.0, evaluate_every=evaluate_every,
-        save_every=save_every, first_test_chunks=70, test_chunks=80, tokens_per_step=100, positions_per_step=110,
+        steps=steps, steps_per_epoch=epoch, warmup_steps=0, decay_from=decay_from, peak_learning_rate=1.0,
+        evaluate_every=evaluate_every, save_every=save_every, first_test_chunks=70, test_chunks=80,
+        tokens_per_step=100, positions_per_step=110,
     )  # fmt: skip
 
 
@@ -42,7 +45,7 @@ def test_evaluations_come_before_the_first_step_when_due_and_after_the_last():
 
 
 def test_the_schedule_warms_up_decays_and_never_trains_at_zero():
-    rates = [learning_rate_at(step, peak=1.0, warmup_steps=4, total_steps=10) for step in range(10)]
+    rates = [learning_rate_at(step, peak=1.0, warmup_steps=4, decay_from=4, total_steps=10) for step in range(10)]
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert plan_of(10, 3).learning_rate(0) == 1.0 and plan_of(10, 3).learning_rate(9) == pytest.approx(0.1)
 

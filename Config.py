@@ -97,8 +97,8 @@ class Config:
     batch_size: Count = 32  # chunks per optimizer step, over all devices
     learning_rate: Positive | None = None  # peak; unset: 3e-5, or that of the size when training from scratch
     num_warmup_steps: NotNegative = 0.1  # linear warm-up: below 1 a share of all steps, else a count
-    schedule: Literal["linear", "constant"] = "linear"  # after warm-up: linear decay, or constant until a short one
-    early_stop_evals: Count | None = None  # with constant: evaluations in a row without a sure gain that end it
+    schedule: Literal["linear", "constant"] = "linear"  # after warm-up: linear decay, or constant with a cool-down
+    early_stop_evals: Count | None = None  # evaluations in a row without a sure gain that begin the cool-down early
     weight_decay: NotNegative = 0.01  # decoupled weight decay, not on biases and LayerNorm
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
     seed: Seed = 42  # decides order, masks, dropout, held-out lines and new weights

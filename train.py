@@ -42,7 +42,7 @@ from mlm.training.optimizer import make_optimizer
 from mlm.training.plan import Timings, make_plan, middle_sample, resolve, time_left
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers
-from mlm.training.run_folder import run_folder, set_models_aside
+from mlm.training.run_folder import run_folder
 from model import PackedMaskedLM, load_model
 
 
@@ -155,7 +155,8 @@ def begin(run: Run) -> Progress:
     if accelerator.log_with:
         metrics.start_tracker(accelerator, setup.config, setup.folder, progress.step if setup.resumed else None)
     if run.is_main:
-        set_models_aside(setup.folder)
+        if setup.resumed:
+            checkpoint.reopen_models(setup.folder, setup.resumed)
         summary.save_settings(setup)
         write_csv(setup.folder / "metrics.csv", metrics.COLUMNS, progress.metrics)
 

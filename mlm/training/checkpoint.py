@@ -19,7 +19,7 @@ from Config import Config
 from mlm.data.words import read_words
 from mlm.errors import UserError
 from mlm.evaluation.loss import load_evaluation, save_evaluation
-from mlm.storage import atomic_write, digest
+from mlm.storage import atomic_write, digest, read_csv
 from mlm.training.micro_batch_size import is_found_by_trial
 from mlm.training.plan import cooldown_start
 from mlm.training.progress import EVALUATIONS, Progress
@@ -35,6 +35,8 @@ MAY_CHANGE_ON_RESUME = {
     "compile", "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep_checkpoints", "tracker",
     "check_only", "dry_run", "evaluate_only", "push_to_hub", "resume",
 }  # fmt: skip
+BEST_MODEL = "best-model.safetensors"  # in the checkpoint before the cool-down, which may leave others in best/
+BESIDE_A_MODEL = ("state.json", "manifest.json")  # in a checkpoint
 LENGTHS = {
     "num_epochs",
     "max_steps",
@@ -103,6 +105,9 @@ def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokeniz
         for name, step in zip(EVALUATIONS, (0, progress.best_step, progress.gained_step), strict=True):
             if evaluation := getattr(progress, name):
                 save_evaluation(temporary / f"{name}.safetensors", evaluation, step)
+        best = setup.folder / "best" / "model.safetensors"
+        if progress.best and progress.step == setup.plan.cooldown_from and best.exists():
+            shutil.copy(best, temporary / BEST_MODEL)
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -226,8 +231,7 @@ def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> int:
 def load_checkpoint(path: Path, steps: int, bert: BertForMaskedLM, optimizer: AcceleratedOptimizer) -> Progress:
     """Restores the optimizer and its gradient scaler; the weights of `bert` have been loaded from the same folder.
 
-    steps: that the run is to have now. Where they are more than it had, an early stop is forgotten, and so is the best
-    evaluation, whose weights those of the cool-down may have replaced in best/.
+    steps: that the run is to have now. Where they are more than it had, an early stop is forgotten.
     """
     for key, tensor in load_file(path / "optimizer.safetensors").items():
         name, _, kind = key.rpartition("/")
@@ -239,11 +243,24 @@ def load_checkpoint(path: Path, steps: int, bert: BertForMaskedLM, optimizer: Ac
     files = {name: path / f"{name}.safetensors" for name in EVALUATIONS}
     evaluations = {name: load_evaluation(file)[0] for name, file in files.items() if file.exists()}
     progress = Progress.from_state_dict(state["progress"], evaluations)
-    if steps > state["recipe"]["settings"]["max_steps"]:
-        progress.best, progress.best_step = None, 0
-        if progress.cooldown_from is not None:
-            progress.cooldown_from, progress.evaluations_without_gain = None, 0
+    if progress.cooldown_from is not None and steps > state["recipe"]["settings"]["max_steps"]:
+        progress.cooldown_from, progress.evaluations_without_gain = None, 0
     return progress
+
+
+def reopen_models(run: Path, checkpoint: Path) -> None:
+    """Renames final/ and best/ of a finished run, which goes on from a checkpoint, to final-STEP and best-STEP, by its
+    last step; and where the checkpoint has the weights that were best by then, they are in best/ again."""
+    if (run / "final").exists():
+        last_step = read_csv(run / "metrics.csv")[-1]["step"]
+        for name in ("best", "final"):  # without final/ it is not finished any more
+            if (run / name).exists():
+                shutil.rmtree(run / f"{name}-{last_step}", ignore_errors=True)  # the same training's, of before
+                (run / name).rename(run / f"{name}-{last_step}")
+    if (checkpoint / BEST_MODEL).exists():
+        with atomic_write(run / "best") as temporary:
+            shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("*.safetensors", *BESIDE_A_MODEL))
+            shutil.copy(checkpoint / BEST_MODEL, temporary / "model.safetensors")
 
 
 def _read_state(checkpoint):

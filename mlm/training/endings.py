@@ -47,8 +47,7 @@ def stop_early(setup: Setup, progress: Progress, learner: Learner, evaluation: E
         return setup
     progress.cooldown_from = step
     plan = setup.plan.cooling_down_from(step)
-    in_a_row = f"{patience} evaluations in a row" if patience > 1 else "the evaluation"
     since = f"step {progress.gained_step}" if progress.gained_step else "the baseline"
     falls = f"the learning rate falls to 0 over the next {plan.steps - step} step(s), the last of this run"
-    say(f"step {step}: {in_a_row} saw no sure gain since {since}; {falls}")
+    say(f"step {step}: {patience} evaluation(s) in a row saw no sure gain since {since}; {falls}")
     return replace(setup, plan=plan)

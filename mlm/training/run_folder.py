@@ -17,7 +17,7 @@ from filelock import Timeout
 from Config import Config
 from mlm.errors import UserError
 from mlm.runtime.distributed import decide_on_main
-from mlm.storage import atomic_write, lock, make_folder, read_csv, write_json
+from mlm.storage import atomic_write, lock, make_folder, write_json
 
 
 @contextmanager
@@ -129,18 +129,6 @@ def _schedule_of(folder: Path) -> str | None:
         return None if saved.get("evaluate_only") else saved.get("schedule", "linear")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def set_models_aside(folder: Path) -> None:
-    """Where a run was finished, and is extended now, renames final/ and best/ to final-STEP and best-STEP, by the step
-    that it ended with; those of the same training that are there already give way."""
-    if not (folder / "final").exists():
-        return
-    last_step = read_csv(folder / "metrics.csv")[-1]["step"]
-    for name in ("best", "final"):  # without final/ it is an unfinished run
-        if (folder / name).exists():
-            shutil.rmtree(folder / f"{name}-{last_step}", ignore_errors=True)
-            (folder / name).rename(folder / f"{name}-{last_step}")
 
 
 def _trained_at(folder: Path) -> float:

@@ -209,7 +209,7 @@ def fit(run: Run, progress: Progress) -> Ending:
 
 
 def prefetch(run: Run, progress: Progress) -> Prefetcher:
-    """Returns the batches of the steps from where the run stands to its last one."""
+    """Returns the batches of the steps from where the run stands to its last one; an early stop leaves some."""
     config, accelerator, corpus = run.setup.config, run.learner.accelerator, run.corpus
     batches = data_process.training_batches(
         corpus.train, corpus.vocabulary, data_process.training_rule(config), config.seed, config.batch_size,

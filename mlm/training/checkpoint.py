@@ -35,13 +35,10 @@ MAY_CHANGE_ON_RESUME = {
     "compile", "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep_checkpoints", "tracker",
     "check_only", "dry_run", "evaluate_only", "push_to_hub", "resume",
 }  # fmt: skip
+LENGTHS = {"num_epochs", "max_steps", "num_warmup_steps"}  # which may grow where the learning rate is constant
+
 BEST_MODEL = "best-model.safetensors"  # in the checkpoint before the cool-down, which may leave others in best/
 BESIDE_A_MODEL = ("state.json", "manifest.json")  # in a checkpoint
-LENGTHS = {
-    "num_epochs",
-    "max_steps",
-    "num_warmup_steps",
-}  # of a run; they may grow where its learning rate is constant
 
 
 def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -52,7 +52,8 @@ def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch, schedule
     estimates = []
     monkeypatch.setattr(dry_run, "describe_estimate", lambda run, estimate: estimates.append(estimate) or "")
     usual = {"max_steps": 26, "eval_every": 4, "save_every": 5, "keep_checkpoints": 2, "schedule": schedule}
-    usual |= {"max_steps": 44} if schedule == "constant" else {}  # it keeps that of step 40 and two after it
+    if schedule == "constant":  # it keeps that of step 40, and that of step 42
+        usual |= {"max_steps": 44, "save_every": 7, "keep_checkpoints": 1}
     train.main(settings(dry_run=True, **usual))
     saved, save_checkpoint = [], checkpoint.save_checkpoint
 

@@ -33,6 +33,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 import train
 from mlm.errors import UserError
 from mlm.evaluation.loss import Evaluation
+from mlm.report.summary import read_summary
 from mlm.training import checkpoint as training_checkpoint
 from mlm.training import endings
 from mlm.training import step as training_step
@@ -200,6 +201,15 @@ def test_a_signal_in_the_step_before_an_early_stop_leaves_a_checkpoint_that_lear
     assert_same_bits(folder, finished_runs["early"])
 
 
+def test_what_was_gained_comes_back(long_settings, monkeypatch):
+    """Else the evaluation of step 12 would be compared with the baseline, which it surely beats."""
+    score_as(monkeypatch, [6.0, 5.0, 5.0, 5.0, 4.0])  # before training and after steps 4, 8 and 12, and at the end
+    config = long_settings(run_name="a", **EARLY | {"early_stop_evals": 2})
+    folder = stop_at(config, 9)
+    run(replace(config, resume=True))
+    assert metrics(folder)[-1]["step"] == "14"
+
+
 @pytest.mark.slow
 def test_two_ranks_stop_alike_even_where_one_computes_otherwise(long_settings):
     config = long_settings(run_name="two", **EARLY | {"hidden_dropout": 0.0, "attention_dropout": 0.0})
@@ -243,6 +253,7 @@ def test_an_extension_that_is_killed_ends_with_the_same_bits(long_settings, copy
     folder = copy_of("planned")
     config = long_settings(resume=True, run_name="planned", max_steps=29, **CONSTANT | LATER)
     finish(fork_run(config, partial(kill_in_step, when)), -signal.SIGKILL)
+    assert read_summary(folder).state == "interrupted"
     run(replace(config, run_name=None))
     assert_same_bits(folder, finished_runs["longer"])
     saved = json.loads((folder / "settings.json").read_text())["settings"]

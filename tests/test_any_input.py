@@ -290,7 +290,7 @@ def test_any_configuration_is_accepted_or_refused_by_name(changes):
     describe_settings(resolved, config).encode()  # it can be printed
     assert resolved.scratch_size in (None, *SCRATCH_SIZES)
     peak, warmup, total = resolved.learning_rate, int(resolved.num_warmup_steps), resolved.max_steps
-    rates = [learning_rate_at(step, peak, warmup, total) for step in {0, total // 2, total - 1}]
+    rates = [learning_rate_at(step, peak, warmup, warmup, total) for step in {0, total // 2, total - 1}]
     assert all(0 <= rate <= peak for rate in rates)
     for name in ("path_datasets", "path_model_save", "run_name"):
         Path(getattr(config, name) or "a").exists()

@@ -74,7 +74,8 @@ def fine_tune(
     with progress_bar(f"seed {seed}", budget.steps, " steps") as bar:
         for step, batch in enumerate(batches, start=1):
             classifier.train()
-            set_learning_rate(optimizer, learning_rate_at(step - 1, budget.learning_rate, warmup_steps, budget.steps))
+            rate = learning_rate_at(step - 1, budget.learning_rate, warmup_steps, warmup_steps, budget.steps)
+            set_learning_rate(optimizer, rate)
             for number, (inputs, targets) in enumerate(micro_batcher(batch)):
                 torch.manual_seed(dropout_seed(seed, step, number, 0))
                 with accelerator.autocast():

@@ -81,6 +81,9 @@ def measure(
         raise UserError(f"learning_rate: {reason}; most often a lower rate helps")
     model_bytes, checkpoint_bytes = _save_once(run, progress)
 
+    start, keep = plan.cooldown_from, setup.config.keep_checkpoints
+    keeps_one_more = start is not None and plan.saves_left(start) >= keep  # that where the cool-down begins
+    models = 3 if start is not None and plan.evaluate_every <= start else 2  # final/, best/, and in it the best by then
     tokens_per_s = trained.tokens / trained.seconds
     at_the_start = Progress(sampled_chunks=middle_sample(plan, run.corpus.test, baseline))
     left = time_left(plan, at_the_start, run.timings, plan.tokens_per_step / tokens_per_s)
@@ -93,7 +96,7 @@ def measure(
         left=left,
         memory_bytes=_peak_memory(),
         gpu_bytes=torch.cuda.max_memory_reserved() if is_cuda else 0,
-        disk_bytes=2 * model_bytes + min(left.checkpoints, setup.config.keep_checkpoints) * checkpoint_bytes,
+        disk_bytes=models * model_bytes + min(left.checkpoints, keep + keeps_one_more) * checkpoint_bytes,
         saving_bytes=checkpoint_bytes if left.checkpoints else model_bytes,
         free_bytes=shutil.disk_usage(setup.folder).free,
     )

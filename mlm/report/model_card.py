@@ -10,7 +10,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from mlm.data.words import HAN_CHARACTER
 from mlm.report.summary import Summary
-from mlm.report.wording import forgetting, score_rows, scored_chunks, verdict
+from mlm.report.wording import early_stop, forgetting, score_rows, scored_chunks, verdict
 from mlm.terminal import render
 
 READ_LINES = 500  # to tell the language by
@@ -50,6 +50,7 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
         verdict=verdict(run),
         forgetting=forgetting(run),
         replayed=run.derived.get("general_chunks_per_step", 0),
+        early_stop=early_stop(run),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 

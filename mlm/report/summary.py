@@ -42,11 +42,18 @@ class Summary:
     text: TextStats
     skipped_steps: int  # that trained nothing, as their loss or gradient was not finite
     guesses: list[GuessedWord]
+    steps: int  # after which it ends: max_steps, or fewer where it stopped early
+    cooldown_from: int | None  # the step after which a constant learning rate falls; None: it was never constant
 
     @property
     def evaluations(self) -> list[dict[str, float]]:
         """The rows with scores on the test text, that of the starting checkpoint first."""
         return [row for row in self.rows if "eval_loss" in row]
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether it has fewer steps than were planned, as evaluations in a row saw no sure gain."""
+        return self.steps < self.settings["max_steps"]
 
     @property
     def has_trained(self) -> bool:
@@ -55,10 +62,13 @@ class Summary:
 
 
 def save_settings(setup: Setup) -> None:
-    """Writes settings.json."""
+    """Writes settings.json, and of a run that had ended that it is running again."""
     content = {"settings": asdict(setup.config), "derived": setup.derived, "versions": library_versions()}
     known = {"command": setup.command, "text_digest": setup.recipe["text"]}  # by which downstream.py knows the text
     write_json(setup.folder / "settings.json", content | known)
+    kept = setup.folder / "summary.json"
+    if kept.exists():
+        write_json(kept, json.loads(kept.read_text(encoding="utf-8")) | {"state": "running"})
 
 
 def publish(
@@ -78,6 +88,8 @@ def publish(
         "state": ending.name.lower() if ending else "running",
         "text": asdict(replace(stats, split_words=stats.split_words[:SHOWN_SPLIT_WORDS])),
         "skipped_steps": progress.skipped_steps,
+        "steps": setup.plan.steps,
+        "cooldown_from": setup.plan.cooldown_from,
         "guesses": [(*hidden, before, after) for hidden, before, after in words],
     }
     write_json(setup.folder / "summary.json", content)

@@ -59,14 +59,34 @@ def trend(summary: Summary) -> str:
             f"{high:.3f}); best/ holds that model."
         )
     if high < 0:
-        interval = f"(95% interval {-high:.3f} to {-low:.3f})"
-        return f"It still fell, by {-change:.3f} since step {best} {interval}: more epochs may lower it further."
+        fell = f"fell, by {-change:.3f} since step {best} (95% interval {-high:.3f} to {-low:.3f})"
+        if summary.stops_early:
+            return f"It {fell}, while the learning rate fell."
+        return f"It still {fell}: more epochs may lower it further{_how_to_extend(summary)}."
     interval = f"(95% interval {low:+.3f} to {high:+.3f})"
     if low > -SAMPLE_ERROR:
         if last["step"] - last["best_step"] < summary.settings["eval_every"] / 2:
             return ""  # too few steps to tell
         return f"It no longer fell since step {best} {interval}: more epochs on this text will hardly help."
     return f"Cannot tell whether it still falls: since step {best} it changed by {change:+.3f} {interval}."
+
+
+def _how_to_extend(summary: Summary) -> str:
+    """Returns the flags that give a run with a constant learning rate more epochs; nothing for others."""
+    if summary.settings["schedule"] != "constant":
+        return ""
+    settings, epoch_steps = summary.settings, summary.derived["steps_per_epoch"]
+    decides = "num_epochs" if settings["max_steps"] == settings["num_epochs"] * epoch_steps else "max_steps"
+    return f", by --resume --run_name {summary.folder.name} and a larger --{decides}"
+
+
+def early_stop(summary: Summary) -> str:
+    """Returns a sentence on why a run ends before it was to; empty where it does not."""
+    if not summary.stops_early:
+        return ""
+    settings, start = summary.settings, summary.cooldown_from
+    evaluations = f"{settings['early_stop_evals']} evaluation(s) in a row, up to step {start:,}, saw no sure gain"
+    return f"Stopped early: {evaluations}, so {summary.steps:,} of {settings['max_steps']:,} planned steps are trained."
 
 
 def ignorance(before: float, error: float, unigram: float, vocabulary: float) -> str:
@@ -124,8 +144,8 @@ def specificity(domain: float, domain_se: float, general: float, general_se: flo
 
 
 def notes(summary: Summary) -> list[str]:
-    """Returns what else to know of the scores: a start that knew nothing, the trend of the loss, what was forgotten,
-    how special the domain is, and whether word frequencies do as well."""
+    """Returns what else to know of the scores: a start that knew nothing, an early stop, the trend of the loss, what
+    was forgotten, how special the domain is, and whether word frequencies do as well."""
     unigram, first, last = summary.text.unigram_perplexity, summary.evaluations[0], summary.evaluations[-1]
     vocabulary = summary.derived.get("vocabulary", math.inf)  # which older runs did not write down
     is_checkpoint = not summary.settings["initial_pretrain_model"].startswith("scratch:")  # random weights know nothing
@@ -133,7 +153,8 @@ def notes(summary: Summary) -> list[str]:
     columns = ("eval_loss", "eval_loss_se", "general_loss", "general_loss_se")
     is_told = is_checkpoint and "general_loss" in first
     special = specificity(*(first[column] for column in columns)) if is_told else ""
-    found = [sentence for sentence in (at_first, trend(summary), forgetting(summary), special) if sentence]
+    all_notes = (at_first, early_stop(summary), trend(summary), forgetting(summary), special)
+    found = [sentence for sentence in all_notes if sentence]
     error = last["perplexity_se"] if math.isfinite(last["perplexity_se"]) else 0.0
     if summary.has_trained and not last["perplexity"] + 1.96 * error < unigram:  # the end of its 95% interval
         found.append(

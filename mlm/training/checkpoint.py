@@ -20,8 +20,9 @@ from mlm.data.chunks import Corpus
 from mlm.data.words import read_words
 from mlm.errors import UserError
 from mlm.evaluation.loss import load_evaluation, save_evaluation
-from mlm.storage import atomic_write, digest
+from mlm.storage import atomic_write, digest, read_csv
 from mlm.training.micro_batch_size import is_found_by_trial
+from mlm.training.plan import cooldown_start
 from mlm.training.progress import EVALUATIONS, Progress
 from mlm.training.run import Ending, Learner, Run, Setup
 from mlm.training.step import has_finite_weights
@@ -35,6 +36,10 @@ MAY_CHANGE_ON_RESUME = {
     "cuda_visible_devices", "compile", "micro_batch_tokens", "log_every", "eval_every", "save_every",
     "keep_checkpoints", "tracker", "check_only", "dry_run", "evaluate_only", "push_to_hub", "resume",
 }  # fmt: skip
+LENGTHS = {"num_epochs", "max_steps", "num_warmup_steps"}  # which may grow where the learning rate is constant
+
+BEST_MODEL = "best-model.safetensors"  # in the checkpoint before the cool-down, which may leave others in best/
+BESIDE_A_MODEL = ("state.json", "manifest.json")  # in a checkpoint
 
 
 def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -59,7 +64,8 @@ def save_if_due(run: Run, progress: Progress, ending: Ending | None) -> None:
     unsaved_s = time.perf_counter() - timings.saved_at
     is_wanted = ending in (Ending.STOPPED, Ending.SKIPPING)
     if ending is None and setup.plan.is_save_due(progress.step):
-        is_wanted = bool(setup.plan.save_every) or unsaved_s >= timings.affordable_interval_s
+        is_asked_for = setup.plan.save_every is not None or progress.step == setup.plan.cooldown_from
+        is_wanted = is_asked_for or unsaved_s >= timings.affordable_interval_s
     elif ending is None and not setup.plan.save_every and unsaved_s >= timings.longest_interval_s:
         is_wanted = has_finite_weights(learner.bert)
     if not is_wanted:
@@ -72,10 +78,11 @@ def save_if_due(run: Run, progress: Progress, ending: Ending | None) -> None:
 
 
 def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
-    """Writes the checkpoint of the step that `progress` has reached, and removes older ones beyond `keep_checkpoints`.
+    """Writes the checkpoint of the step that `progress` has reached, and removes older ones beyond `keep_checkpoints`,
+    but for the one from which the run can be extended.
 
-    A plain Hugging Face folder with the optimizer's state beside the weights, the evaluations of baselines and best,
-    state.json (progress, recipe, gradient scaler) and a manifest of every file's size and checksum.
+    A plain Hugging Face folder with the optimizer's state beside the weights, evaluations that later ones are compared
+    with, state.json (progress, recipe, gradient scaler) and a manifest of every file's size and checksum.
     """
     optimizer = learner.optimizer
     moments = {
@@ -93,15 +100,20 @@ def save_checkpoint(setup: Setup, learner: Learner, tokenizer: PreTrainedTokeniz
     with atomic_write(path) as temporary:
         save_model(temporary, learner.bert, tokenizer)
         save_file(moments, temporary / "optimizer.safetensors")
+        steps = {"best": progress.best_step, "gained": progress.gained_step}
         for name in EVALUATIONS:
             if evaluation := getattr(progress, name):
-                step = progress.best_step if name == "best" else 0
-                save_evaluation(temporary / f"{name}.safetensors", evaluation, step)
+                save_evaluation(temporary / f"{name}.safetensors", evaluation, steps.get(name, 0))
+        best = setup.folder / "best" / "model.safetensors"
+        if progress.best and progress.step == setup.plan.cooldown_from and best.exists():
+            shutil.copy(best, temporary / BEST_MODEL)
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    not_newer = [other for step, other in list_checkpoints(setup.folder).items() if step <= progress.step]
-    for old in not_newer[: -setup.config.keep_checkpoints]:
+    saved = list_checkpoints(setup.folder)
+    not_newer = [step for step in saved if step <= progress.step]
+    for step in {*not_newer[: -setup.config.keep_checkpoints]} - {setup.plan.cooldown_from}:
+        old = saved[step]
         old.rename(old.with_name(f".{old.name}.old"))  # a removal that is interrupted leaves no half of a checkpoint
     for leftover in path.parent.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -118,18 +130,34 @@ def _measure(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
-def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+def find_checkpoint(run: Path, recipe: dict[str, Any]) -> tuple[Path | None, list[str]]:
     """Returns a run's newest whole checkpoint, None if it has none at all, and a warning for each damaged newer one.
-    Raises UserError where all are damaged."""
-    warnings: list[str] = []
-    for path in reversed(list_checkpoints(run).values()):
+
+    Where the recipe, as `make_recipe` returns it, has more steps than the run had, it is the newest from before the
+    cool-down, and a line says so. Raises UserError where all are damaged, or the run is finished and not extended.
+    """
+    said: list[str] = []
+    saved, final = list_checkpoints(run), run / "final"
+    for step, path in reversed(saved.items()):
         damage = _damage(path)
-        if not damage:
-            return path, warnings
-        warnings.append(f"warning: {path} is skipped, as {damage}")
-    if warnings:
+        if damage:
+            said.append(f"warning: {path} is skipped, as {damage}")
+            continue
+        changes, state = _changes(path, recipe), _read_state(path)
+        settings, steps = state["recipe"]["settings"], recipe["settings"]["max_steps"]
+        if changes or (steps == settings["max_steps"] and not final.exists()):
+            return path, said  # `refuse_changes` says what changed
+        if steps == settings["max_steps"]:
+            remedy = "a larger num_epochs or max_steps extends it"
+            raise UserError(f"resume: {run} is finished; its model is {final}; {remedy}")
+        planned = cooldown_start(settings["num_warmup_steps"], settings["max_steps"])
+        if step <= (state["progress"]["cooldown_from"] or planned):
+            return path, [*said, f"extended to {steps:,} steps, from step {step:,}, before the learning rate fell"]
+    if final.exists():
+        raise UserError(f"resume: {run} is finished; no checkpoint from before its cool-down is left to extend it from")
+    if saved:
         what = f"resume: no checkpoint of {run} is whole; remove them to begin the run anew"
-        raise UserError("\n".join([what, *warnings]))
+        raise UserError("\n".join([what, *said]))
     return None, []
 
 
@@ -158,16 +186,22 @@ def make_recipe(config: Config, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
-    """Raises UserError where a recipe, as `make_recipe` returns it, is not the one that the run began with; names all
-    that differs."""
+def _changes(checkpoint, recipe):
+    """Returns what of a recipe forbids to resume a checkpoint: by the name of the setting, how it differs from what the
+    run began with."""
     state = _read_state(checkpoint)
     if state.get("format") != FORMAT:
         raise UserError(f"resume: {checkpoint} was written by another version of this program, which can resume it")
     began_with = state["recipe"]
     old_settings, settings = began_with["settings"], recipe["settings"]
-    changed = {}  # by the name of the setting, how it differs
-    for name in (old_settings.keys() | settings.keys()) - MAY_CHANGE_ON_RESUME:
+    may_change = MAY_CHANGE_ON_RESUME
+    if settings["early_stop_evals"]:  # evaluations decide the training
+        may_change = may_change - {"eval_every"}
+    is_warm = state["progress"]["step"] >= old_settings["num_warmup_steps"]
+    if old_settings["schedule"] == "constant" and is_warm and settings["max_steps"] >= old_settings["max_steps"]:
+        may_change = may_change | LENGTHS
+    changed = {}
+    for name in (old_settings.keys() | settings.keys()) - may_change:
         old, new = old_settings.get(name, "no such setting"), settings.get(name, "no such setting")
         if old != new:
             changed[name] = f"{old} when the run began, {new} now"
@@ -180,15 +214,28 @@ def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> None:
         changed["path_general"] = "the general text is not the one that the run began with"
     if began_with["user_words"] != recipe["user_words"]:
         changed["user_words"] = "its words are not those that the run began with"
+    return changed
+
+
+def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> int:
+    """Raises UserError where a recipe, as `make_recipe` returns it, neither is the one that the run began with nor
+    extends it; names all that differs. Returns the run's steps of warm-up, which a longer run does not repeat."""
+    changed = _changes(checkpoint, recipe)
     if changed:
         named = changed.keys() - {"max_steps", "num_warmup_steps"}  # which mostly change because another setting did
         lines = [f"  {name}: {changed[name]}" for name in sorted(named or changed)]
         remedy = f"Resume it as it began, or begin a new run, perhaps with {checkpoint} as initial_pretrain_model"
+        if recipe["settings"]["schedule"] == "linear" and changed.keys() <= LENGTHS:
+            remedy += ". One with --schedule constant can be extended later"
         raise UserError("\n".join([f"resume: {checkpoint} cannot be resumed", *lines, remedy]))
+    return _read_state(checkpoint)["recipe"]["settings"]["num_warmup_steps"]
 
 
-def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOptimizer) -> Progress:
-    """Restores the optimizer and its gradient scaler; the weights of `bert` have been loaded from the same folder."""
+def load_checkpoint(path: Path, steps: int, bert: BertForMaskedLM, optimizer: AcceleratedOptimizer) -> Progress:
+    """Restores the optimizer and its gradient scaler; the weights of `bert` have been loaded from the same folder.
+
+    steps: that the run is to have now. Where they are more than it had, an early stop is forgotten.
+    """
     for key, tensor in load_file(path / "optimizer.safetensors").items():
         name, _, kind = key.rpartition("/")
         parameter = bert.get_parameter(name)
@@ -198,7 +245,25 @@ def load_checkpoint(path: Path, bert: BertForMaskedLM, optimizer: AcceleratedOpt
         optimizer.scaler.load_state_dict(state["scaler"])
     files = {name: path / f"{name}.safetensors" for name in EVALUATIONS}
     evaluations = {name: load_evaluation(file)[0] for name, file in files.items() if file.exists()}
-    return Progress.from_state_dict(state["progress"], evaluations)
+    progress = Progress.from_state_dict(state["progress"], evaluations)
+    if progress.cooldown_from is not None and steps > state["recipe"]["settings"]["max_steps"]:
+        progress.cooldown_from, progress.evaluations_without_gain = None, 0
+    return progress
+
+
+def reopen_models(run: Path, checkpoint: Path) -> None:
+    """Renames final/ and best/ of a finished run, which goes on from a checkpoint, to final-STEP and best-STEP, by its
+    last step; and where the checkpoint has the weights that were best by then, they are in best/ again."""
+    if (run / "final").exists():
+        last_step = read_csv(run / "metrics.csv")[-1]["step"]
+        for name in ("best", "final"):  # without final/ it is not finished any more
+            if (run / name).exists():
+                shutil.rmtree(run / f"{name}-{last_step}", ignore_errors=True)  # the same training's, of before
+                (run / name).rename(run / f"{name}-{last_step}")
+    if (checkpoint / BEST_MODEL).exists():
+        with atomic_write(run / "best") as temporary:
+            shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("*.safetensors", *BESIDE_A_MODEL))
+            shutil.copy(checkpoint / BEST_MODEL, temporary / "model.safetensors")
 
 
 def _read_state(checkpoint):

@@ -54,11 +54,24 @@ def resolve(config: Config, epoch_steps: int, precision: str) -> Config:
     )
 
 
-def learning_rate_at(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Returns the rate of the step after `step` others: linear warm-up to the peak, then linear decay; never 0."""
+def learning_rate_at(step: int, peak: float, warmup_steps: int, decay_from: int, total_steps: int) -> float:
+    """Returns the rate of the step after `step` others: linear warm-up to the peak, which is held until `decay_from`
+    steps are done, then linear decay; never 0."""
     if step < warmup_steps:
         return peak * ((step + 1) / warmup_steps)
-    return peak * ((total_steps - step) / max(1, total_steps - warmup_steps))
+    return peak * min(1.0, (total_steps - step) / max(1, total_steps - decay_from))
+
+
+def cooldown_steps(done: int) -> int:
+    """Returns in how many steps the rate falls after `done` others: a tenth of them, rounded up. So few suffice: Hägele
+    et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations (arXiv 2405.18392)."""
+    return math.ceil(done / 10)
+
+
+def cooldown_start(warmup_steps: int, total_steps: int) -> int:
+    """Returns after how many steps a constant rate begins to fall: so late that `cooldown_steps` are left, or when the
+    warm-up ends."""
+    return max(warmup_steps, total_steps * 10 // 11)
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ class Plan:
     steps: int  # of the optimizer, in all
     steps_per_epoch: int
     warmup_steps: int
+    decay_from: int  # steps done before the learning rate falls: those of the warm-up, unless it is constant after that
     peak_learning_rate: float
     evaluate_every: int  # steps
     save_every: int | None  # steps; None: at the ends of epochs, and by the clock, as long as that costs little
@@ -79,7 +93,17 @@ class Plan:
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of the step after `step` others."""
-        return learning_rate_at(step, self.peak_learning_rate, self.warmup_steps, self.steps)
+        return learning_rate_at(step, self.peak_learning_rate, self.warmup_steps, self.decay_from, self.steps)
+
+    @property
+    def cooldown_from(self) -> int | None:
+        """The steps done before a constant learning rate begins to fall; None where it is never constant."""
+        return self.decay_from if self.decay_from > self.warmup_steps else None
+
+    def cooling_down_from(self, step: int | None) -> "Plan":
+        """Returns the plan where an early stop begins the cool-down after a step at a constant rate, so that the run
+        ends before it was to; None: the plan as it is."""
+        return self if step is None else replace(self, decay_from=step, steps=step + cooldown_steps(step))
 
     def epochs(self, step: int) -> float:
         """Returns how many epochs the first `step` steps are."""
@@ -89,20 +113,28 @@ class Plan:
         """Returns the steps beyond `done`, but for the last, after which the model is evaluated."""
         return _multiples(self.evaluate_every, done, self.steps)
 
+    @property
+    def chunks_at_the_ends(self) -> dict[int, int]:
+        """How many test chunks the first and the last evaluation score, by their steps."""
+        return {0: self.first_test_chunks, self.steps: self.test_chunks}
+
     def is_evaluation_due(self, step: int) -> bool:
         """Whether the model is evaluated after a step: before the first, when due, and after the last."""
         return step in (0, self.steps) or step in self.middle_evaluations()
 
     def is_save_due(self, step: int) -> bool:
-        """Whether a step is the end of an epoch, or of `save_every` steps, and not that of the run."""
-        epoch, other = self.steps_per_epoch, self.save_every or self.steps_per_epoch
-        return 0 < step < self.steps and (step % epoch == 0 or step % other == 0)
+        """Whether a step is the end of an epoch, or of `save_every` steps, or the last before the cool-down, from which
+        a run can be extended; and not the end of the run."""
+        is_wanted = step == self.cooldown_from or step % self.steps_per_epoch == 0
+        return 0 < step < self.steps and (is_wanted or (self.save_every is not None and step % self.save_every == 0))
 
     def saves_left(self, done: int) -> int:
         """Returns how many of the steps beyond `done` are such that `is_save_due`."""
         epoch, other = self.steps_per_epoch, self.save_every or self.steps_per_epoch
         due = [_multiples(interval, done, self.steps) for interval in (epoch, other, math.lcm(epoch, other))]
-        return len(due[0]) + len(due[1]) - len(due[2])
+        start = self.cooldown_from
+        adds_one = start is not None and done < start < self.steps and start % epoch != 0 and start % other != 0
+        return len(due[0]) + len(due[1]) - len(due[2]) + adds_one
 
 
 def _multiples(of: int, above: int, below: int) -> range:
@@ -118,12 +150,14 @@ def make_plan(config: Config, corpus: Corpus) -> Plan:
     tokens_per_step = sum(len(text.tokens) / steps_per_epoch(len(text), chunks) for text, chunks in in_a_step)
     chunks_per_step = sum(len(text) / steps_per_epoch(len(text), chunks) for text, chunks in in_a_step)
     positions_per_step = round(tokens_per_step + 2 * chunks_per_step)
+    warmup_steps = int(config.num_warmup_steps)
     test_chunks = min(len(corpus.test), config.max_test_chunks or len(corpus.test))
     sample = max(SMALLEST_SAMPLE, affordable_chunks(config.max_steps * positions_per_step, corpus.test))
     return Plan(
         steps=config.max_steps,
         steps_per_epoch=steps_per_epoch(len(corpus.train), config.domain_chunks),
-        warmup_steps=int(config.num_warmup_steps),
+        warmup_steps=warmup_steps,
+        decay_from=warmup_steps if config.schedule == "linear" else cooldown_start(warmup_steps, config.max_steps),
         peak_learning_rate=config.learning_rate,
         evaluate_every=config.eval_every,
         save_every=config.save_every,
@@ -202,8 +236,7 @@ class TimeLeft(NamedTuple):
 def time_left(plan: Plan, progress: Progress, timings: Timings, seconds_per_step: float) -> TimeLeft:
     """Returns what is left from where the run stands to its end, each part as fast as it was last."""
     middle = len(plan.middle_evaluations(progress.step))
-    ends = {0: plan.first_test_chunks, plan.steps: plan.test_chunks}
-    at_an_end = [chunks for step, chunks in ends.items() if progress.last_evaluated_step < step]
+    at_an_end = [chunks for step, chunks in plan.chunks_at_the_ends.items() if progress.last_evaluated_step < step]
     evaluations = middle + len(at_an_end)
     test_chunks = middle * progress.sampled_chunks + sum(at_an_end)
     step_seconds = (plan.steps - progress.step) * seconds_per_step

@@ -6,7 +6,8 @@ from typing import Any
 from mlm.evaluation.fill_mask import Guess
 from mlm.evaluation.loss import Evaluation
 
-EVALUATIONS = ("baseline", "best", "general_baseline")  # fields of `Progress` whose arrays have files of their own
+# Fields of `Progress` whose arrays have files of their own.
+EVALUATIONS = ("baseline", "general_baseline", "best", "gained")
 
 
 @dataclass
@@ -30,6 +31,10 @@ class Progress:
     since_last_log: SinceLastLog = field(default_factory=SinceLastLog)
     best: Evaluation | None = None  # that with the lowest loss in training, on the sampled chunks
     best_step: int = 0  # of it
+    gained: Evaluation | None = None  # the last that was surely better than the one in this place before it
+    gained_step: int = 0  # of it; 0: the baseline's
+    evaluations_without_gain: int = 0  # in a row, since then
+    cooldown_from: int | None = None  # the step after which an early stop began it
     skipped_steps: int = 0  # without a finite loss and gradient
     skipped_in_a_row: int = 0
     baseline: Evaluation | None = None  # of the model before training, which later ones are compared with
@@ -40,7 +45,7 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything but the evaluations, whose arrays have files of their own, as JSON takes it."""
-        state = asdict(replace(self, baseline=None, best=None, general_baseline=None))
+        state = asdict(replace(self, baseline=None, general_baseline=None, best=None, gained=None))
         return {name: value for name, value in state.items() if name not in EVALUATIONS}
 
     @classmethod

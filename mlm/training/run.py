@@ -24,7 +24,7 @@ class Setup:
     """What is fixed before the first step."""
 
     config: Config  # each setting with the value that it stands for
-    plan: Plan
+    plan: Plan  # which an early stop replaces
     folder: Path
     resumed: Path | None  # the checkpoint to resume from
     recipe: dict[str, Any]  # all that decides the training

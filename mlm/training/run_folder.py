@@ -98,32 +98,37 @@ def _free_names(config: Config) -> Iterator[Path]:
 
 
 def find_run(config: Config) -> Path:
-    """Returns the folder of the run to resume: the one that `run_name` names, or the unfinished one that trained last.
+    """Returns the folder of the run to resume: the one that `run_name` names, or the unfinished one that trained last;
+    where all are finished, with a constant learning rate, the one that trained last, to be extended.
 
     If `run_name` names no folder yet, a new run begins there, so that one command serves to begin and to resume. Raises
-    UserError where there is none to resume, or it is finished.
+    UserError where there is none to resume, or it is finished and can have no more steps.
     """
     output = Path(config.path_model_save)
     if config.run_name:
         folder = output / config.run_name
-        if (folder / "final").exists():
-            raise UserError(f"resume: {folder} is finished; its model is {folder / 'final'}")
+        if (folder / "final").exists() and _schedule_of(folder) != "constant":
+            why = "As its learning rate fell to its end it cannot be extended; one with --schedule constant can be"
+            raise UserError(f"resume: {folder} is finished; its model is {folder / 'final'}. {why}")
         if folder.exists() and not (folder / "settings.json").exists():
             raise UserError(f"resume: {folder} is not the folder of a run; choose another run_name")
         return folder
-    runs = [path.parent for path in output.glob("*/settings.json") if _is_unfinished(path)]
-    if not runs:
+    runs = [path.parent for path in output.glob("*/settings.json") if _schedule_of(path.parent)]
+    unfinished = [run for run in runs if not (run / "final").exists()]
+    if not unfinished and config.schedule == "constant":
+        unfinished = [run for run in runs if _schedule_of(run) == "constant"]
+    if not unfinished:
         raise UserError(f"resume: {output} holds no unfinished run; leave --resume out to begin one")
-    return max(runs, key=_trained_at)
+    return max(unfinished, key=_trained_at)
 
 
-def _is_unfinished(settings: Path) -> bool:
-    """Whether a settings.json is that of a run that has more to train; not where another program wrote it."""
+def _schedule_of(folder: Path) -> str | None:
+    """Returns how a run's learning rate goes, None where its settings.json is of no training or another program's."""
     try:
-        saved = json.loads(settings.read_text(encoding="utf-8"))["settings"]
-        return not settings.with_name("final").exists() and not saved.get("evaluate_only")
+        saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
+        return None if saved.get("evaluate_only") else saved.get("schedule", "linear")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return False
+        return None
 
 
 def _trained_at(folder: Path) -> float:

@@ -104,7 +104,7 @@ def test_two_ranks_share_the_trials(tmp_path):
     task = write_rows(tmp_path / "task.tsv", make_rows(60, 4))
     model = save_model(tmp_path / "model")
     flags = ["--task", str(task), "--models", model, "--num_seeds", "4", "--min_steps", "8", "--num_epochs", "1"]
-    flags += ["--learning_rates", "1e-3", "--mixed_precision", "no", "--path_model_save"]
+    flags += ["--examples_per_class", "all", "--learning_rates", "1e-3", "--mixed_precision", "no", "--path_model_save"]
     tables = []
     for ranks in ([{}], environments(2)):
         output = tmp_path / f"{len(ranks)} ranks"

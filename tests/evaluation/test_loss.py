@@ -202,8 +202,8 @@ def sample_of(baseline: Evaluation, training_positions: int, evaluate_every: int
     """How many chunks of 20 positions the evaluations in the middle of 32 steps score: ten of them, after every 3."""
     chunks = len(baseline.losses)
     plan = Plan(
-        steps=32, steps_per_epoch=32, warmup_steps=0, peak_learning_rate=1.0, evaluate_every=evaluate_every,
-        save_every=None, first_test_chunks=chunks, test_chunks=chunks, tokens_per_step=0,
+        steps=32, steps_per_epoch=32, warmup_steps=0, decay_from=0, peak_learning_rate=1.0,
+        evaluate_every=evaluate_every, save_every=None, first_test_chunks=chunks, test_chunks=chunks, tokens_per_step=0,
         positions_per_step=training_positions // 32,
     )  # fmt: skip
     return middle_sample(plan, Chunks(np.zeros(18 * chunks), 18 * np.arange(chunks + 1), baseline.lines), baseline)

@@ -51,6 +51,15 @@ def test_the_card_says_what_was_done(finished):
     assert "continued from bert-base-uncased" in card_of_base_model(finished, "bert-base-uncased").text
 
 
+def test_the_card_of_a_constant_rate_says_where_it_fell_and_why_so_early(finished):
+    linear = make_card(finished, []).text
+    assert "26 steps of 16 chunks" in linear and "steps and linear decay, 1 x cpu" in linear and "early" not in linear
+    settings = finished.settings | {"schedule": "constant", "early_stop_evals": 3, "max_steps": 60}
+    text = make_card(dataclasses.replace(finished, settings=settings, cooldown_from=23), []).text
+    assert "26 steps of 16 chunks" in text and "steps, constant until step 23, and linear decay from there" in text
+    assert "Stopped early: 3 evaluation(s) in a row, up to step 23, saw no sure gain, so 26 of 60 planned" in text
+
+
 def test_the_card_quotes_no_text(finished, card):
     starts = [guessed.line.partition("[MASK]")[0][:20] for guessed in finished.guesses if len(guessed.line) >= 20]
     assert any(starts)

@@ -45,12 +45,15 @@ def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing_but_the_cache(setting
     assert "0 of the" not in screen and len(screen.splitlines()) < 45  # one screen
 
 
-def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch):
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch, schedule):
     """Steps, evaluations, test chunks, checkpoints and bytes: each as the run itself has them."""
     monkeypatch.setattr(dry_run, "TIMED_SECONDS", 0.1)
     estimates = []
     monkeypatch.setattr(dry_run, "describe_estimate", lambda run, estimate: estimates.append(estimate) or "")
-    usual = {"max_steps": 26, "eval_every": 4, "save_every": 5, "keep_checkpoints": 2}
+    usual = {"max_steps": 26, "eval_every": 4, "save_every": 5, "keep_checkpoints": 2, "schedule": schedule}
+    if schedule == "constant":  # it keeps that of step 40, and that of step 42
+        usual |= {"max_steps": 44, "save_every": 7, "keep_checkpoints": 1}
     train.main(settings(dry_run=True, **usual))
     saved, save_checkpoint = [], checkpoint.save_checkpoint
 
@@ -65,6 +68,21 @@ def test_an_estimate_counts_what_a_run_then_does(settings, monkeypatch):
     assert estimate.left[:3] == (len(scored), sum(scored), len(saved))
     size = sum(len(content) for content in contents(folder).values())
     assert estimate.disk_bytes == pytest.approx(size, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"schedule": "constant"}, "at a constant learning rate until step 10\n"),
+        ({"schedule": "constant", "early_stop_evals": 3}, "until step 10; fewer where an early stop comes\n"),
+    ],
+)
+def test_a_dry_run_says_where_the_learning_rate_falls(settings, monkeypatch, capsys, changes, said):
+    monkeypatch.setattr(dry_run, "TIMED_SECONDS", 0.1)
+    train.main(settings(dry_run=True, max_steps=11, **changes))
+    screen = capsys.readouterr().out
+    assert said in screen and ("constant learning rate" in screen) == bool(said)
 
 
 def test_a_dry_run_of_the_shortest_run(settings, capsys):

@@ -141,6 +141,27 @@ def test_the_trend_follows_the_interval_of_the_change_since_the_best(finished, c
     assert trend(dataclasses.replace(finished, rows=[baseline])) == ""
 
 
+@pytest.mark.parametrize(
+    ("of_run", "said"),
+    [
+        ({}, "It still fell, by 0.200 since step 7 (95% interval 0.100 to 0.300): more epochs may lower it further."),
+        ({"schedule": "constant"}, "further, by --resume --run_name whole and a larger --max_steps."),
+        ({"schedule": "constant", "num_epochs": 2, "max_steps": 24}, "--run_name whole and a larger --num_epochs."),
+        ({"schedule": "constant", "max_steps": 60}, "(95% interval 0.100 to 0.300), while the learning rate fell."),
+    ],
+)
+def test_a_loss_that_still_falls_says_how_to_train_on(finished, of_run, said):
+    """Not where evaluations before the cool-down saw no gain: the falling rate alone lowers the loss."""
+    settings = finished.settings | {"early_stop_evals": 3} | of_run
+    figures = {"best_step": 7.0, "trend": -0.2, "trend_low": -0.3, "trend_high": -0.1}
+    summary = changed(dataclasses.replace(finished, settings=settings, cooldown_from=23), **figures)
+    summary.steps = min(26, settings["max_steps"])
+    assert trend(summary).endswith(said)
+    stopped = "Stopped early: 3 evaluation(s) in a row, up to step 23, saw no sure gain, so 26 of 60 planned steps"
+    for shown in (render_run(summary), closing_words(summary)):
+        assert (stopped in shown) == ("Stopped early" in shown) == (settings["max_steps"] == 60)
+
+
 def test_a_last_evaluation_just_behind_the_best_does_not_say_that_nothing_falls(finished):
     last, every = finished.evaluations[-1]["step"], finished.settings["eval_every"]
     figures = {"trend": 0.0, "trend_low": -0.005, "trend_high": 0.005}

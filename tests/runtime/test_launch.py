@@ -18,6 +18,7 @@ from runs import (
     fork_program,
     fork_ranks,
     metrics,
+    newest_whole,
     read_until,
     start,
     stop_at,
@@ -25,7 +26,6 @@ from runs import (
 
 from mlm.errors import UserError
 from mlm.runtime import launch
-from mlm.training.checkpoint import find_checkpoint
 
 TWO_RANKS = """\
 compute_environment: LOCAL_MACHINE
@@ -72,7 +72,7 @@ def assert_stopped(config, process, kind: int) -> None:
     read_until(process, "step 7/")
     process.send_signal(kind)
     out, err = finish(process, 128 + kind)
-    newest, damaged = find_checkpoint(folder_of(config))
+    newest, damaged = newest_whole(folder_of(config))
     assert newest and not damaged
     assert f"stopped after step {int(newest.name[5:])}, saved in {newest}. " in out and "with --resume" in out
     assert "Traceback" not in out + err
@@ -131,7 +131,7 @@ def test_a_dead_rank_stops_the_other_with_plain_words(endless, answered):
     assert "Traceback" not in err
     assert "error: rank 1 lost touch with another rank" in err and "--resume continues" in err
     assert "error: rank 0 ended with status -9; the others were stopped" in err
-    newest, damaged = find_checkpoint(folder_of(config))
+    newest, damaged = newest_whole(folder_of(config))
     assert newest and not damaged
 
 

@@ -4,14 +4,13 @@ import json
 import shutil
 
 import pytest
-from runs import assert_same_bits, checkpoint, checkpoints, folder_of, run, stop_at
+from runs import assert_same_bits, checkpoint, checkpoints, folder_of, newest_whole, run, stop_at
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 import train
 from mlm.errors import UserError
 from mlm.training import checkpoint as training_checkpoint
-from mlm.training.checkpoint import find_checkpoint
 
 
 def test_a_checkpoint_is_a_plain_folder_with_a_manifest(long_settings):
@@ -98,7 +97,7 @@ def test_a_damaged_checkpoint_does_not_outlive_a_whole_one(long_settings):
     shutil.copytree(checkpoint(folder, 15), folder / "checkpoints" / "step-mine")  # a user's copy
     stop_at(long_settings(resume=True, save_every=1, keep_checkpoints=1), 17)
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-00000017", "step-00000020", "step-mine"}
-    assert find_checkpoint(folder)[0].name == "step-00000017"
+    assert newest_whole(folder)[0].name == "step-00000017"
 
 
 def test_a_save_that_fails_leaves_the_checkpoint_before(long_settings, monkeypatch):
@@ -116,4 +115,4 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(long_settings, monkeypat
         train.main(long_settings(run_name="a"))
     folder = folder_of(long_settings(run_name="a"))
     assert checkpoints(folder) == [5]
-    assert find_checkpoint(folder)[0].name == "step-00000005"
+    assert newest_whole(folder)[0].name == "step-00000005"

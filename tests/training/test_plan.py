@@ -1,31 +1,38 @@
 """A run's plan: after which steps something is due, how many are left, at which rate, and how long that takes."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from mlm.errors import UserError
-from mlm.training.plan import Plan, Timings, learning_rate_at, resolve, time_left
+from mlm.training.plan import Plan, Timings, cooldown_start, cooldown_steps, learning_rate_at, resolve, time_left
 from mlm.training.progress import Progress
 
 
-def plan_of(steps: int, epoch: int, evaluate_every: int = 4, save_every: int | None = None) -> Plan:
+def plan_of(
+    steps: int, epoch: int, evaluate_every: int = 4, save_every: int | None = None, decay_from: int = 0
+) -> Plan:
     return Plan(
-        steps=steps, steps_per_epoch=epoch, warmup_steps=0, peak_learning_rate=1.0, evaluate_every=evaluate_every,
-        save_every=save_every, first_test_chunks=70, test_chunks=80, tokens_per_step=100, positions_per_step=110,
+        steps=steps, steps_per_epoch=epoch, warmup_steps=0, decay_from=decay_from, peak_learning_rate=1.0,
+        evaluate_every=evaluate_every, save_every=save_every, first_test_chunks=70, test_chunks=80,
+        tokens_per_step=100, positions_per_step=110,
     )  # fmt: skip
 
 
 LENGTHS = (1, 2, 13, 20)
+TENTHS = {0: 0, 1: 1, 9: 1, 10: 1, 11: 2, 20: 2, 21: 3, 30: 3}  # rounded up
 
 
 @pytest.mark.parametrize("save_every", [None, 1, 3, 4, 50])
 def test_saves_are_predicted_from_every_step_as_they_then_come(save_every):
-    """At the ends of epochs and of every `save_every` steps, and never after the last: counted one by one."""
-    for steps, epoch in product(LENGTHS, (1, 3, 8, 40)):
-        plan = plan_of(steps, epoch, save_every=save_every)
+    """At the ends of epochs and of every `save_every` steps, before a cool-down, and never after the last step: counted
+    one by one."""
+    for steps, epoch, start in product(LENGTHS, (1, 3, 8, 40), (0, 3, 12)):
+        plan = plan_of(steps, epoch, save_every=save_every, decay_from=start)
         due = [step for step in range(1, steps) if step % epoch == 0 or (save_every and step % save_every == 0)]
+        due = sorted({*due, *([start] if 0 < start < steps else [])})
         assert [step for step in range(steps + 1) if plan.is_save_due(step)] == due
         for done in range(steps + 1):
             assert plan.saves_left(done) == len([step for step in due if step > done])
@@ -42,9 +49,49 @@ def test_evaluations_come_before_the_first_step_when_due_and_after_the_last():
 
 
 def test_the_schedule_warms_up_decays_and_never_trains_at_zero():
-    rates = [learning_rate_at(step, peak=1.0, warmup_steps=4, total_steps=10) for step in range(10)]
+    rates = [learning_rate_at(step, peak=1.0, warmup_steps=4, decay_from=4, total_steps=10) for step in range(10)]
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert plan_of(10, 3).learning_rate(0) == 1.0 and plan_of(10, 3).learning_rate(9) == pytest.approx(0.1)
+
+
+def test_a_constant_rate_is_held_until_the_cooldown():
+    rates = [learning_rate_at(step, peak=1.0, warmup_steps=2, decay_from=7, total_steps=10) for step in range(10)]
+    assert rates == pytest.approx([1 / 2, 1, 1, 1, 1, 1, 1, 3 / 3, 2 / 3, 1 / 3])
+    plan = plan_of(10, 3, decay_from=7)
+    assert [plan.learning_rate(step) for step in range(10)][6:] == pytest.approx([1, 1, 2 / 3, 1 / 3])
+
+
+def test_a_linear_rate_has_the_bits_of_its_formula():
+    for total, warmup in product(range(1, 40), range(40)):
+        for step in range(total):
+            decay = 3e-5 * ((total - step) / max(1, total - warmup))
+            rate = 3e-5 * ((step + 1) / warmup) if step < warmup else decay
+            assert learning_rate_at(step, 3e-5, warmup, warmup, total) == rate
+
+
+def test_the_cooldown_is_a_tenth_of_the_steps_before_it_and_as_late_as_it_fits():
+    assert {done: cooldown_steps(done) for done in TENTHS} == TENTHS
+    for total in range(1, 300):
+        start = cooldown_start(0, total)
+        assert start + -(-start // 10) <= total < start + 1 + -(-(start + 1) // 10)
+        for warmup in (start, start + 1, total):  # which is not cut short
+            assert cooldown_start(warmup, total) == warmup
+    assert [cooldown_start(0, total) for total in (1, 2, 11, 12, 33)] == [0, 1, 10, 10, 30]
+
+
+def test_an_early_stop_ends_the_plan_a_tenth_later_and_before_its_end():
+    plan = plan_of(110, 7, decay_from=100)
+    assert plan.cooling_down_from(None) is plan
+    for step in range(1, 100):
+        stopped = plan.cooling_down_from(step)
+        assert stopped.steps == step + math.ceil(step / 10) < 110 and stopped.cooldown_from == step
+        rates = [stopped.learning_rate(done) for done in range(stopped.steps)]
+        assert rates[: step + 1] == [1.0] * (step + 1) and rates == sorted(rates, reverse=True) and rates[-1] > 0
+
+
+def test_only_a_constant_rate_has_a_cooldown():
+    assert replace(plan_of(10, 3), warmup_steps=4, decay_from=4).cooldown_from is None
+    assert replace(plan_of(10, 3), warmup_steps=4, decay_from=5).cooldown_from == 5
 
 
 def test_settings_that_were_left_unset_are_resolved_once(settings):

@@ -139,7 +139,7 @@ def test_the_optimizer_gets_clipped_gradients_scheduled_rates_and_no_decay_for_b
     run(config)
     for step, (norm, rates) in enumerate(steps):
         assert norm == pytest.approx(0.01, rel=1e-3)
-        assert rates == [learning_rate_at(step, peak=2e-3, warmup_steps=1, total_steps=6)] * 3
+        assert rates == [learning_rate_at(step, peak=2e-3, warmup_steps=1, decay_from=1, total_steps=6)] * 3
     assert len(steps) == 6
 
 

@@ -161,8 +161,9 @@ def make_checkpoint(minilm: Path, text: Path, output: Path) -> Path:
     """The MiniLM encoder with a head, trained on general text."""
     final = output / "general" / "final"
     if not final.exists():
+        shutil.rmtree(output / "general", ignore_errors=True)
         start = {"initial_pretrain_model": minilm, "initial_pretrain_tokenizer": minilm}
-        train(output, "general", path_datasets=text, num_epochs=3, learning_rate=2e-4, resume=True, **start)
+        train(output, "general", path_datasets=text, num_epochs=3, learning_rate=2e-4, **start)
     return final
 
 

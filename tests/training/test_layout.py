@@ -202,7 +202,7 @@ def test_machines_may_have_their_text_and_gpus_by_other_names(settings, monkeypa
     gathered = []
     monkeypatch.setattr("mlm.runtime.distributed.gather_object", lambda objects: gathered.extend(objects) or objects)
     run(settings(max_steps=1))
-    assert [digests.keys() for digests in gathered] == [{"text", "tokenizer", "user_words"}]
+    assert [digests.keys() for digests in gathered] == [{"text", "general", "tokenizer", "user_words"}]
 
 
 @pytest.fixture

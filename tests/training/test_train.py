@@ -54,7 +54,9 @@ def test_what_a_run_leaves(settings, capsys):
     rows = metrics(folder)
     scores = "eval_loss eval_loss_se perplexity perplexity_se masked_accuracy test_chunks"
     changes = "change change_low change_high best_step trend trend_low trend_high"
-    assert list(rows[0]) == f"step epoch train_loss lr tokens_per_s {scores} {changes}".split()
+    general = "general_loss general_loss_se general_perplexity general_test_chunks"
+    general += " general_change general_change_low general_change_high"
+    assert list(rows[0]) == f"step epoch train_loss lr tokens_per_s {scores} {changes} {general}".split()
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(set(steps)) and steps[0] == 0  # the start is evaluated first, no step twice
     assert [int(row["step"]) for row in rows if row["train_loss"]] == [5, 10, 15, 20, 24]  # every five, and the last

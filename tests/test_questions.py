@@ -147,6 +147,7 @@ def summary(**last: float) -> Any:
     return SimpleNamespace(
         settings={"initial_pretrain_model": "bert", "evaluate_only": False, "eval_every": 1}, derived={},
         text=statistics(), evaluations=[before, before | {"step": 2.0} | last], has_trained=True,
+        stops_early=False,
     )  # fmt: skip
 
 

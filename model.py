@@ -202,9 +202,9 @@ def _pretrained_bert(name):
     model, is_head_new, warnings = load_masked_lm(name, "initial_pretrain_model")
     if is_head_new:
         warnings.append(
-            f"warning: {name} has no masked-language-model head. A random one takes its place: the first loss is near "
-            "ln(vocabulary size), and the head must be learned before it can teach the rest. Most sentence-embedding "
-            "and fine-tuned models have none; the checkpoint they were made from usually has it"
+            f"warning: {name} has no masked-language-model head. A random one takes its place, so the scores before "
+            "training say nothing of the encoder, and the head must be learned before it can teach the rest. Most "
+            "sentence-embedding and fine-tuned models have none; the checkpoint they were made from usually has it"
         )
     encoder, missing, _ = load_weights(BertModel, name, "initial_pretrain_model")
     if not any(key.startswith("pooler") for key in missing):

@@ -3,7 +3,7 @@
     python benchmarks/time_to_perplexity.py --text folder/with/train.txt/and/test.txt --peer run_mlm_no_trainer.py
 
 The others train for one epoch, at --rate; what they end with is the perplexity to reach. This project trains for one
-epoch too, and for the shorter runs that --steps names, by its own defaults for a model from random weights. Every model
+epoch too, or for the shorter runs that --steps names, by its own defaults for a model from random weights. Every model
 is scored by this project's evaluation: BERT's masking, masks that depend on the text alone. All have the same shape and
 vocabulary; each repeat has a seed of its own.
 """
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="Hub name or local folder; otherwise one is learned from the text")
     parser.add_argument("--size", default="mini", help="of Config.py's SCRATCH_SIZES")
     parser.add_argument("--rate", default="5e-4", help="peak learning rate of the others")
-    parser.add_argument("--steps", nargs="*", default=[], help="of more runs of this project, shorter than an epoch")
+    parser.add_argument("--steps", nargs="*", default=[], help="of runs of this project instead of an epoch")
     parser.add_argument("--without_trainer", action="store_true", help="leave transformers.Trainer out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--formats", nargs="+", default=native_formats(), choices=["float32", "bf16"])
@@ -115,7 +115,7 @@ def main() -> None:
         for dtype in given.formats:
             bf16 = dtype == "bf16"
             lengths = {f"this project, {steps} steps": ["--max_steps", steps] for steps in given.steps}
-            lengths["this project"] = ["--num_epochs", "1"]
+            lengths = lengths or {"this project": ["--num_epochs", "1"]}
             runs = {name: [] for name in [*others, *lengths]}
             found.append({"size": given.size, "dtype": dtype, "runs": runs})
             for number in range(given.repeats):

@@ -74,7 +74,7 @@ class Config:
     initial_pretrain_tokenizer: Name = "bert-base-uncased"  # Hub name, local folder, or corpus: learn one from the text
     vocab_size: VocabularySize = 8192  # entries of the WordPiece vocabulary that "corpus" learns
     attention_dropout: Dropout = 0.0  # dropout inside attention while training; 0 keeps the fast attention kernels
-    hidden_dropout: Dropout | None = None  # dropout elsewhere while training; unset: the checkpoint's own
+    hidden_dropout: Dropout | None = None  # dropout elsewhere while training; unset: the checkpoint's, 0 from scratch
     add_words: Name | None = None  # file of words that become tokens, one per line, or auto:N, the N most often split
 
     # --- text
@@ -99,7 +99,7 @@ class Config:
     num_epochs: Count = 3  # times every line is seen
     max_steps: Count | None = None  # optimizer steps, whatever num_epochs says; unset: num_epochs decides
     batch_size: Count = 32  # chunks per optimizer step, over all devices
-    learning_rate: Positive | None = None  # peak; unset: 3e-5, or that of the size when training from scratch
+    learning_rate: Positive | None = None  # peak; unset: 3e-5 at a hidden size of 768, else by size
     num_warmup_steps: NotNegative = 0.1  # linear warm-up: below 1 a share of all steps, else a count
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: linear decay, or constant with a cool-down
     early_stop_evals: Count | None = None  # evaluations in a row without a sure gain that begin the cool-down early
@@ -271,8 +271,8 @@ def demo_config() -> Config:
         demo=True,
         initial_pretrain_model="scratch:tiny",
         initial_pretrain_tokenizer="corpus",
-        hidden_dropout=0.0,  # a model this small, this briefly trained, does not overfit
-        num_epochs=8,
+        num_epochs=7,
+        learning_rate=3e-3,  # for this text, by Muon: benchmarks/RESULTS.md, "The recipe"
     )
 
 

@@ -186,6 +186,14 @@ def load_model(
     return model, warnings
 
 
+def hidden_size(config: Config) -> int:
+    """Returns the width of the model that a run starts from. Raises UserError where its config is missing or not
+    BERT's."""
+    if config.scratch_size:
+        return SCRATCH_SIZES[config.scratch_size].hidden
+    return load_bert_config(config.initial_pretrain_model, "initial_pretrain_model").hidden_size
+
+
 def _config_of_size(size, vocabulary_size, pad_id):
     return BertConfig(
         vocab_size=vocabulary_size,

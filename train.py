@@ -43,7 +43,7 @@ from mlm.training.plan import Timings, make_plan, middle_sample, resolve, time_l
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers
 from mlm.training.run_folder import run_folder
-from model import PackedMaskedLM, load_model
+from model import PackedMaskedLM, hidden_size, load_model
 
 
 def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
@@ -71,7 +71,7 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     with timings.measure("prepare_text"):
         corpus = data_process.load_corpus(given)
     epoch_steps = steps_per_epoch(len(corpus.train), given.domain_chunks)
-    config = resolve(given, epoch_steps, hardware.choose_precision(given))
+    config = resolve(given, epoch_steps, hardware.choose_precision(given), hidden_size(given))
 
     # A checkpoint is resumed if it is of this very training: the same settings, text, words and tokenizer.
     recipe = checkpoint.make_recipe(config, corpus)

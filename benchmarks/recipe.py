@@ -34,7 +34,7 @@ from mlm.report.summary import SCORES
 
 SHORT_RUNS = 10, 40  # steps, whose difference in time says what a step costs
 REPEATS = 3  # of the short runs
-CONTINUED_RATE = 3e-5
+CONTINUED_RATE = 3e-5  # as for BERT-base, so that the multiples say what another width asks for
 
 
 class Experiment(NamedTuple):

@@ -43,8 +43,9 @@ def settings_in(folder: Path, **changes) -> Config:
 
 def long_settings_in(folder: Path, **changes) -> Config:
     """A run with dropout in which reports, evaluations, checkpoints and epochs end at different steps."""
-    usual = {"max_steps": 26, "log_every": 3, "eval_every": 4, "save_every": 5, "attention_dropout": 0.1}
-    return settings_in(folder, **usual | {"micro_batch_tokens": 128} | changes)
+    usual = {"max_steps": 26, "log_every": 3, "eval_every": 4, "save_every": 5}
+    usual |= {"attention_dropout": 0.1, "hidden_dropout": 0.1, "micro_batch_tokens": 128}
+    return settings_in(folder, **usual | changes)
 
 
 @pytest.fixture

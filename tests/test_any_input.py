@@ -281,7 +281,7 @@ VALUES = USUAL | USUAL | UNUSUAL
 def test_any_configuration_is_accepted_or_refused_by_name(changes):
     try:
         config = Config(**changes)
-        resolved = resolve(config, epoch_steps=7, precision="no")
+        resolved = resolve(config, epoch_steps=7, precision="no", width=768)
     except UserError as refused:
         accused = {name for line in str(refused).splitlines() for name in line.partition(": ")[0].split(", ")}
         assert accused <= asdict(Config()).keys() and accused & {*changes, "max_steps"}, refused

@@ -22,17 +22,21 @@ SMALLEST_SAMPLE = 256  # chunks, whatever share they are
 MOST_STEPS_UNEVALUATED = 10_000  # where eval_every is unset
 STEP_IN_FORWARD_PASSES = 3  # a training step is a forward pass, and a backward pass of about twice its work
 
+# Where learning_rate is unset and a checkpoint is continued: that of BERT-base. A narrower model wants more: by the
+# square of the widths' ratio it is within what the sweep in benchmarks/RESULTS.md, "The recipe", found to gain.
+CONTINUED_RATE, CONTINUED_WIDTH = 3e-5, 768
+
 # Where save_every is unset: checkpoints at the ends of epochs and at least so often, up to a share of the time.
 LARGEST_SAVE_SHARE = 0.05
 LONGEST_UNSAVED_S = 1800.0
 
 
-def resolve(config: Config, epoch_steps: int, precision: str) -> Config:
+def resolve(config: Config, epoch_steps: int, precision: str, width: int) -> Config:
     """Returns the configuration with the value that each unset setting stands for, for epochs of `epoch_steps`.
 
     Two may stay unset: `micro_batch_tokens`, which the device decides, and `save_every`, as checkpoints at the ends of
-    epochs alone are saved only as often as costs little. precision: that of forward passes. Raises UserError where
-    settings do not fit together.
+    epochs alone are saved only as often as costs little. precision: that of forward passes; width: the model's hidden
+    size. Raises UserError where settings do not fit together.
     """
     total_steps = config.max_steps or config.num_epochs * epoch_steps
     warmup_steps = config.num_warmup_steps
@@ -41,14 +45,16 @@ def resolve(config: Config, epoch_steps: int, precision: str) -> Config:
     if warmup_steps > total_steps:
         raise UserError(f"num_warmup_steps: {warmup_steps:g} is more than the {total_steps} steps of num_epochs")
     evaluations_per_epoch = math.ceil(epoch_steps / MOST_STEPS_UNEVALUATED)
-    usual_rate = SCRATCH_SIZES[config.scratch_size].learning_rate if config.scratch_size else 3e-5
+    size = SCRATCH_SIZES[config.scratch_size] if config.scratch_size else None
+    usual_rate = size.learning_rate if size else CONTINUED_RATE * (CONTINUED_WIDTH / width) ** 2
     return replace(
         config,
         path_datasets=str(text_folder(config)),
         max_steps=total_steps,
-        optimizer=("muon" if config.scratch_size else "adamw") if config.optimizer == "auto" else config.optimizer,
+        optimizer=("muon" if size else "adamw") if config.optimizer == "auto" else config.optimizer,
         num_warmup_steps=warmup_steps,
         learning_rate=config.learning_rate or usual_rate,
+        hidden_dropout=0.0 if size and config.hidden_dropout is None else config.hidden_dropout,
         eval_every=config.eval_every or math.ceil(epoch_steps / evaluations_per_epoch),
         mixed_precision=cast(Any, precision),
     )

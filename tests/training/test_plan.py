@@ -94,13 +94,22 @@ def test_only_a_constant_rate_has_a_cooldown():
     assert replace(plan_of(10, 3), warmup_steps=4, decay_from=5).cooldown_from == 5
 
 
+def test_a_checkpoint_keeps_its_dropout_and_is_continued_at_a_rate_that_suits_its_width(settings):
+    bert = settings(initial_pretrain_model="bert", initial_pretrain_tokenizer="bert")
+    of_width = {width: resolve(bert, 40, "no", width) for width in (1024, 768, 384)}
+    assert all(config.hidden_dropout is None for config in of_width.values())
+    assert [config.learning_rate for config in of_width.values()] == pytest.approx([1.6875e-5, 3e-5, 1.2e-4])
+    assert resolve(replace(bert, learning_rate=1e-3), 40, "no", 384).learning_rate == 1e-3
+
+
 def test_settings_that_were_left_unset_are_resolved_once(settings):
-    resolved = resolve(settings(num_epochs=3, num_warmup_steps=0.1), epoch_steps=40, precision="no")
+    resolved = resolve(settings(num_epochs=3, num_warmup_steps=0.1), epoch_steps=40, precision="no", width=128)
     assert (resolved.max_steps, resolved.num_warmup_steps, resolved.learning_rate) == (120, 12, 2e-3)
-    assert (resolved.eval_every, resolved.save_every) == (40, None)
-    assert resolve(resolved, 40, "no") == resolved
+    assert (resolved.eval_every, resolved.save_every, resolved.hidden_dropout) == (40, None, 0.0)
+    assert resolve(resolved, 40, "no", 128) == resolved
+    assert resolve(settings(hidden_dropout=0.2), 40, "no", 128).hidden_dropout == 0.2
     with pytest.raises(UserError, match="num_warmup_steps"):
-        resolve(settings(num_epochs=1, num_warmup_steps=50), epoch_steps=40, precision="no")
+        resolve(settings(num_epochs=1, num_warmup_steps=50), epoch_steps=40, precision="no", width=128)
 
 
 TIMINGS = Timings()
@@ -139,5 +148,5 @@ def test_what_a_kill_can_cost_is_the_time_between_two_checkpoints():
 
 @pytest.mark.parametrize(("epoch", "every"), [(1, 1), (10_000, 10_000), (10_001, 5001), (3_125_000, 9985)])
 def test_a_long_epoch_does_not_make_the_first_evaluation_wait(settings, epoch, every):
-    assert resolve(settings(), epoch_steps=epoch, precision="no").eval_every == every
-    assert resolve(settings(eval_every=7), epoch_steps=epoch, precision="no").eval_every == 7
+    assert resolve(settings(), epoch_steps=epoch, precision="no", width=128).eval_every == every
+    assert resolve(settings(eval_every=7), epoch_steps=epoch, precision="no", width=128).eval_every == 7

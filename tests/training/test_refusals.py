@@ -41,7 +41,7 @@ def stopped(stopped_after_7, long_settings):
         ({"learning_rate": 1e-4}, "learning_rate: 0.002 when the run began, 0.0001 now"),
         ({"seed": 1}, "seed: 42 when the run began, 1 now"),
         ({"mixed_precision": "bf16"}, "mixed_precision: no when the run began, bf16 now"),
-        ({"hidden_dropout": 0.0}, "hidden_dropout: None when the run began, 0.0 now"),
+        ({"hidden_dropout": 0.0}, "hidden_dropout: 0.1 when the run began, 0.0 now"),
         ({"vocab_size": 200}, "vocab_size: 300 when the run began, 200 now"),
     ],
 )

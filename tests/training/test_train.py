@@ -115,7 +115,7 @@ def test_every_micro_batch_of_every_step_drops_units_of_its_own(settings, monkey
 
     dropout = Dropout.forward
     monkeypatch.setattr(Dropout, "forward", watched)
-    run(settings(max_steps=3, micro_batch_tokens=64))
+    run(settings(max_steps=3, hidden_dropout=0.1, micro_batch_tokens=64))
     assert len(set(dropped)) == len(dropped) > 3 * 3
     usual = (42, 5, 1, 1)  # seed, step, micro-batch, rank
     others = [(*usual[:place], 7, *usual[place + 1 :]) for place in range(4)]

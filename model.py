@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertForMaskedLM, BertModel
@@ -20,6 +21,9 @@ from Config import SCRATCH_SIZES, Config
 from mlm.errors import UserError
 from mlm.runtime.pretrained import load_bert_config, load_weights
 
+# Up to this width of rows, forward and backward in bfloat16 on a CPU are faster by plain operations than by torch's
+# fused attention (benchmarks/RESULTS.md, "Attention on a CPU").
+WIDEST_PLAIN_ATTENTION = 256
 ROUNDED_UP = 128  # some models have a multiple of 64 or 128 rows, the last of which are no token's
 
 Classifier = modeling_bert.BertForSequenceClassification | modeling_bert.BertForTokenClassification
@@ -54,7 +58,7 @@ class PackedBert(nn.Module):
         variable-length attention takes `cu_seqlens` and `max_seqlen` instead (see `attend`).
         """
         assert (segment_ids is None) == (cu_seqlens is not None), "chunks are kept apart in one of two ways"
-        mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        mask = None if segment_ids is None else _block_diagonal(segment_ids)
         token_types = self._token_types(input_ids, position_ids)
         output = self.bert.base_model(
             input_ids, mask, token_types, position_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
@@ -110,20 +114,41 @@ def _cast_once(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, .
     return (hidden, *others)
 
 
-def attend(module, query, key, value, attention_mask, cu_seqlens=None, max_seqlen=None, **options):
+def _block_diagonal(segment_ids: Tensor) -> Tensor:
+    """Returns which positions see which, (rows, 1, width, width), for segment ids (rows, width): those of one id. As 0
+    and minus infinity, to be added to the scores, where plain attention is the faster; else as booleans."""
+    mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    is_bfloat16_on_cpu = (
+        mask.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
+    if is_bfloat16_on_cpu and torch.is_grad_enabled() and mask.shape[-1] <= WIDEST_PLAIN_ATTENTION:
+        return torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill_(~mask, float("-inf"))
+    return mask
+
+
+def attend(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, cu_seqlens=None, max_seqlen=None, **options
+):
     """transformers' interface of an attention function: (rows, heads, width, head size) to (rows, width, heads, ...).
 
     With `cu_seqlens`, (chunks + 1,) int32, where each chunk of the one row begins and the last ends, and `max_seqlen`,
-    the positions in the longest chunk: by variable-length kernels. Otherwise by torch's own, with the mask. Returns the
-    output, and None in place of the attention weights.
+    the positions in the longest chunk: by variable-length kernels. Otherwise with a mask of `_block_diagonal`: by plain
+    operations where it is to be added, else by torch's fused attention. Returns the output, and None in place of the
+    attention weights.
     """
-    if cu_seqlens is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-    # (width, heads, head size); squeeze's backward is a view, that of states[0] would allocate zeros
-    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return output[None], None
+    if cu_seqlens is not None:
+        # (width, heads, head size); squeeze's backward is a view, that of states[0] would allocate zeros
+        query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+        return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)[None], None
+    if attention_mask is not None and attention_mask.is_floating_point():
+        scores = (query * scaling) @ key.mT + attention_mask  # (rows, heads, width, width)
+        weights = F.dropout(scores.softmax(-1), dropout)  # dropout is 0 outside training
+        return (weights @ value).transpose(1, 2), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+    )
 
 
 AttentionInterface.register("packed", attend)

@@ -13,6 +13,10 @@ import numpy as np
 from mlm.data.chunks import chunk_bounds
 from mlm.data.tokenizer import Vocabulary
 
+# Rows are as wide as a multiple of this. The CPU's library of 16-bit kernels compiles and keeps one for every new
+# shape, so shapes should come again; and it is a width that neither its kernels nor a GPU's have to round up.
+WIDTH_STEP = 16
+
 
 class Sequences(NamedTuple):
     """Chunks end to end, each between its own [CLS] and [SEP], and what is to be predicted of them."""
@@ -87,7 +91,7 @@ def pack(chunks: Sequences, row_positions: int, vocabulary: Vocabulary) -> Rows:
     """Packs chunks into as few rows as hold them, evenly: the longest first, each into the row that holds the least
     (Graham 1969, doi 10.1137/0117039), so that little is padded.
 
-    Rows hold about `row_positions`, at most a chunk more. With no chunk there is one position of padding.
+    Rows hold about `row_positions`, at most a chunk more, and are padded to a multiple of WIDTH_STEP.
     """
     lengths = chunks.lengths
     rows_needed = max(1, math.ceil(len(chunks.input_ids) / max(row_positions, lengths.max(initial=1))))
@@ -99,7 +103,7 @@ def pack(chunks: Sequences, row_positions: int, vocabulary: Vocabulary) -> Rows:
         rows_of[chunk], offsets[chunk] = row, held
         heapreplace(emptiest, (held + length, row))
 
-    width = max(1, max(held for held, _ in emptiest))
+    width = WIDTH_STEP * math.ceil(max(1, max(held for held, _ in emptiest)) / WIDTH_STEP)
     shape = (rows_needed, width)
     new_starts = np.array(rows_of, dtype=np.int64) * width + np.array(offsets, dtype=np.int64)  # (n,)
     old_starts = chunk_bounds(lengths)[:-1]

@@ -71,7 +71,7 @@ class Config:
     """Continue a BERT's masked-language-model pre-training on your own text."""
 
     # --- model
-    initial_pretrain_model: Name = "bert-base-uncased"  # Hub name, local folder, or scratch:tiny|mini|small|medium|base
+    initial_pretrain_model: Name = "bert-base-uncased"  # encoder: Hub name, folder, scratch:tiny|mini|small|medium|base
     initial_pretrain_tokenizer: Name = "bert-base-uncased"  # Hub name, local folder, or corpus: learn one from the text
     vocab_size: VocabularySize = 8192  # entries of the WordPiece vocabulary that "corpus" learns
     attention_dropout: Dropout = 0.0  # dropout inside attention while training; 0 keeps the fast attention kernels
@@ -88,7 +88,7 @@ class Config:
     replay_fraction: PartialShare = 0.0  # share of each step's chunks that are of path_general's training text
 
     # --- masking
-    mlm_probability: Probability = 0.15  # probability that a token (or word) is chosen for prediction
+    mlm_probability: Probability | None = None  # that a token (or word) is predicted; unset: 0.15, ModernBERT 0.3
     mlm_probability_end: Probability | None = None  # that of the last step, reached linearly; unset: always the same
     mask_replace_prob: float = 0.8  # share of the chosen that become [MASK]
     random_replace_prob: float = 0.1  # share of the chosen that become a random token; the rest stay as they are
@@ -104,7 +104,7 @@ class Config:
     num_warmup_steps: NotNegative = 0.1  # linear warm-up: below 1 a share of all steps, else a count
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: linear decay, or constant with a cool-down
     early_stop_evals: Count | None = None  # evaluations in a row without a sure gain that begin the cool-down early
-    weight_decay: NotNegative = 0.01  # decoupled weight decay, not on biases and LayerNorm
+    weight_decay: NotNegative | None = None  # decoupled, not on biases and LayerNorm; unset: 0.01, ModernBERT 1e-5
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
     seed: Seed = 42  # decides order, masks, dropout, held-out lines and new weights
 

@@ -117,7 +117,7 @@ def prepare(
         rest = (body_length, encoders, make_segmenter(user_words), vocabulary)
         train = write_chunks(text.train(), folder / "train", *rest)
         test = write_chunks(text.test(), folder / "test", *rest)
-        split_words = train.words.split_words(encoders.any_line, MOST_AUTOMATIC_WORDS)
+        split_words = train.words.split_words(encoders.any_line, vocabulary.unk_id, MOST_AUTOMATIC_WORDS)
         (folder / "stats.json").write_text(json.dumps(asdict(_compare(train, test, split_words))))
 
     folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)
@@ -153,6 +153,7 @@ def _compare(train: WrittenSplit, test: WrittenSplit, split_words: list[SplitWor
 
 def training_rule(config: Config) -> MaskRule:
     """Returns how tokens are masked in training, by a resolved configuration."""
+    assert config.mlm_probability, "`resolve` has set it"
     return MaskRule(
         probability=config.mlm_probability,
         mask_share=config.mask_replace_prob,

@@ -30,11 +30,15 @@ from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary, token
 from mlm.downstream import finetuning, linear_probe, results, trials
 from mlm.downstream.comparison import Candidate, Comparison, fingerprint
 from mlm.downstream.contamination import count_contaminated
-from mlm.downstream.encoding import encode
+from mlm.downstream.encoding import encode, first_chunks
 from mlm.downstream.metrics import choose_metric
 from mlm.downstream.plot import save_picture
 from mlm.downstream.task import Task, load_task, sample_per_class
 from mlm.downstream.trials import Result, Trial
+from mlm.encoder import check
+from mlm.encoder.attention import has_variable_lengths
+from mlm.encoder.families import has_two_token_types, longest_input
+from mlm.encoder.packed import PackedClassifier, PackedEncoder, PackedMaskedLM
 from mlm.evaluation.loss import evaluate
 from mlm.report.page import redraw
 from mlm.runtime.distributed import make_accelerator
@@ -42,7 +46,7 @@ from mlm.runtime.signals import StopRequest
 from mlm.storage import digest, lock, make_folder, write_csv, write_json
 from mlm.terminal import prepare_output, say
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
-from model import PackedBert, PackedClassifier, PackedMaskedLM, load_classifier, load_encoder, load_masked_lm
+from model import load_classifier, load_encoder, load_masked_lm
 
 GPU_MICRO_BATCH_POSITIONS = 1 << 14  # positions that go through the model at once, where they fit
 MAX_GENERAL_LINES = 2000  # that each model's perplexity is measured on
@@ -94,7 +98,7 @@ def read_candidate(comparison: Comparison, name: str) -> Candidate:
     config, task, accelerator = comparison.config, comparison.task, comparison.accelerator
     tokenizer = load_pretrained_tokenizer(name, "models")
     encoder, warnings = load_encoder(name)
-    longest = encoder.config.max_position_embeddings
+    longest = longest_input(encoder)
     if config.sen_max_length > longest:
         raise UserError(f"sen_max_length, models: {name} takes texts of at most {longest} positions")
     vocabulary = read_vocabulary(tokenizer)
@@ -103,24 +107,26 @@ def read_candidate(comparison: Comparison, name: str) -> Candidate:
             f"models: the tokenizer of {name} has {vocabulary.size:,} tokens, the model {encoder.config.vocab_size:,}; "
             "they do not belong together"
         )
-    if task.kind == "pair" and encoder.config.type_vocab_size < 2:
-        raise UserError(f"models: {name} was not made for pairs of texts: it knows one token type")
 
     # The cache key holds all that decides the model's results, so that a second call finds those of the first.
     budget = (config.num_epochs, config.min_steps, config.batch_size, config.sen_max_length)
     machine = (accelerator.device.type, hardware.choose_precision(config))
     weights = fingerprint(encoder, tokenizer)
-    head_size = encoder.config.hidden_size // encoder.config.num_attention_heads
-    varlen = hardware.has_variable_length_kernels(0.0, accelerator.mixed_precision, head_size)
+    varlen = has_variable_lengths(encoder, 0.0, accelerator.mixed_precision)
+    micro_batcher = MicroBatcher(
+        vocabulary, accelerator.device, varlen, config.sen_max_length, CPU_MICRO_BATCH_POSITIONS
+    )
+    dev = encode(task.dev, task, tokenizer, config.sen_max_length)
+    has_types = task.kind == "pair" and has_two_token_types(encoder)
+    packed = PackedEncoder(encoder).to(accelerator.device)
+    check.refuse_differences(packed, first_chunks(dev), micro_batcher, accelerator, f"models: {name}")
     return Candidate(
         name=name,
         tokenizer=tokenizer,
         cache_key=digest(weights, task.digest, comparison.metric, config.frozen, machine, budget),
-        micro_batcher=MicroBatcher(
-            vocabulary, accelerator.device, varlen, config.sen_max_length, CPU_MICRO_BATCH_POSITIONS
-        ),
-        sep_id=vocabulary.sep_id if task.kind == "pair" else None,
-        dev=encode(task.dev, task, tokenizer, config.sen_max_length),
+        micro_batcher=micro_batcher,
+        sep_id=vocabulary.sep_id if has_types else None,
+        dev=dev,
         test=encode(task.test, task, tokenizer, config.sen_max_length),
         contaminated=count_contaminated(name, task),
         warnings=warnings + tokenizer_warnings(tokenizer, name),
@@ -224,7 +230,7 @@ def compute_features(comparison: Comparison, candidate: Candidate) -> dict[str, 
     """Returns the features of all texts, or words, of each split."""
     task, accelerator = comparison.task, comparison.accelerator
     train = encode(task.train, task, candidate.tokenizer, comparison.config.sen_max_length)
-    encoder = PackedBert(load_encoder(candidate.name)[0], candidate.sep_id).to(accelerator.device)
+    encoder = PackedEncoder(load_encoder(candidate.name)[0], sep_id=candidate.sep_id).to(accelerator.device)
     return {
         split: linear_probe.features(encoder, encoded, accelerator, candidate.micro_batcher)
         for split, encoded in (("train", train), ("dev", candidate.dev), ("test", candidate.test))

@@ -23,13 +23,17 @@ from typing import cast
 
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import BertForMaskedLM
+from transformers import PreTrainedModel
 
 import data_process
 from mlm.data.chunks import Chunks, Corpus, count_tokens, steps_per_epoch
 from mlm.data.micro_batches import MicroBatcher, Prefetcher
 from mlm.data.randomness import evaluation_order
 from mlm.data.tokenizer import tokenizer_warnings
+from mlm.encoder import check
+from mlm.encoder.attention import has_variable_lengths
+from mlm.encoder.families import habits, longest_input
+from mlm.encoder.packed import PackedMaskedLM
 from mlm.evaluation import fill_mask, loss
 from mlm.report import dry_run, metrics, model_card, page, summary, wording
 from mlm.runtime import distributed
@@ -43,7 +47,7 @@ from mlm.training.plan import Timings, make_plan, middle_sample, resolve, time_l
 from mlm.training.progress import Progress, SinceLastLog
 from mlm.training.run import Ending, Learner, Run, Setup, derive_numbers
 from mlm.training.run_folder import run_folder
-from model import PackedMaskedLM, hidden_size, load_model
+from model import load_model, starting_config
 
 
 def train(config: Config, accelerator: Accelerator, folder: Path) -> None:
@@ -71,7 +75,8 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     with timings.measure("prepare_text"):
         corpus = data_process.load_corpus(given)
     epoch_steps = steps_per_epoch(len(corpus.train), given.domain_chunks)
-    config = resolve(given, epoch_steps, hardware.choose_precision(given), hidden_size(given))
+    start = starting_config(given)
+    config = resolve(given, epoch_steps, hardware.choose_precision(given), start.hidden_size, habits(start))
 
     # A checkpoint is resumed if it is of this very training: the same settings, text, words and tokenizer.
     recipe = checkpoint.make_recipe(config, corpus)
@@ -107,24 +112,26 @@ def set_up(given: Config, accelerator: Accelerator, folder: Path) -> Run | None:
     return Run(setup, corpus, make_learner(config, bert, corpus, accelerator), timings)
 
 
-def make_learner(config: Config, bert: BertForMaskedLM, corpus: Corpus, accelerator: Accelerator) -> Learner:
-    """Makes the model as it is trained: it takes packed rows, and has a place and an optimizer on every device."""
-    packed = PackedMaskedLM(bert)
+def make_learner(config: Config, bert: PreTrainedModel, corpus: Corpus, accelerator: Accelerator) -> Learner:
+    """Makes the model as it is trained: it takes packed rows, and has a place and an optimizer on every device. Raises
+    UserError where it would compute something else of them than of single lines."""
+    packed = PackedMaskedLM(bert, config.attention_dropout)
     if config.compile:
         packed.compile(dynamic=True)  # once for all sizes of batches
-    rate = cast(float, config.learning_rate)
-    optimizer = make_optimizer(packed, config.optimizer, rate, config.weight_decay, accelerator.mixed_precision)
+    rate, decay = cast(float, config.learning_rate), cast(float, config.weight_decay)
+    optimizer = make_optimizer(packed, config.optimizer, rate, decay, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(packed, optimizer)
     if accelerator.device.type == "cpu":
         hardware.keep_freed_memory()
-    head_size = bert.config.hidden_size // bert.config.num_attention_heads
     micro_batcher = MicroBatcher(
         vocabulary=corpus.vocabulary,
         device=accelerator.device,
-        varlen=hardware.has_variable_length_kernels(config.attention_dropout, accelerator.mixed_precision, head_size),
+        varlen=has_variable_lengths(bert, config.attention_dropout, accelerator.mixed_precision),
         longest_chunk=config.sen_max_length,
         max_positions=micro_batch_size.CPU_MICRO_BATCH_POSITIONS,
     )
+    sample, start = check.sample(corpus.test, corpus.vocabulary, packed), config.initial_pretrain_model
+    check.refuse_differences(packed, sample, micro_batcher, accelerator, f"initial_pretrain_model: {start}")
     return Learner(accelerator, bert, model, optimizer, micro_batcher)
 
 
@@ -133,7 +140,7 @@ def begin(run: Run) -> Progress:
     # The state of the checkpoint, or that of a new run.
     setup, corpus, learner, accelerator = run.setup, run.corpus, run.learner, run.learner.accelerator
     if run.is_main:  # which alone shows them
-        max_tokens = learner.bert.config.max_position_embeddings - 2  # without [CLS] and [SEP]
+        max_tokens = longest_input(learner.bert) - 2  # without [CLS] and [SEP]
         lines = corpus.text.test()
         run.hidden_words = fill_mask.hide_words(lines, corpus.train, corpus.tokenizer, corpus.vocabulary, max_tokens)
     if setup.resumed:

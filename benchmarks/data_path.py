@@ -36,7 +36,11 @@ def main() -> None:
     lengths = draw.integers(given.length // 2, given.length * 3 // 2 + 1, 200_000)
     tokens = draw.integers(1000, SIZE, lengths.sum(), dtype=np.uint16)
     chunks = Chunks(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths), dtype=np.uint64))
-    vocabulary = Vocabulary(101, 102, 0, 100, 103, np.arange(999, SIZE), np.zeros(SIZE, dtype=bool))
+    never = np.zeros(SIZE, dtype=bool)
+    vocabulary = Vocabulary(
+        cls_id=101, sep_id=102, pad_id=0, unk_id=100, mask_id=103, separators=1,
+        regular_ids=np.arange(999, SIZE), begins_word=~never, ends_word=never, is_blank=never,
+    )  # fmt: skip
     steps = training_batches(chunks, vocabulary, BERT_RULE, 42, given.batch_size)
     print(platform.platform(), *(f"{name} {version(name)}" for name in ("numpy", "torch")), sep=", ")
     for layout, varlen, positions in (("rows with a mask", False, 2048), ("one row for varlen", True, 1 << 16)):

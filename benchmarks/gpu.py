@@ -31,7 +31,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.profiler import profile
-from transformers import BertConfig, BertForMaskedLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from Config import SCRATCH_SIZES, Config
 from data_process import training_batches
@@ -39,6 +47,8 @@ from mlm.data.chunks import Chunks, steps_per_epoch
 from mlm.data.masking import BERT_RULE
 from mlm.data.micro_batches import MicroBatcher, Prefetcher
 from mlm.data.tokenizer import Vocabulary
+from mlm.encoder.attention import has_variable_lengths
+from mlm.encoder.packed import PackedMaskedLM
 from mlm.runtime.hardware import has_variable_length_kernels, native_precision
 from mlm.runtime.signals import StopRequest
 from mlm.training import micro_batch_size
@@ -47,14 +57,17 @@ from mlm.training.plan import Plan
 from mlm.training.progress import Progress
 from mlm.training.run import Learner
 from mlm.training.step import take_step
-from model import PackedMaskedLM
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY_SIZE = 30_522
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MISSING = [name for name in ("datasets", "pyarrow", "rjieba", "tyro") if not importlib.util.find_spec(name)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VOCABULARY = Vocabulary(101, 102, 0, 100, 103, np.arange(999, VOCABULARY_SIZE), np.zeros(VOCABULARY_SIZE, dtype=bool))
+NEVER = np.zeros(VOCABULARY_SIZE, dtype=bool)
+VOCABULARY = Vocabulary(
+    cls_id=101, sep_id=102, pad_id=0, unk_id=100, mask_id=103, separators=1,
+    regular_ids=np.arange(999, VOCABULARY_SIZE), begins_word=~NEVER, ends_word=NEVER, is_blank=NEVER,
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- what is trained on what
@@ -76,12 +89,28 @@ def random_bert(size: str, dropout: float = 0.0) -> BertForMaskedLM:
     return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY_SIZE, intermediate_size=4 * hidden, **shape))
 
 
+def random_encoder(family: str) -> PreTrainedModel:
+    """A small model of a family, of one head size: RoBERTa's positions begin at 2; two of three layers of ModernBERT
+    have a window, here of 17 positions, so that lines are longer."""
+    if family == "bert":
+        return random_bert("mini")
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512}
+    shape |= {"vocab_size": VOCABULARY_SIZE, "pad_token_id": 1}
+    if family == "roberta":
+        shape |= {"max_position_embeddings": 514, "type_vocab_size": 1}
+        return RobertaForMaskedLM(RobertaConfig(**shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    return ModernBertForMaskedLM(ModernBertConfig(**shape, local_attention=16))
+
+
 def settings(batch_size: int, **changes) -> Config:
     usual = {
         "batch_size": batch_size,
         "sen_max_length": 512,
         "max_steps": 10_000,
         "learning_rate": 1e-4,
+        "mlm_probability": 0.15,
+        "weight_decay": 0.01,
         "optimizer": "adamw",
     }
     return Config(**usual | changes)
@@ -128,10 +157,10 @@ def train_steps(learner: Learner, chunks: Chunks, config: Config) -> Iterator[fl
 # ---------------------------------------------------------------------------------------------------------- correctness
 
 
-def loss_and_gradient(chunks: int, precision: str, varlen: bool | None) -> tuple[float, torch.Tensor]:
+def loss_and_gradient(family: str, chunks: int, precision: str, varlen: bool | None) -> tuple[float, torch.Tensor]:
     """Of one batch of so many chunks: by the stock model on padded lines where `varlen` is None, else packed, by mask
     or by kernels."""
-    bert = random_bert("mini").to(DEVICE)
+    bert = random_encoder(family).to(DEVICE)
     batch = next(training_batches(random_chunks(25, chunks), VOCABULARY, BERT_RULE, 0, chunks))
     with torch.autocast(DEVICE.type, DTYPES[precision], enabled=precision != "no"):
         if varlen is None:
@@ -162,7 +191,7 @@ def backward_fills_no_zeros(precision: str) -> str:
     return "none, and one row of token types"
 
 
-def padded_loss(bert: BertForMaskedLM, chunks) -> torch.Tensor:
+def padded_loss(bert: PreTrainedModel, chunks) -> torch.Tensor:
     """The summed loss of the stock model, one chunk a row."""
     width, ends = int(chunks.lengths.max()), np.cumsum(chunks.lengths)
     labels = np.full(len(chunks.input_ids), -100)
@@ -177,11 +206,11 @@ def padded_loss(bert: BertForMaskedLM, chunks) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), wanted.flatten().to(DEVICE), reduction="sum")
 
 
-def packed_is_stock(chunks: int, precision: str, varlen: bool) -> str:
+def packed_is_stock(family: str, chunks: int, precision: str, varlen: bool) -> str:
     """The packed loss and gradient are as near to the stock model's in float32 as the stock model is in this format."""
-    exact_loss, exact = loss_and_gradient(chunks, "no", None)
-    stock_loss, stock = loss_and_gradient(chunks, precision, None)
-    loss, gradient = loss_and_gradient(chunks, precision, varlen)
+    exact_loss, exact = loss_and_gradient(family, chunks, "no", None)
+    stock_loss, stock = loss_and_gradient(family, chunks, precision, None)
+    loss, gradient = loss_and_gradient(family, chunks, precision, varlen)
 
     def distance(other: torch.Tensor) -> float:
         return ((other - exact).norm() / exact.norm()).item()
@@ -417,12 +446,16 @@ def checks(quick: bool) -> Iterator[tuple[str, Callable[[], str] | str]]:
     """Each check by name: what to call, or why it is left out."""
     formats = ["no", "bf16", "fp16"] if DEVICE.type == "cuda" else ["no", "bf16"]
     chunks = 8 if quick else 64  # most CPUs have no arithmetic in bf16, and take minutes for more
-    for precision in formats:
-        yield f"packed rows against the stock model, {precision}", partial(packed_is_stock, chunks, precision, False)
+    for family in ("bert", "roberta", "modernbert"):
+        for precision in formats:
+            name = f"{family}: packed rows against the stock model, {precision}"
+            yield name, partial(packed_is_stock, family, chunks, precision, False)
+        for precision in formats[1:]:
+            name = f"{family}: variable-length attention against the stock model, {precision}"
+            fits = has_variable_lengths(random_encoder(family), 0.0, precision)
+            yield name, partial(packed_is_stock, family, chunks, precision, True) if fits else "no such kernels here"
     for precision in formats[1:]:
-        name, head_size = f"variable-length attention against the stock model, {precision}", 64
-        fits = has_variable_length_kernels(0.0, precision, head_size)
-        yield name, partial(packed_is_stock, chunks, precision, True) if fits else "no such kernels here"
+        fits = has_variable_length_kernels(0.0, precision, head_size=64)
         yield (
             f"zeros filled in its backward pass, {precision}",
             (partial(backward_fills_no_zeros, precision) if fits else "no such kernels here"),

@@ -34,7 +34,7 @@ from mlm.data.micro_batches import MicroBatcher
 from mlm.data.packing import frame
 from mlm.data.tokenizer import read_vocabulary
 from mlm.data.words import make_encoders, tokenize
-from model import PackedMaskedLM
+from mlm.encoder.packed import PackedMaskedLM
 
 ROOT = Path(__file__).parent.parent
 MASKINGS = {"tokens": [], "whole words": ["--whole_words_mask"], "spans of words": ["--mask_span"]}
@@ -69,9 +69,7 @@ def perplexity_of_words(final: Path, titles: list[str]) -> float:
     tokenizer = AutoTokenizer.from_pretrained(final)
     vocabulary = read_vocabulary(tokenizer)
     model = PackedMaskedLM(BertForMaskedLM.from_pretrained(final)).eval()
-    tokens, lengths, starts_word, _ = tokenize(
-        titles, make_encoders(tokenizer), vocabulary.continues_word, make_segmenter([])
-    )
+    tokens, lengths, starts_word, _ = tokenize(titles, make_encoders(tokenizer), vocabulary, make_segmenter([]))
     lengths, rule = lengths[lengths > 0], MaskRule(whole_words=True)
     masked = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, rule, starts_word)
     loss = number = 0

@@ -66,19 +66,24 @@ def prepare(folder: Path, sizes: list[str], lengths: list[int], given_tokenizer:
 
 
 def random_bert(folder: Path, size: str, lines: list[str], tokenizer: str | None = None) -> Path:
-    """A checkpoint of random weights, with the given vocabulary, or one up to BERT's size learned from the lines."""
+    """A checkpoint of random weights, a BERT or, as "modernbert", 6 layers of 384 units of a ModernBERT, with the given
+    vocabulary, or one up to BERT's size learned from the lines."""
     import torch
-    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, ModernBertConfig
 
     from Config import SCRATCH_SIZES
     from mlm.data.tokenizer import learn_tokenizer
 
     vocabulary = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else learn_tokenizer(lambda: iter(lines), 30522)
-    layers, hidden, _ = SCRATCH_SIZES[size]
+    layers, hidden, _ = (6, 384, None) if size == "modernbert" else SCRATCH_SIZES[size]
     shape = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64}
-    config = BertConfig(vocab_size=len(vocabulary), intermediate_size=4 * hidden, **shape)
+    shape |= {"vocab_size": len(vocabulary)}
+    if size == "modernbert":  # whose layers have gates: 1.5 widths and as many for them
+        config = ModernBertConfig(intermediate_size=3 * hidden // 2, pad_token_id=vocabulary.pad_token_id, **shape)
+    else:
+        config = BertConfig(intermediate_size=4 * hidden, **shape)
     torch.manual_seed(0)
-    BertForMaskedLM(config).save_pretrained(folder)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
     vocabulary.save_pretrained(folder)
     return folder
 
@@ -86,9 +91,9 @@ def random_bert(folder: Path, size: str, lines: list[str], tokenizer: str | None
 def padded(model: Path, text: Path, bf16: bool) -> float:
     """Each line padded to 128, every position predicted: how small scripts do it. Real tokens a second."""
     import torch
-    from transformers import AutoTokenizer, BertForMaskedLM
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    tokenizer, bert = AutoTokenizer.from_pretrained(model), BertForMaskedLM.from_pretrained(model).train()
+    tokenizer, bert = AutoTokenizer.from_pretrained(model), AutoModelForMaskedLM.from_pretrained(model).train()
     optimizer = torch.optim.AdamW(bert.parameters(), lr=1e-4)
     lines, each = (text / "train.txt").read_text(encoding="utf-8").splitlines(), POSITIONS_PER_STEP // BLOCK
     tokens = 0
@@ -111,8 +116,8 @@ def padded(model: Path, text: Path, bf16: bool) -> float:
 def trainer(model: Path, text: Path, bf16: bool) -> float:
     """transformers.Trainer and its collator, on lines joined and cut into blocks of 128. Real tokens a second."""
     from transformers import (
+        AutoModelForMaskedLM,
         AutoTokenizer,
-        BertForMaskedLM,
         DataCollatorForLanguageModeling,
         Trainer,
         TrainerCallback,
@@ -135,7 +140,7 @@ def trainer(model: Path, text: Path, bf16: bool) -> float:
             disable_tqdm=True, save_strategy="no", use_cpu=True,
         )  # fmt: skip
         Trainer(
-            BertForMaskedLM.from_pretrained(model), arguments, train_dataset=blocks,
+            AutoModelForMaskedLM.from_pretrained(model), arguments, train_dataset=blocks,
             data_collator=DataCollatorForLanguageModeling(tokenizer), callbacks=[Clock()],
         ).train()  # fmt: skip
     return (STEPS - WARM_UP) * POSITIONS_PER_STEP * real_share(tokenizer, ids) / (ended[-1] - ended[WARM_UP - 1])
@@ -196,6 +201,7 @@ def ours(model: Path, text: Path, bf16: bool) -> float:
                 initial_pretrain_model=str(model), initial_pretrain_tokenizer=str(model), path_datasets=str(text),
                 path_model_save=folder, run_name="run", max_steps=STEPS, log_every=WARM_UP, tracker="none",
                 batch_size=POSITIONS_PER_STEP // (length + 2), mixed_precision="bf16" if bf16 else "no",
+                mlm_probability=0.15,
             )
         )  # fmt: skip
         with open(Path(folder) / "run" / "metrics.csv", newline="") as file:
@@ -220,7 +226,8 @@ def operations_per_token(model: Path, length: int) -> float:
     """What forward and backward need for one real token of a line of `length`; the head for 15% of the tokens."""
     config = json.loads((model / "config.json").read_text())
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    encoder = layers * (12 * hidden**2 + 2 * hidden * length)  # weights, then scores and their sums over values
+    matrices = (3 if config["model_type"] == "modernbert" else 2) * config["intermediate_size"] + 4 * hidden
+    encoder = layers * (matrices * hidden + 2 * hidden * length)  # weights, then scores and their sums over values
     head = 0.15 * (hidden**2 + hidden * config["vocab_size"])
     return 6 * (encoder + head)
 
@@ -241,7 +248,7 @@ def measure(arguments: list[str]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=["mini", "small"], help="of Config.py's SCRATCH_SIZES")
+    parser.add_argument("--sizes", nargs="+", default=["mini", "small"], help="of SCRATCH_SIZES, or modernbert")
     parser.add_argument("--lengths", nargs="+", type=int, default=[25, 100], help="tokens a line, about")
     parser.add_argument("--tokenizer", help="Hub name or local folder; otherwise one is learned from the text")
     parser.add_argument("--repeats", type=int, default=3)

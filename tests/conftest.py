@@ -36,7 +36,7 @@ def settings_in(folder: Path, **changes) -> Config:
     usual = {
         "initial_pretrain_model": "scratch:tiny", "initial_pretrain_tokenizer": "corpus", "vocab_size": 300,
         "path_datasets": str(folder / "text"), "path_model_save": str(folder / "output"), "mixed_precision": "no",
-        "tracker": "none", "batch_size": 16, "sen_max_length": 32,
+        "tracker": "none", "batch_size": 16, "sen_max_length": 32, "mlm_probability": 0.15, "weight_decay": 0.01,
     }  # fmt: skip
     return Config(**usual | changes)
 

@@ -27,6 +27,7 @@ import data_process
 import train
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.tokenizer import Vocabulary
+from mlm.encoder.packed import PackedMaskedLM
 from mlm.errors import plain_errors
 from mlm.evaluation import loss
 from mlm.report.plots import Chart
@@ -34,7 +35,6 @@ from mlm.training import step as training_step
 from mlm.training.checkpoint import find_checkpoint
 from mlm.training.optimizer import make_optimizer
 from mlm.training.run import Learner
-from model import PackedMaskedLM
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]

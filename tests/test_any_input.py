@@ -3,6 +3,7 @@
 More of it: EXAMPLES=1000 pytest tests/test_any_input.py
 """
 
+import copy
 import gzip
 import lzma
 import math
@@ -31,10 +32,10 @@ from mlm.data.masking import BERT_RULE, MaskRule
 from mlm.data.packing import Batch
 from mlm.data.text_files import find_text
 from mlm.data.text_stats import TextStats
+from mlm.encoder.packed import PackedMaskedLM
 from mlm.errors import UserError
 from mlm.settings import describe_settings
 from mlm.training.plan import learning_rate_at, resolve
-from model import PackedMaskedLM
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 60))  # texts; of configurations ten times as many
 unhurried = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
@@ -200,7 +201,7 @@ def is_right_to_refuse(said: str, files: dict[str, bytes], tokenizer) -> bool:
 
 @torch.no_grad()
 def packed_loss(bert, chunks, vocabulary):
-    model, pieces = PackedMaskedLM(bert), micro_batcher_of(vocabulary, 40)(chunks)
+    model, pieces = PackedMaskedLM(copy.deepcopy(bert)), micro_batcher_of(vocabulary, 40)(chunks)
     return sum(F.cross_entropy(model(**inputs), wanted, reduction="sum").item() for inputs, wanted in pieces)
 
 

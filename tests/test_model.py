@@ -19,18 +19,20 @@ from transformers import (
     BertForPreTraining,
     BertModel,
     BertTokenizer,
-    RobertaConfig,
-    RobertaForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
     pipeline,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mlm.data.masking import BERT_RULE, mask
 from mlm.data.packing import WIDTH_STEP, frame, pack, split_rows
 from mlm.data.randomness import random_bits
+from mlm.encoder.attention import WIDEST_PLAIN_ATTENTION
+from mlm.encoder.dropout import Dropout
+from mlm.encoder.packed import PackedMaskedLM
 from mlm.errors import UserError
 from mlm.training.checkpoint import save_model
-from model import WIDEST_PLAIN_ATTENTION, Dropout, PackedMaskedLM, load_model
+from model import load_model
 
 CPU = torch.device("cpu")
 
@@ -69,7 +71,7 @@ def varlen(request, monkeypatch):
             parts.append(F.scaled_dot_product_attention(*chunk).transpose(0, 1))
         return torch.cat(parts)
 
-    monkeypatch.setattr("model.varlen_attn", reference)
+    monkeypatch.setattr("mlm.encoder.attention.varlen_attn", reference)
     return request.param
 
 
@@ -95,9 +97,9 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
         sizes = [inputs["input_ids"].numel() for inputs, _ in pieces]
         alone = [len(inputs["cu_seqlens"]) == 2 for inputs, _ in pieces]
         assert all(size <= micro_batch_tokens or one for size, one in zip(sizes, alone, strict=True))
-    loss = 0.0
+    loss, packed = 0.0, PackedMaskedLM(ours)
     for inputs, wanted in pieces:
-        part = F.cross_entropy(PackedMaskedLM(ours)(**inputs), wanted, reduction="sum") / expected.masked_tokens
+        part = F.cross_entropy(packed(**inputs), wanted, reduction="sum") / expected.masked_tokens
         part.backward()
         loss += part.item()
     assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
@@ -126,8 +128,6 @@ def test_a_chunk_cannot_see_its_neighbour(vocabulary):
 @pytest.mark.parametrize("longest", [60, WIDEST_PLAIN_ATTENTION], ids=["plain", "fused"])
 def test_bfloat16_on_a_cpu_trains_as_the_stock_model_in_float32(vocabulary, longest, monkeypatch):
     """Narrow rows go by plain operations, wide ones by torch's fused attention: both within bfloat16's rounding."""
-    fused = Mock(side_effect=sdpa_attention_forward)
-    monkeypatch.setattr("model.sdpa_attention_forward", fused)
     torch.manual_seed(0)
     stock = BertForMaskedLM(bert_config(vocabulary))
     for name, weights in stock.named_parameters():
@@ -142,6 +142,8 @@ def test_bfloat16_on_a_cpu_trains_as_the_stock_model_in_float32(vocabulary, long
     expected.loss.backward()
 
     [(inputs, wanted)] = micro_batcher_of(vocabulary)(frame(*hidden, lengths, vocabulary))
+    fused = Mock(side_effect=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
     with torch.autocast("cpu", torch.bfloat16):
         loss = F.cross_entropy(PackedMaskedLM(ours)(**inputs), wanted)
     loss.backward()
@@ -236,8 +238,7 @@ def test_the_folder_that_comes_out_is_plain_bert(tmp_path, settings, tokenizer, 
     )
     assert not warnings
     dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
-    assert {p for name, p in dropouts.items() if "attention.self" in name} == {0.0}
-    assert {p for name, p in dropouts.items() if "attention.self" not in name} == {0.05}
+    assert {*dropouts.values()} == {0.05}  # that inside attention is told with every call
 
     save_model(tmp_path / "out", model, tokenizer)
     assert not list((tmp_path / "out").glob("*.bin")) and (tmp_path / "out" / "model.safetensors").is_file()
@@ -309,11 +310,11 @@ def test_chunks_longer_than_the_positions_are_refused(settings, vocabulary):
         load_model(settings(sen_max_length=600), vocabulary.size, vocabulary.pad_id)
 
 
-@pytest.mark.parametrize("wrong", ["roberta", "no weights", "no config", "broken config", "broken weights"])
-def test_what_is_not_bert_or_not_whole_is_refused(tmp_path, settings, tokenizer, vocabulary, wrong):
+@pytest.mark.parametrize("wrong", ["deberta", "no weights", "no config", "broken config", "broken weights"])
+def test_what_is_not_served_or_not_whole_is_refused(tmp_path, settings, tokenizer, vocabulary, wrong):
     folder = tmp_path / "wrong"
-    if wrong == "roberta":
-        checkpoint(folder, tokenizer, RobertaForMaskedLM(RobertaConfig(**bert_config(vocabulary).to_diff_dict())))
+    if wrong == "deberta":
+        checkpoint(folder, tokenizer, DebertaV2ForMaskedLM(DebertaV2Config(**bert_config(vocabulary).to_diff_dict())))
     else:
         checkpoint(folder, tokenizer, BertForMaskedLM(bert_config(vocabulary)))
     if wrong == "no weights":

@@ -26,7 +26,6 @@ from mlm.errors import UserError
 from mlm.report import wording
 from mlm.runtime import launch
 from mlm.runtime.hub import locate
-from mlm.runtime.pretrained import load_bert_config
 from mlm.training.progress import Progress
 from mlm.training.run import Ending
 from model import load_encoder, load_model
@@ -159,8 +158,8 @@ def diverged(place: Place) -> str:
 # By a part of each message that no other has: how it comes about.
 SAYS: dict[str, Callable[[Place], str]] = {
     "the Hub (": lambda place: refused(locate, "no/such-model", "models"),
-    "is not a BERT encoder": lambda place: refused(
-        load_bert_config, place.with_file("config.json", '{"model_type": "roberta"}'), "models"
+    "no encoder that can be trained here": lambda place: refused(
+        load_encoder, place.with_file("config.json", '{"model_type": "deberta-v2"}')
     ),
     "of BERT's weights": lambda place: refused(
         load_encoder, place.spoilt(lambda weights: {f"module.{name}": weight for name, weight in weights.items()})
@@ -173,7 +172,7 @@ SAYS: dict[str, Callable[[Place], str]] = {
     ),
     "Git LFS": lambda place: refused(load_encoder, place.with_file("model.safetensors", LFS)),
     "TensorFlow": lambda place: refused(load_encoder, place.with_file("bert_config.json", "{}", "config.json")),
-    "BPE": byte_pairs,
+    "tokenizer.json is BPE": byte_pairs,
     "are others in": another_vocabulary,
     "can never come of text": lambda place: tokenizer_warnings(place.words("The", "the"), "it")[0],
     "has a capital letter": lambda place: tokenizer_warnings(place.words("a", "b", do_lower_case=False), "it")[0],

@@ -105,7 +105,7 @@ def write_chunks(
     with open(tokens_file, "wb") as to_tokens, open(lines_file, "wb") as to_lines:
         for block in _blocks(lines):
             filled = list(filter(None, block))
-            tokenized = tokenize(filled, encoders, vocabulary.continues_word, segmenter)
+            tokenized = tokenize(filled, encoders, vocabulary, segmenter)
             word_bits = np.left_shift(tokenized.starts_word.astype(dtype), _word_bit(dtype))
             (tokenized.tokens.astype(dtype) | word_bits).tofile(to_tokens)
             of_lines = np.split(tokenized.starts_word, np.cumsum(tokenized.lengths)[:-1])
@@ -122,7 +122,8 @@ def write_chunks(
             if is_unknown.any():
                 of_unknown = np.repeat(np.arange(len(filled)), tokenized.lengths)[is_unknown]  # their lines
                 causes += unknown_causes([filled[line] for line in np.unique(of_unknown)], encoders.any_line)
-            words.update(tokenized.tokens, vocabulary.continues_word, tokenized.segmented)
+            by_vocabulary = vocabulary.word_starts(tokenized.tokens, tokenized.lengths)
+            words.update(tokenized.tokens, by_vocabulary, tokenized.segmented)
     if not chunk_lengths:
         raise UserError(f"path_datasets: no line of {path.stem}* holds a token to train or test on")
     np.save(path / "offsets.npy", chunk_bounds(np.array(chunk_lengths)))
@@ -137,7 +138,7 @@ def write_chunks(
         dropped=len(line_hashes) - int(binned.sum()),
         characters=characters,
         tokens=int(occurrences.sum()),
-        unknown=int(occurrences[vocabulary.unk_id]),
+        unknown=int(occurrences[vocabulary.unk_id]) if vocabulary.unk_id >= 0 else 0,
         chunks=len(chunk_lengths),
         line_lengths=binned.tolist(),
         unknown_causes=dict(causes),

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 
 from mlm.data.words import SplitWord
@@ -84,7 +85,10 @@ def used_splits(stats: TextStats, only_test: bool) -> dict[str, SplitStats]:
 
 
 def unknown_causes(lines: list[str], encoder: Tokenizer) -> Counter[str]:
-    """Counts the words that are [UNK] by their cause, a key of `CAUSES` or a script, in a sample of lines."""
+    """Counts the words that are [UNK] by their cause, a key of `CAUSES` or a script, in a sample of lines; none but of
+    WordPiece, of which it is known."""
+    if not isinstance(encoder.model, WordPiece):
+        return Counter()
     sample = "\n".join(lines)[:SAMPLED_CHARACTERS]
     encoding = encoder.encode(sample, add_special_tokens=False)
     unknown = encoder.token_to_id(encoder.model.unk_token)

@@ -16,7 +16,11 @@ from mlm.errors import UserError
 from mlm.runtime.pretrained import load_pretrained, stored_file
 from mlm.storage import digest, once
 
+UNUSED = ("[unused", "<unused")  # tokens that are there for words to come
 FEW = 0.01  # of a vocabulary: tokens that a tokenizer may miss without a word
+ROLES = {  # what BERT calls a special token, and who else has its role
+    "cls": ("cls", "bos"), "sep": ("sep", "eos"), "pad": ("pad", "eos", "sep"), "unk": ("unk",), "mask": ("mask",),
+}  # fmt: skip
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -25,7 +29,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Returns the tokenizer that `initial_pretrain_tokenizer` names, or WordPiece learned from the training lines.
 
-    Raises UserError where it is missing, or is not one that BERT's masking and packing can work with.
+    Raises UserError where it is missing, or is not one that masking and packing can work with.
     """
     name = config.initial_pretrain_tokenizer
     if name == "corpus":
@@ -37,6 +41,11 @@ def load_tokenizer(
 
         return AutoTokenizer.from_pretrained(once(folder, learn))
     tokenizer = load_pretrained_tokenizer(name, "initial_pretrain_tokenizer")
+    if config.scratch_size is not None and not is_wordpiece(tokenizer):
+        raise UserError(
+            f"initial_pretrain_tokenizer, initial_pretrain_model: {name} is {kind_of(tokenizer)}, and "
+            f"{config.initial_pretrain_model} a BERT, whose tokenizer is WordPiece"
+        )
     if config.scratch_size is None and config.initial_pretrain_model != name:
         _refuse_another_vocabulary(tokenizer, config)
     return tokenizer
@@ -44,30 +53,50 @@ def load_tokenizer(
 
 def load_pretrained_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
     """Loads a tokenizer from a folder or from the Hub. Raises UserError, naming `setting`, as `load_tokenizer`."""
-    tokenizer = load_pretrained(_load_wordpiece, name, setting, "a WordPiece tokenizer, as BERT's is")
-    missing = [kind for kind in ("pad", "unk", "cls", "sep", "mask") if getattr(tokenizer, f"{kind}_token_id") is None]
+    tokenizer = load_pretrained(_load_as_stored, name, setting, "a tokenizer")
+    needed = ROLES if is_wordpiece(tokenizer) else ("cls", "sep", "mask")
+    missing = [role for role in needed if role_id(tokenizer, role) is None]
     if missing:
-        raise UserError(f"{setting}: {name} has no {' and no '.join(missing)} token; BERT needs one")
+        raise UserError(f"{setting}: {name} has no {' and no '.join(missing)} token; a masked language model needs one")
     if not len(read_vocabulary(tokenizer).regular_ids):  # transformers makes one up where the files are missing
         raise UserError(f"{setting}: {name} has no vocabulary; vocab.txt or tokenizer.json is missing")
     return tokenizer
 
 
-def _load_wordpiece(name: str, **options: Any) -> PreTrainedTokenizerBase:
+def _load_as_stored(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that the files say; BERT's own where none says it, as in early checkpoints.
 
-    Raises ValueError where it is no WordPiece. tokenizer.json is asked as well, as transformers makes WordPiece of any
-    vocabulary that lies beside the config of a BERT.
+    Raises ValueError where it is of no kind that is served. tokenizer.json is asked as well, as transformers makes
+    WordPiece of any vocabulary that lies beside the config of a BERT.
     """
     if "model_type" not in BertConfig.get_config_dict(name, **options)[0]:
         options["config"] = BertConfig()  # of which tokenizer_config.json may say otherwise
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    kinds = {type(tokenizer.backend_tokenizer.model).__name__ if tokenizer.is_fast else type(tokenizer).__name__}
-    if file := stored_file(name, "tokenizer.json"):
-        kinds.add(json.loads(file.read_text(encoding="utf-8"))["model"]["type"])
-    if others := kinds - {"WordPiece"}:
-        raise ValueError(f"it is {' and '.join(sorted(others))}")
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} is not one of the tokenizers library")
+    kind, file = kind_of(tokenizer), stored_file(name, "tokenizer.json")
+    stored = json.loads(file.read_text(encoding="utf-8"))["model"]["type"] if file else kind
+    if stored != kind:
+        raise ValueError(f"its tokenizer.json is {stored}, and transformers makes {kind} of it")
+    if kind not in ("WordPiece", "BPE", "Unigram"):
+        raise ValueError(f"it is {kind}; WordPiece, BPE and Unigram are known")
     return tokenizer
+
+
+def kind_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns how a tokenizer makes tokens of words: WordPiece, BPE, Unigram or another."""
+    return type(tokenizer.backend_tokenizer.model).__name__
+
+
+def is_wordpiece(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer is of BERT's kind, whose tokens say of any text where its words start."""
+    return kind_of(tokenizer) == "WordPiece"
+
+
+def role_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int | None:
+    """Returns the id of the token that has a role, one of ROLES, by whatever name; None where there is none."""
+    ids = (getattr(tokenizer, f"{name}_token_id") for name in ROLES[role])
+    return next((index for index in ids if index is not None), None)
 
 
 def _refuse_another_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
@@ -95,7 +124,9 @@ def _refuse_another_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Confi
 
 
 def tokenizer_warnings(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
-    """Returns a warning where the tokenizer changes what the vocabulary keeps, capitals or accents, or the reverse."""
+    """Returns a warning where WordPiece changes what its vocabulary keeps, capitals or accents, or the reverse."""
+    if not is_wordpiece(tokenizer):
+        return []
     normalizer = tokenizer.backend_tokenizer.normalizer
     normalize = normalizer.normalize_str if normalizer else str
     regular = tokenizer.convert_ids_to_tokens(read_vocabulary(tokenizer).regular_ids.tolist())
@@ -143,29 +174,65 @@ def learn_tokenizer(lines: Callable[[], Iterator[str]], size: int) -> BertTokeni
 
 
 class Vocabulary(NamedTuple):
-    """The ids of a tokenizer, as cutting, masking and packing need them."""
+    """The ids of a tokenizer, as cutting, masking and packing need them, and what its tokens say of words."""
 
-    cls_id: int
-    sep_id: int
+    cls_id: int  # before each chunk
+    sep_id: int  # behind it
     pad_id: int
-    unk_id: int
+    unk_id: int  # -1 where there is none, as every text has tokens
     mask_id: int
+    separators: int  # between two texts in one chunk
     regular_ids: np.ndarray  # (regular,) int64, ascending: neither special nor unused; may replace a chosen token
-    continues_word: np.ndarray  # (size,) bool: subwords such as ##ing
+    begins_word: np.ndarray  # (size,) bool: wherever it stands, a word begins with it; not so subwords such as ##ing
+    ends_word: np.ndarray  # (size,) bool: whatever comes next, a word begins there
+    is_blank: np.ndarray  # (size,) bool: white space alone, which belongs to the word behind it
 
     @property
     def size(self) -> int:
-        return len(self.continues_word)
+        return len(self.begins_word)
+
+    def word_starts(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Returns whether each of the tokens (tokens,) of lines, with so many tokens each (lines,), starts a word:
+        (tokens,) bool. Exact for WordPiece, and for any line of ASCII characters but beside [UNK]."""
+        starts = self.begins_word[tokens]
+        starts[1:] |= self.ends_word[tokens[:-1]]
+        starts[1:] &= ~self.is_blank[tokens[:-1]]
+        starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+        return starts
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """Returns the ids of a WordPiece tokenizer."""
+    """Returns the ids of a tokenizer, and what its tokens say of words."""
     ids = tokenizer.get_vocab()
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
-    regular = sorted(i for token, i in ids.items() if i not in special and not token.startswith("[unused"))
-    continues_word = np.zeros(max(ids.values()) + 1, dtype=bool)
-    prefix = tokenizer.backend_tokenizer.model.continuing_subword_prefix
-    continues_word[[i for token, i in ids.items() if token.startswith(prefix)]] = True
-    named = {f"{kind}_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("cls", "sep", "pad", "unk", "mask")}
-    return Vocabulary(**named, regular_ids=np.array(regular), continues_word=continues_word)
+    regular = sorted(i for token, i in ids.items() if i not in special and not token.startswith(UNUSED))
+    begins_word, ends_word, is_blank = np.zeros((3, max(ids.values()) + 1), dtype=bool)
+    if is_wordpiece(tokenizer):
+        prefix = tokenizer.backend_tokenizer.model.continuing_subword_prefix
+        begins_word[[i for token, i in ids.items() if not token.startswith(prefix)]] = True
+    else:
+        decode = tokenizer.backend_tokenizer.decoder.decode
+        for token, i in ids.items():
+            if i in special:  # of these text has [UNK] alone, which may stand for anything
+                continue
+            text = decode(["a", token])[1:]  # at the start of a text white space would be taken away
+            begins_word[i] = text[:1].isspace() or is_punctuation(text[:1])
+            ends_word[i] = text[-1:].isspace() or is_punctuation(text[-1:])
+            is_blank[i] = text.isspace()
+    named = {f"{role}_id": -1 if (index := role_id(tokenizer, role)) is None else index for role in ROLES}
+    return Vocabulary(
+        **named,
+        separators=max(1, tokenizer.num_special_tokens_to_add(pair=True) - 2),
+        regular_ids=np.array(regular),
+        begins_word=begins_word,
+        ends_word=ends_word,
+        is_blank=is_blank,
+    )
+
+
+def is_punctuation(character: str) -> bool:
+    """Whether a character is a word by itself, as BERT takes it (arXiv 1810.04805, google-research/bert,
+    tokenization.py): Unicode's punctuation, and any ASCII sign."""
+    is_sign = character.isascii() and character.isprintable() and not character.isalnum() and not character.isspace()
+    return bool(character) and (is_sign or unicodedata.category(character).startswith("P"))

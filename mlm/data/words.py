@@ -9,16 +9,21 @@ from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from transformers import PreTrainedTokenizerBase
 
-from mlm.data.chinese import HAN_CHARACTER, Segmenter, find_word_starts, is_common
+from mlm.data.chinese import HAN_CHARACTER, LocatedText, Segmenter, correct_word_starts, find_word_starts, is_common
 from mlm.data.text_files import read_lines
+from mlm.data.tokenizer import ROLES, Vocabulary, is_wordpiece, kind_of, role_id
 from mlm.errors import UserError
 
+NO_CHARACTER = "\uffff"  # which Unicode keeps from being one
 MANY_SUBWORDS = 3  # from here on a word is listed, as one that may be worth a token of its own
+MOST_SUBWORDS = 64  # what has more is no word, but text without spaces
 PIECE_CHARACTERS = 1 << 20  # of a line that is longer
 BETWEEN_WORDS = re.compile("[ \t\r\u3000\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f]")  # and Chinese punctuation
+ONE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 COUNTED_WORDS = 1 << 18  # of more distinct ones the rarer half is dropped, so that memory stays small
 
 
@@ -42,12 +47,18 @@ class Encoders(NamedTuple):
 
 
 def make_encoders(tokenizer: PreTrainedTokenizerBase) -> Encoders:
-    """Returns encoders without limit or padding, to which text that spells [MASK] or another of BERT's five special
-    tokens is text. Those that the user added, such as [DRUG], are words of the text."""
+    """Returns encoders without limit or padding, to which text that spells [MASK] or another token with one of BERT's
+    five roles is text. Those that the user added, such as [DRUG], are words of the text."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    five = {getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "unk", "cls", "sep", "mask")}
+    five = {role_id(tokenizer, role) for role in ROLES}
     for token in content["added_tokens"]:
         token["special"] = token["id"] in five
+    if content["model"]["type"] == "Unigram":  # to which they are pieces of text as well, unless no text spells them
+        for token in content["added_tokens"]:
+            token["content"] = NO_CHARACTER * token["special"] + token["content"]
+        for index, piece in enumerate(content["model"]["vocab"]):
+            piece[0] = NO_CHARACTER * (index in five) + piece[0]
+        content["post_processor"] = None  # which knows them by their names
     description = json.dumps(content)
     encoders = Encoders(any_line=Tokenizer.from_str(description), ascii_line=Tokenizer.from_str(description))
     for encoder in encoders:
@@ -69,59 +80,65 @@ class TokenizedLines(NamedTuple):
     segmented: list[str]  # the segmenter's words in the lines that hold Chinese
 
 
-def tokenize(lines: list[str], encoders: Encoders, continues_word: np.ndarray, segmenter: Segmenter) -> TokenizedLines:
+def tokenize(lines: list[str], encoders: Encoders, vocabulary: Vocabulary, segmenter: Segmenter) -> TokenizedLines:
     """Tokenizes lines as `_tokenize` does, a line that may be a book in pieces: a character takes hundreds of bytes."""
     if max(map(len, lines), default=0) <= PIECE_CHARACTERS:
-        return _tokenize(lines, encoders, continues_word, segmenter)
-    pieces = [cut_text(line, PIECE_CHARACTERS) for line in lines]
-    tokenized = [_tokenize([piece], encoders, continues_word, segmenter) for piece in chain.from_iterable(pieces)]
+        return _tokenize(lines, encoders, vocabulary, segmenter)
+    gaps = BETWEEN_WORDS if _is_wordpiece(encoders) else ONE_SPACE
+    pieces = [cut_text(line, PIECE_CHARACTERS, gaps) for line in lines]
+    tokenized = [_tokenize([piece], encoders, vocabulary, segmenter) for piece in chain.from_iterable(pieces)]
     tokens, lengths, starts_word = (np.concatenate(arrays) for arrays in list(zip(*tokenized, strict=True))[:3])
     first_pieces = np.cumsum([0, *map(len, pieces)])[:-1]
     segmented = [word for piece in tokenized for word in piece.segmented]
     return TokenizedLines(tokens, np.add.reduceat(lengths, first_pieces), starts_word, segmented)
 
 
-def cut_text(line: str, limit: int) -> list[str]:
+def _is_wordpiece(encoders: Encoders) -> bool:
+    return isinstance(encoders.any_line.model, WordPiece)
+
+
+def cut_text(line: str, limit: int, gaps: re.Pattern[str] = BETWEEN_WORDS) -> list[str]:
     """Returns a line in pieces of hardly more than `limit` characters, which begin where the tokenizer cuts anyway."""
     bounds = [0]
     while bounds[-1] + limit < len(line):
-        cut = BETWEEN_WORDS.search(line, bounds[-1] + limit)
+        cut = gaps.search(line, bounds[-1] + limit)
         if not cut:
             break
         bounds.append(cut.start())
     return [line[start:end] for start, end in pairwise([*bounds, len(line)])]
 
 
-def _tokenize(lines: list[str], encoders: Encoders, continues_word: np.ndarray, segmenter: Segmenter) -> TokenizedLines:
+def _tokenize(lines: list[str], encoders: Encoders, vocabulary: Vocabulary, segmenter: Segmenter) -> TokenizedLines:
     """Tokenizes lines and finds where words start.
 
-    Words are what the tokenizer's own pre-tokenizer cuts, at spaces and punctuation. Beside a Chinese character the
+    Words are what spaces and punctuation separate, whatever the tokenizer. The tokens themselves tell in ASCII, and
+    those of WordPiece in any text; else the text does, by where each token stands in it. Beside a Chinese character the
     segmenter decides instead: characters, ASCII letters and digits that it leaves together are one word. No token is
-    cut or joined for it. continues_word: (vocabulary,) bool, True for subwords such as ##ing.
+    cut or joined for it.
     """
     named = ("ascii" if line.isascii() else "chinese" if HAN_CHARACTER.search(line) else "other" for line in lines)
     kinds = np.array(list(named), dtype=str)  # (lines,)
-    encode_by_kind = {
-        "ascii": encoders.ascii_line.encode_batch_fast,
-        "other": encoders.any_line.encode_batch_fast,
-        "chinese": encoders.any_line.encode_batch,  # which also tells where a token stands in its line
-    }
-    encoded = {
-        kind: encode_batch(list(compress(lines, kinds == kind)), add_special_tokens=False)
-        for kind, encode_batch in encode_by_kind.items()
-    }
+    located = ("chinese",) if _is_wordpiece(encoders) else ("chinese", "other")  # tokens whose places are asked for
+    encoded = {}
+    for kind in ("ascii", "other", "chinese"):
+        encoder = encoders.ascii_line if kind == "ascii" else encoders.any_line
+        encode_batch = encoder.encode_batch if kind in located else encoder.encode_batch_fast
+        encoded[kind] = encode_batch(list(compress(lines, kinds == kind)), add_special_tokens=False)
     remaining = {kind: iter(encodings) for kind, encodings in encoded.items()}
     ids = [next(remaining[kind]).ids for kind in kinds.tolist()]  # in the order of the lines again
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     tokens = np.fromiter(chain.from_iterable(ids), np.int64, lengths.sum())
-    starts_word = ~continues_word[tokens]
+    starts_word = vocabulary.word_starts(tokens, lengths)
     segmented = []
-    if encoded["chinese"]:
-        chinese = kinds == "chinese"
-        text = "".join(f"{line}\n" for line in compress(lines, chinese))
-        segmented = segmenter.cut(text)
-        inside = np.repeat(chinese, lengths)
-        starts_word[inside] = find_word_starts(starts_word[inside], text, segmented, encoded["chinese"])
+    for kind in located:
+        if encoded[kind]:
+            inside = np.repeat(kinds == kind, lengths)
+            located_text = LocatedText.of(list(compress(lines, kinds == kind)), encoded[kind])
+            if not _is_wordpiece(encoders):
+                starts_word[inside] = find_word_starts(located_text)
+            if kind == "chinese":
+                segmented = segmenter.cut(located_text.text)
+                starts_word[inside] = correct_word_starts(starts_word[inside], located_text, segmented)
     return TokenizedLines(tokens, lengths, starts_word, segmented)
 
 
@@ -143,10 +160,12 @@ class WordCounts:
         self.subwords = Counter()  # words by the bytes of their ids (subwords,) int64
         self.chinese = Counter()  # the segmenter's words
 
-    def update(self, tokens: np.ndarray, continues_word: np.ndarray, segmented: list[str]) -> None:
-        """Counts the words in tokens (tokens,) int64 and those of the segmenter."""
-        bounds = np.append(np.flatnonzero(~continues_word[tokens]), len(tokens))
-        many = np.flatnonzero(np.diff(bounds) >= MANY_SUBWORDS)
+    def update(self, tokens: np.ndarray, starts_word: np.ndarray, segmented: list[str]) -> None:
+        """Counts the words in tokens (tokens,) int64, by where the vocabulary alone has them start (tokens,) bool, and
+        those of the segmenter."""
+        bounds = np.append(np.flatnonzero(starts_word), len(tokens))
+        subwords = np.diff(bounds)
+        many = np.flatnonzero((subwords >= MANY_SUBWORDS) & (subwords <= MOST_SUBWORDS))
         content = tokens.tobytes()
         byte_bounds = zip((8 * bounds[many]).tolist(), (8 * bounds[many + 1]).tolist(), strict=True)
         self.subwords.update(content[first:after] for first, after in byte_bounds)
@@ -157,25 +176,25 @@ class WordCounts:
                 counter.clear()
                 counter.update(dict(kept))
 
-    def split_words(self, encoder: Tokenizer, limit: int) -> list[SplitWord]:
+    def split_words(self, encoder: Tokenizer, unknown_id: int, limit: int) -> list[SplitWord]:
         """Returns at most `limit` words that are split, the most frequent first.
 
-        A word of the pre-tokenizer's counts if it has a letter and is split into `MANY_SUBWORDS` or more. A word of the
-        segmenter's with Chinese in it counts if it has more than one token and an unknown or a rare character.
+        A word between spaces and punctuation counts if it has a letter and is split into `MANY_SUBWORDS` or more. A
+        word of the segmenter's with Chinese in it counts if it has more than one token and an unknown or a rare
+        character.
         """
-        prefix = encoder.model.continuing_subword_prefix
         found = []
         for content, count in self.subwords.most_common(2 * limit):
-            subwords = [encoder.id_to_token(index) or "" for index in np.frombuffer(content, np.int64).tolist()]
-            word = subwords[0] + "".join(subword.removeprefix(prefix) for subword in subwords[1:])
-            if any(map(str.isalpha, word)):
-                found.append(SplitWord(word, count, subwords))
-        unknown = encoder.model.unk_token
+            ids = np.frombuffer(content, np.int64).tolist()
+            word = encoder.decode(ids).strip()
+            if any(map(str.isalpha, word)) and not HAN_CHARACTER.search(word):
+                found.append(SplitWord(word, count, [encoder.id_to_token(index) or "" for index in ids]))
         for word, count in self.chinese.items():
             if HAN_CHARACTER.search(word):
-                subwords = encoder.encode(word, add_special_tokens=False).tokens
-                if len(subwords) > 1 and (unknown in subwords or not all(map(is_common, word))):
-                    found.append(SplitWord(word, count, subwords))
+                encoding = encoder.encode(word, add_special_tokens=False)
+                is_rare = unknown_id in encoding.ids or not all(map(is_common, word))
+                if len(encoding.ids) > 1 and is_rare:
+                    found.append(SplitWord(word, count, encoding.tokens))
         return sorted(found, key=lambda split: (-split.occurrences, split.word))[:limit]
 
 
@@ -183,8 +202,11 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str,
     """Adds the words that are not one token already to the tokenizer. Returns the ids of each one's former subwords.
 
     What the vocabulary has, though it never comes of text (BERT's has "..."), stays so: it is a token already. A word
-    is found where nothing but spaces and punctuation is beside it; one with a Chinese character, anywhere.
+    is found where nothing but spaces and punctuation is beside it; one with a Chinese character, anywhere. Raises
+    UserError for a tokenizer that is not WordPiece: to others a word with the space before it is another one.
     """
+    if words and not is_wordpiece(tokenizer):
+        raise UserError(f"add_words: words can be added to WordPiece alone, and this tokenizer is {kind_of(tokenizer)}")
     normalizer = tokenizer.backend_tokenizer.normalizer
     distinct: dict[str, str] = {}  # by how the tokenizer sees them
     for word in words:  # "Insulin" and "insulin" may be the same

@@ -36,19 +36,24 @@ def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBa
     """Encodes examples as chunks of at most `sen_max_length` positions. Text that spells [SEP] is text."""
     vocabulary = read_vocabulary(tokenizer)
     encoder = make_encoders(tokenizer).any_line
-    parts = [part for example in examples for part in example.parts]
+    is_sentence = task.kind == "entities"
+    parts = [
+        f" {part}" if is_sentence and number else part  # words of a sentence by themselves, each with the space before
+        for example in examples
+        for number, part in enumerate(example.parts)
+    ]
     encodings = iter(encoder.encode_batch_fast(parts, add_special_tokens=False))
     chunks: list[Chunk] = []
     bounds = [0]
     words = shortened = 0
     for example in examples:
         ids = [next(encodings).ids for _ in example.parts]
-        if task.kind == "entities":
+        if is_sentence:
             chunks += _split_words(ids, words, vocabulary, sen_max_length)
             shortened += len(chunks) - bounds[-1] > 1
         else:
             chunks.append(_truncate_text(ids, words, vocabulary, sen_max_length))
-            shortened += len(chunks[-1][0]) < sum(map(len, ids)) + len(ids) + 1
+            shortened += len(chunks[-1][0]) < sum(map(len, ids)) + _special_tokens(len(ids), vocabulary)
         bounds.append(len(chunks))
         words += len(example.labels)
 
@@ -69,12 +74,13 @@ def encode(examples: list[Example], task: Task, tokenizer: PreTrainedTokenizerBa
 def _split_words(words: list[list[int]], first_id: int, vocabulary: Vocabulary, max_length: int) -> Iterator[Chunk]:
     """Yields words in as many chunks as they need.
 
-    words: ids of each word's subwords. A word without one is [UNK]; one longer than a chunk loses its end.
+    words: ids of each word's subwords. A word without one is [UNK], or [MASK] where there is no such token; one longer
+    than a chunk loses its end.
     """
     room = max_length - 2
     fitting: dict[int, list[int]] = {}
     for word_id, subwords in enumerate(words, start=first_id):
-        subwords = subwords[:room] or [vocabulary.unk_id]
+        subwords = subwords[:room] or [vocabulary.unk_id if vocabulary.unk_id >= 0 else vocabulary.mask_id]
         if sum(map(len, fitting.values())) + len(subwords) > room:
             yield _frame([fitting], vocabulary)
             fitting = {}
@@ -84,17 +90,26 @@ def _split_words(words: list[list[int]], first_id: int, vocabulary: Vocabulary, 
 
 def _truncate_text(parts: list[list[int]], word_id: int, vocabulary: Vocabulary, max_length: int) -> Chunk:
     """Returns one or two texts (ids of each) in one chunk; where they are too long, the longer one loses its end."""
-    room = max_length - 1 - len(parts)
+    room = max_length - _special_tokens(len(parts), vocabulary)
     keep = [len(part) for part in parts]
     while sum(keep) > room:
         keep[keep.index(max(keep))] -= 1
     return _frame([{word_id: part[:kept]} for part, kept in zip(parts, keep, strict=True)], vocabulary)
 
 
+def _special_tokens(parts: int, vocabulary: Vocabulary) -> int:
+    """Returns how many special tokens stand around and between one or two texts."""
+    return 2 + (parts - 1) * vocabulary.separators
+
+
 def _frame(segments: list[dict[int, list[int]]], vocabulary: Vocabulary) -> Chunk:
-    """Returns [CLS], then each segment (from word ids to the ids of subwords) and [SEP]."""
+    """Returns [CLS], then each segment (from word ids to the ids of subwords) and [SEP]; two between segments where a
+    family has two."""
     input_ids, word_ids = [vocabulary.cls_id], [-1]
-    for segment in segments:
+    for number, segment in enumerate(segments):
+        if number:
+            input_ids += [vocabulary.sep_id] * (vocabulary.separators - 1)
+            word_ids += [-1] * (vocabulary.separators - 1)
         for word_id, subwords in segment.items():
             input_ids += subwords
             word_ids += [word_id] * len(subwords)
@@ -112,6 +127,12 @@ def select(encoded: Encoded, indices: np.ndarray) -> Sequences:
         parts.append(part._replace(label_positions=part.label_positions + before))
         before += len(part.input_ids)
     return Sequences(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def first_chunks(encoded: Encoded, number: int = 3) -> Sequences:
+    """Returns the first chunks of all examples."""
+    bounds = chunk_bounds(encoded.chunks.lengths)
+    return slice_chunks(encoded.chunks, bounds, 0, min(number, len(encoded.chunks.lengths)))
 
 
 def training_order(encoded: Encoded, batch_size: int, seed: int) -> Iterator[Sequences]:

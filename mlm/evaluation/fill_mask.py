@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import BertForMaskedLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.data.chinese import HAN_CHARACTER
 from mlm.data.chunks import Chunks, Corpus, chunk_bounds, cut_line, take
 from mlm.data.masking import BERT_RULE, content_keys, mask
-from mlm.data.tokenizer import Vocabulary
+from mlm.data.tokenizer import Vocabulary, is_wordpiece, role_id
 from mlm.data.words import make_encoders
 from mlm.storage import write_csv
 
@@ -94,21 +94,27 @@ def first_chunk(
     each stands in it: from which character to which."""
     line = line[: MOST_CHARACTERS_OF_A_TOKEN * most_tokens]
     encoded = encoder.encode(line, add_special_tokens=False)
-    ids, spans = np.array(encoded.ids, dtype=np.int64), encoded.offsets
+    ids, spans = np.array(encoded.ids, dtype=np.int64), [_without_spaces(line, *span) for span in encoded.offsets]
     if len(ids) > most_tokens:
-        kept = cut_line(~vocabulary.continues_word[ids], most_tokens)[0]
+        kept = cut_line(vocabulary.word_starts(ids, np.array([len(ids)])), most_tokens)[0]
         ids, spans, line = ids[:kept], spans[:kept], line[: spans[kept - 1][1]]
     return line, ids, spans
 
 
+def _without_spaces(line: str, start: int, end: int) -> tuple[int, int]:
+    """Returns a token's span in a line without the white space that some tokenizers count to it."""
+    start += len(line[start:end]) - len(line[start:end].lstrip())
+    return start, start + len(line[start:end].rstrip())
+
+
 def _whole_words(ids: np.ndarray, spans: list[tuple[int, int]], line: str, vocabulary: Vocabulary) -> list[int]:
     """Returns the places of tokens that are a word by themselves: of four letters or more, or a Chinese character."""
-    continues = np.append(vocabulary.continues_word[ids], False)
+    starts_word = np.append(vocabulary.word_starts(ids, np.array([len(ids)])), True)
     places = []
     for place, (start, end) in enumerate(spans):
         word = line[start:end]
         is_long_enough = len(word) >= 4 or HAN_CHARACTER.match(word)
-        if word.isalpha() and is_long_enough and not continues[place] and not continues[place + 1]:
+        if word.isalpha() and is_long_enough and starts_word[place] and starts_word[place + 1]:
             places.append(place)
     return places
 
@@ -151,7 +157,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 @torch.no_grad()
-def fill_in(model: BertForMaskedLM, input_ids: np.ndarray, places: np.ndarray, candidates: Tensor) -> Tensor:
+def fill_in(model: PreTrainedModel, input_ids: np.ndarray, places: np.ndarray, candidates: Tensor) -> Tensor:
     """Returns the probability (places, candidates) that each candidate, a token's id, stands at a place of a text.
 
     input_ids: the text, (positions,); places: indices into it, (places,).
@@ -160,27 +166,29 @@ def fill_in(model: BertForMaskedLM, input_ids: np.ndarray, places: np.ndarray, c
     return logits[0, places].float().cpu()[:, candidates].softmax(-1)
 
 
-def guess(model: BertForMaskedLM, hidden: list[HiddenWord], tokenizer: PreTrainedTokenizerBase) -> list[list[Guess]]:
-    """Returns the model's three likeliest words for the [MASK] of each line."""
+def guess(model: PreTrainedModel, hidden: list[HiddenWord], tokenizer: PreTrainedTokenizerBase) -> list[list[Guess]]:
+    """Returns the model's three likeliest words for the [MASK] of each line. The line is tokenized with its word, whose
+    token is masked then: beside a mask that is written out some tokenizers see other spaces."""
     guesses, candidates, encoder = [], token_ids(tokenizer), make_encoders(tokenizer).any_line
-    for line, _ in hidden:
-        before, after = (
-            encoder.encode(part, add_special_tokens=False).ids for part in line.split(tokenizer.mask_token)
-        )
-        ids = [tokenizer.cls_token_id, *before, tokenizer.mask_token_id, *after, tokenizer.sep_token_id]
-        [probabilities] = fill_in(model, np.array(ids), np.array([1 + len(before)]), candidates)
+    cls_id, sep_id, mask_id = (role_id(tokenizer, role) for role in ("cls", "sep", "mask"))
+    for line, word in hidden:
+        before, after = line.split(tokenizer.mask_token)
+        encoded = encoder.encode(f"{before}{word}{after}", add_special_tokens=False)
+        place = next(place for place, (_, end) in enumerate(encoded.offsets) if end > len(before))
+        ids = [cls_id, *encoded.ids[:place], mask_id, *encoded.ids[place + 1 :], sep_id]
+        [probabilities] = fill_in(model, np.array(ids), np.array([1 + place]), candidates)
         top = probabilities.topk(3)
         likeliest = zip(candidates[top.indices].tolist(), top.values.tolist(), strict=True)
-        guesses.append([Guess(str(tokenizer.decode([token])), probability) for token, probability in likeliest])
+        guesses.append([Guess(str(tokenizer.decode([token])).strip(), probability) for token, probability in likeliest])
     return guesses
 
 
-def save_predictions(path: Path, model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> None:
+def save_predictions(path: Path, model: PreTrainedModel, corpus: Corpus, sen_max_length: int) -> None:
     """Writes a CSV of the first test lines, or of the first chunk of those that are longer."""
     write_csv(path, ("src", "mask", "pred"), islice(predict(model, corpus, sen_max_length), MOST_LINES))
 
 
-def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iterator[dict[str, str]]:
+def predict(model: PreTrainedModel, corpus: Corpus, sen_max_length: int) -> Iterator[dict[str, str]]:
     """Yields each test line, or its first chunk: as it is, with the tokens hidden that evaluations hide, and with the
     model's likeliest tokens in their places."""
     tokenizer, vocabulary, candidates = corpus.tokenizer, corpus.vocabulary, token_ids(corpus.tokenizer)
@@ -193,13 +201,20 @@ def predict(model: BertForMaskedLM, corpus: Corpus, sen_max_length: int) -> Iter
         ids, masked, _ = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, ALL_BECOME_MASK)
         framed = np.concatenate([[vocabulary.cls_id], ids, [vocabulary.sep_id]])
         likeliest = candidates[fill_in(model, framed, masked + 1, candidates).argmax(-1)].tolist()
-        guessed = [token.removeprefix("##") for token in tokenizer.convert_ids_to_tokens(likeliest)]
+        guessed = [_spelled(token, tokenizer) for token in likeliest]
         spans = [spans[place] for place in masked]
         yield {
             "src": line,
             "mask": _replace(line, spans, [tokenizer.mask_token] * len(spans)),
             "pred": _replace(line, spans, guessed),
         }
+
+
+def _spelled(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a token as it stands in a text, without the space before it, or without ##."""
+    if is_wordpiece(tokenizer):
+        return str(tokenizer.convert_ids_to_tokens(token)).removeprefix("##")
+    return str(tokenizer.decode([token])).strip()
 
 
 def _replace(line: str, spans: list[tuple[int, int]], parts: list[str]) -> str:

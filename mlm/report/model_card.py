@@ -26,12 +26,13 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
     base_model, last = run.settings["initial_pretrain_model"], run.evaluations[-1]
     is_of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) and not Path(base_model).exists()
     language, name = language_of(lines), run.folder.name
+    family = run.derived.get("family", "bert")  # early runs do not say, and were of none else
     data = ModelCardData(
         language=language,
         base_model=base_model if is_of_hub else None,
         library_name="transformers",
         pipeline_tag="fill-mask",
-        tags=["bert", "masked-language-modeling", "domain-adaptation"],
+        tags=[family, "masked-language-modeling", "domain-adaptation"],
         model_name=name,
         eval_results=[
             EvalResult("fill-mask", "text", "the run's own test text", metric, round(last[column], 4))
@@ -43,6 +44,7 @@ def make_card(run: Summary, lines: Iterable[str]) -> ModelCard:
         run=run,
         name=name,
         base_model=base_model if is_of_hub else "a local checkpoint",
+        family=family,
         is_scratch=base_model.startswith("scratch:"),
         language={"zh": "Chinese", "en": "English"}.get(language or "", "not determined"),
         scores=score_rows(run),

@@ -13,10 +13,11 @@ from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
-from transformers import BertForMaskedLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from Config import Config
 from mlm.data.chunks import Corpus
+from mlm.data.tokenizer import is_wordpiece
 from mlm.data.words import read_words
 from mlm.errors import UserError
 from mlm.evaluation.loss import load_evaluation, save_evaluation
@@ -42,10 +43,12 @@ BEST_MODEL = "best-model.safetensors"  # in the checkpoint before the cool-down,
 BESIDE_A_MODEL = ("state.json", "manifest.json")  # in a checkpoint
 
 
-def save_model(folder: Path, model: BertForMaskedLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes a plain Hugging Face folder: config, safetensors, tokenizer, and vocab.txt for older tools."""
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes a plain Hugging Face folder: config, safetensors, tokenizer, and BERT's vocab.txt for older tools."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if not is_wordpiece(tokenizer):
+        return
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     by_id = (tokens.get(index, f"[unused-id-{index}]") for index in range(max(tokens) + 1))  # a line's number is its id
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in by_id), encoding="utf-8", newline="\n")
@@ -231,7 +234,7 @@ def refuse_changes(checkpoint: Path, recipe: dict[str, Any]) -> int:
     return _read_state(checkpoint)["recipe"]["settings"]["num_warmup_steps"]
 
 
-def load_checkpoint(path: Path, steps: int, bert: BertForMaskedLM, optimizer: AcceleratedOptimizer) -> Progress:
+def load_checkpoint(path: Path, steps: int, bert: PreTrainedModel, optimizer: AcceleratedOptimizer) -> Progress:
     """Restores the optimizer and its gradient scaler; the weights of `bert` have been loaded from the same folder.
 
     steps: that the run is to have now. Where they are more than it had, an early stop is forgotten.

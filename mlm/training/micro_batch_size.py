@@ -81,6 +81,7 @@ def _trial_chunks(number: int, vocabulary: Vocabulary, config: Config) -> Sequen
     more; of one token by itself all are masked."""
     lengths = np.full(number, config.sen_max_length - 2)  # without [CLS] and [SEP]
     ids = np.full(lengths.sum(), vocabulary.mask_id)
+    assert config.mlm_probability, "`resolve` has set it"
     highest = max(config.mlm_probability, config.mlm_probability_end or 0.0)
     share = min(1.0, max(0.25, 1.5 * highest))
     masked = np.arange(0, len(ids), 1 / share).astype(np.int64)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # coefficients of a polynomial of fifth degree, steep at 0
@@ -65,6 +66,16 @@ def orthogonalize(matrices: Tensor, precision: torch.dtype) -> Tensor:
     return (states.mT if is_tall else states).to(matrices.dtype)
 
 
+def _tables(model: nn.Module) -> set[int]:
+    """Returns the ids of the parameters that have a row for each token, position or the like: of all embeddings, and of
+    the projection to the vocabulary."""
+    found = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and (output := module.get_output_embeddings()) is not None:
+            found.add(id(output.weight))
+    return found
+
+
 def make_optimizer(
     model: nn.Module, name: str, learning_rate: float, weight_decay: float, mixed_precision: str = "no"
 ) -> torch.optim.Optimizer:
@@ -77,9 +88,10 @@ def make_optimizer(
     of_muon: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    for key, parameter in model.named_parameters():
+    tables = _tables(model)
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            is_inner = parameter.ndim == 2 and "embeddings" not in key and "decoder" not in key
+            is_inner = parameter.ndim == 2 and id(parameter) not in tables
             group = vectors if parameter.ndim < 2 else of_muon if name == "muon" and is_inner else matrices
             group.append(parameter)
     groups = [

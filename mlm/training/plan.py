@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 from Config import SCRATCH_SIZES, Config
 from mlm.data.chunks import Chunks, Corpus, steps_per_epoch
 from mlm.data.text_files import text_folder
+from mlm.encoder.families import USUAL, Habits
 from mlm.errors import UserError
 from mlm.evaluation.loss import Evaluation
 from mlm.training.progress import Progress
@@ -31,12 +32,12 @@ LARGEST_SAVE_SHARE = 0.05
 LONGEST_UNSAVED_S = 1800.0
 
 
-def resolve(config: Config, epoch_steps: int, precision: str, width: int) -> Config:
+def resolve(config: Config, epoch_steps: int, precision: str, width: int, of_family: Habits = USUAL) -> Config:
     """Returns the configuration with the value that each unset setting stands for, for epochs of `epoch_steps`.
 
     Two may stay unset: `micro_batch_tokens`, which the device decides, and `save_every`, as checkpoints at the ends of
     epochs alone are saved only as often as costs little. precision: that of forward passes; width: the model's hidden
-    size. Raises UserError where settings do not fit together.
+    size; of_family: what its family was pre-trained with. Raises UserError where settings do not fit together.
     """
     total_steps = config.max_steps or config.num_epochs * epoch_steps
     warmup_steps = config.num_warmup_steps
@@ -53,6 +54,8 @@ def resolve(config: Config, epoch_steps: int, precision: str, width: int) -> Con
         max_steps=total_steps,
         optimizer=("muon" if size else "adamw") if config.optimizer == "auto" else config.optimizer,
         num_warmup_steps=warmup_steps,
+        mlm_probability=config.mlm_probability or of_family.mlm_probability,
+        weight_decay=of_family.weight_decay if config.weight_decay is None else config.weight_decay,
         learning_rate=config.learning_rate or usual_rate,
         hidden_dropout=0.0 if size and config.hidden_dropout is None else config.hidden_dropout,
         eval_every=config.eval_every or math.ceil(epoch_steps / evaluations_per_epoch),

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import BertForMaskedLM
+from transformers import PreTrainedModel
 
 from Config import Config
 from mlm.data.chunks import Corpus
@@ -37,7 +37,7 @@ class Learner:
     """What learns, on its device."""
 
     accelerator: Accelerator
-    bert: BertForMaskedLM  # what is saved
+    bert: PreTrainedModel  # what is saved
     model: nn.Module  # the same weights, taking packed rows, wrapped for the device
     optimizer: AcceleratedOptimizer
     micro_batcher: MicroBatcher
@@ -75,11 +75,12 @@ class Run:
         return self.learner.accelerator.is_main_process
 
 
-def derive_numbers(accelerator: Accelerator, bert: BertForMaskedLM, corpus: Corpus, plan: Plan) -> dict[str, Any]:
+def derive_numbers(accelerator: Accelerator, bert: PreTrainedModel, corpus: Corpus, plan: Plan) -> dict[str, Any]:
     """Returns numbers that follow from settings, text and machine, by name, to be shown."""
     replayed = {"general_chunks_per_step": plan.general_chunks} if plan.general_chunks else {}
     return replayed | {
         "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
+        "family": bert.config.model_type,
         "vocabulary": corpus.vocabulary.size,
         "parameters": sum(parameter.numel() for parameter in bert.parameters()),
         "added_words": len(corpus.added_words),

@@ -36,8 +36,8 @@ def hand_made(lower: bool = True) -> BertTokenizer:
 
 def tokenized(lines: list[str], tokenizer: BertTokenizer, user_words: tuple = ()):
     """Calls `tokenize`. Returns the words of each line, as lists of tokens, and the ids (tokens,) of all."""
-    continues = read_vocabulary(tokenizer).continues_word
-    ids, lengths, starts, _ = tokenize(lines, make_encoders(tokenizer), continues, make_segmenter(user_words))
+    segmenter = make_segmenter(user_words)
+    ids, lengths, starts, _ = tokenize(lines, make_encoders(tokenizer), read_vocabulary(tokenizer), segmenter)
     tokens, found, place = tokenizer.convert_ids_to_tokens(ids.tolist()), [], 0
     for length in lengths:
         found.append([])
@@ -188,9 +188,9 @@ def test_split_words_are_those_counted_by_hand():
         ["Metformin lowers 500mg 50000", "metformin 服用二甲双胍"],
         ["我来到北京 metforms", "二甲双胍，ひらがな", "饕餮"],
     ):
-        ids, _, _, words = tokenize(lines, make_encoders(tokenizer), vocabulary.continues_word, segmenter)
-        counts.update(ids, vocabulary.continues_word, words)
-    found = counts.split_words(tokenizer.backend_tokenizer, 10)
+        ids, lengths, _, words = tokenize(lines, make_encoders(tokenizer), vocabulary, segmenter)
+        counts.update(ids, vocabulary.word_starts(ids, lengths), words)
+    found = counts.split_words(tokenizer.backend_tokenizer, vocabulary.unk_id, 10)
     kana = ["ひ", "##ら", "##か", "##な"]
     assert sorted(found, key=lambda split: split.word) == [
         ("metformin", 2, ["met", "##form", "##in"]),
@@ -200,7 +200,7 @@ def test_split_words_are_those_counted_by_hand():
         ("饕餮", 1, ["[UNK]", "[UNK]"]),
     ]
     assert [count for _, count, _ in found] == [2, 2, 1, 1, 1]  # the most frequent first
-    assert counts.split_words(tokenizer.backend_tokenizer, 1) == found[:1]
+    assert counts.split_words(tokenizer.backend_tokenizer, vocabulary.unk_id, 1) == found[:1]
 
 
 def test_word_counts_stay_small_and_keep_the_frequent(monkeypatch):
@@ -208,7 +208,7 @@ def test_word_counts_stay_small_and_keep_the_frequent(monkeypatch):
     counts = WordCounts()
     for block in range(50):
         counts.update(
-            np.empty(0, dtype=np.int64), np.zeros(1, dtype=bool), ["常"] + [f"{block}-{i}" for i in range(90)]
+            np.empty(0, dtype=np.int64), np.zeros(0, dtype=bool), ["常"] + [f"{block}-{i}" for i in range(90)]
         )
         assert len(counts.chinese) <= 191
     assert counts.chinese["常"] == 50
@@ -219,7 +219,7 @@ def test_a_line_in_pieces_is_the_same_tokens_and_words(tokenizer, monkeypatch, l
     """Long lines of both languages between short ones; nothing but a space is where a piece ends."""
     lines = make_lines(60)
     lines = [*lines[:9], " ".join(lines[9:40]), "", lines[40], "\u3000".join(lines[41:]), "x" * 300]
-    rest = (make_encoders(tokenizer), read_vocabulary(tokenizer).continues_word, make_segmenter([]))
+    rest = (make_encoders(tokenizer), read_vocabulary(tokenizer), make_segmenter([]))
     whole = tokenize(lines, *rest)
     assert all("".join(cut_text(line, limit)) == line for line in lines)
     assert max(len(cut_text(line, limit)) for line in lines) > 5

@@ -82,7 +82,7 @@ def teach(model: str, folder: Path) -> str:
         classifier(**inputs, labels=torch.tensor([label == "yes" for label in labels]).long()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    classifier.bert.save_pretrained(folder)
+    classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

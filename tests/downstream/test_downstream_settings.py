@@ -67,7 +67,7 @@ def test_models_that_do_not_fit_are_named(tmp_path, compare):
     (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tmp_path / "model" / file, tmp_path / "gpt")
-    with pytest.raises(UserError, match=r"models: .*gpt is not a BERT encoder but of type gpt2"):
+    with pytest.raises(UserError, match=r"models: .*gpt is no encoder that can be trained here, but of type gpt2"):
         compare(task, str(tmp_path / "gpt"))
 
     weights = load_file(tmp_path / "model" / "model.safetensors")

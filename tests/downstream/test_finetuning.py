@@ -21,7 +21,8 @@ from mlm.downstream.encoding import Encoded, encode, select
 from mlm.downstream.finetuning import Budget, fine_tune
 from mlm.downstream.task import Task
 from mlm.downstream.task_files import Example
-from model import PackedClassifier, load_classifier
+from mlm.encoder.packed import PackedClassifier
+from model import load_classifier
 
 # ----------------------------------------------------------------------------------------- the same as the stock models
 
@@ -46,9 +47,9 @@ def packed_classifier(name: str, kind: str, examples: list[Example]) -> PackedCl
 
 
 def assert_gradients_of_stock_model(classifier: PackedClassifier, stock, batch, labels: torch.Tensor) -> None:
-    stock.load_state_dict(classifier.bert.state_dict())
+    stock.load_state_dict(classifier.model.state_dict())
     stock.eval()(**batch, labels=labels).loss.backward()
-    for (name, ours), theirs in zip(classifier.bert.named_parameters(), stock.parameters(), strict=True):
+    for (name, ours), theirs in zip(classifier.model.named_parameters(), stock.parameters(), strict=True):
         if theirs.grad is not None and ours.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name)
         else:
@@ -116,15 +117,15 @@ def test_the_weights_that_dev_likes_best_are_kept(tmp_path, accelerator, scores,
     assert found == (2 * best, expected) and len(snapshots) == 4
     for name, weight in classifier.state_dict().items():
         assert torch.equal(weight, snapshots[best - 1][name])
-    assert not torch.equal(snapshots[0]["bert.classifier.weight"], snapshots[3]["bert.classifier.weight"])
+    assert not torch.equal(snapshots[0]["model.classifier.weight"], snapshots[3]["model.classifier.weight"])
 
 
 def test_a_rate_that_diverges_leaves_the_classifier_as_it_was(tmp_path, accelerator):
     classifier, train, micro_batcher = small_training(tmp_path)
-    before = classifier.bert.classifier.weight.clone()
+    before = classifier.model.classifier.weight.clone()
     budget = Budget(steps=8, evaluate_every=4, batch_size=8, learning_rate=1e30)
     found = fine_tune(classifier, train, train, lambda _: 0.7, budget, 3, accelerator, micro_batcher)
-    assert found == (0, 0.0) and torch.equal(classifier.bert.classifier.weight, before)
+    assert found == (0, 0.0) and torch.equal(classifier.model.classifier.weight, before)
 
 
 def test_training_follows_the_seed_and_drops_out(tmp_path, accelerator):
@@ -137,7 +138,7 @@ def test_training_follows_the_seed_and_drops_out(tmp_path, accelerator):
                 module.p = dropout if module.p else 0.0
         budget = Budget(steps=3, evaluate_every=3, batch_size=40, learning_rate=1e-3)  # one batch is an epoch
         fine_tune(classifier, train, train, lambda _: 0.5, budget, seed, accelerator, micro_batcher)
-        return classifier.bert.bert.embeddings.word_embeddings.weight.detach().clone()
+        return classifier.model.bert.embeddings.word_embeddings.weight.detach().clone()
 
     one = train_with(1)
     assert torch.equal(one, train_with(1))

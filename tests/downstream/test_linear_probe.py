@@ -12,7 +12,8 @@ from mlm.downstream.encoding import encode
 from mlm.downstream.linear_probe import features, resample, select_rows
 from mlm.downstream.task import Task
 from mlm.downstream.task_files import Example
-from model import PackedBert, load_encoder
+from mlm.encoder.packed import PackedEncoder
+from model import load_encoder
 
 
 def test_features_are_the_stock_models_mean_hidden_states(tmp_path, accelerator):
@@ -23,7 +24,7 @@ def test_features_are_the_stock_models_mean_hidden_states(tmp_path, accelerator)
     examples = [Example((text,), ("x",)) for text in texts]
     encoded = encode(examples, Task("t", "text", ["x"], examples, [], [], []), tokenizer, 64)
     micro_batcher = micro_batcher_of(read_vocabulary(tokenizer))
-    found = features(PackedBert(load_encoder(name)[0]), encoded, accelerator, micro_batcher)
+    found = features(PackedEncoder(load_encoder(name)[0]), encoded, accelerator, micro_batcher)
     stock = BertModel.from_pretrained(name).eval()
     for row, text in zip(found, texts, strict=True):
         hidden = stock(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 1:-1].detach()

@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from Config import Config
+from mlm.encoder.packed import PackedMaskedLM
 from mlm.errors import UserError
 from mlm.runtime import hardware
 from mlm.training import checkpoint, micro_batch_size
 from mlm.training import step as training_step
 from mlm.training.micro_batch_size import fit_memory
 from mlm.training.run import Learner
-from model import PackedMaskedLM, load_model
+from model import load_model
 
 
 @pytest.fixture
@@ -281,7 +282,7 @@ def test_variable_length_kernels_need_the_card_and_a_torch_that_has_them(monkeyp
 
 def test_query_key_and_value_share_one_copy_of_their_input_in_16_bits(settings, vocabulary):
     model = PackedMaskedLM(load_model(settings(), vocabulary.size, vocabulary.pad_id)[0])
-    attention, inputs = model.bert.bert.encoder.layer[0].attention.self, []
+    attention, inputs = model.model.bert.encoder.layer[0].attention.self, []
     for projection in (attention.query, attention.key, attention.value):
         projection.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     ids = torch.full((1, 8), vocabulary.unk_id)
@@ -328,7 +329,7 @@ def test_tf32_rounds_the_inputs_of_products_and_is_another_format_to_resume_in(s
 def test_the_benchmark_for_gpus_runs_to_its_end_on_a_cpu_and_says_what_it_leaves_out():
     out, _ = finish(fork_program("benchmarks/gpu.py", "--quick"))
     rows = dict(line.strip("| ").split(" | ", 1) for line in out.splitlines() if line.startswith("| "))
-    assert "loss off by" in rows["packed rows against the stock model, bf16"]
+    assert "loss off by" in rows["roberta: packed rows against the stock model, bf16"]
     assert rows["memory trial, and memory that runs out"] == "left out: no GPU"
     assert rows["stopped and resumed"] == "the same bits"
     assert out.count("| 25 | ") == 2  # Trainer's speed and ours

@@ -203,13 +203,17 @@ def test_a_tensorflow_checkpoint_is_named(checkpoint):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model_type": "roberta"}, "is not a BERT encoder but of type roberta"),
-        ({"is_decoder": True}, "is not a BERT encoder but a decoder"),
-        ({"hidden_size": "wide"}, "cannot be loaded as BERT"),
+        ({"model_type": "roberta"}, "lacks 37 of roberta's weights, such as embeddings.LayerNorm.bias"),
+        ({"model_type": "gpt2"}, "no encoder that can be trained here, but of type gpt2"),
+        ({"model_type": "deberta-v2"}, "of type deberta-v2, whose attention is its own"),
+        ({"model_type": "neobert"}, "knows no type neobert"),
+        ({"model_type": "neobert", "auto_map": {"AutoModel": "a.B"}}, "code of its own (auto_map), which is not run"),
+        ({"is_decoder": True}, "no encoder that can be trained here, but a decoder"),
+        ({"hidden_size": "wide"}, "cannot be loaded as an encoder"),
         ({"num_attention_heads": 5}, "cannot be loaded as BERT"),
         ({"hidden_act": "magic"}, "cannot be loaded as BERT"),
     ],
 )
-def test_a_config_that_is_not_berts_is_refused(checkpoint, changed, said):
+def test_a_config_of_nothing_that_is_served_is_refused(checkpoint, changed, said):
     change(checkpoint, **changed)
     assert said in refusal(load_encoder, str(checkpoint))

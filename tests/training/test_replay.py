@@ -43,7 +43,10 @@ def corpus(vocabulary) -> Corpus:
     return Corpus(text, text, {}, vocabulary, domain, domain, text, GeneralText("", general, general, text))
 
 
-MIXED = Config(batch_size=16, replay_fraction=0.25, path_general="general", max_steps=18, mlm_probability_end=0.4)
+MIXED = Config(
+    batch_size=16, replay_fraction=0.25, path_general="general", max_steps=18,
+    mlm_probability=0.15, mlm_probability_end=0.4,
+)  # fmt: skip
 
 
 def drawn(batch, vocabulary) -> list[tuple[int, int]]:

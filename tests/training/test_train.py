@@ -27,6 +27,7 @@ from mlm.data.masking import BERT_RULE, mask
 from mlm.data.randomness import dropout_seed, epoch_order, mask_keys
 from mlm.data.text_files import find_text
 from mlm.data.tokenizer import load_tokenizer, read_vocabulary
+from mlm.encoder.dropout import Dropout
 from mlm.errors import UserError
 from mlm.storage import lock
 from mlm.training import step as training_step
@@ -34,7 +35,7 @@ from mlm.training.checkpoint import save_if_due
 from mlm.training.optimizer import MuonWithAdamW
 from mlm.training.plan import Timings, learning_rate_at
 from mlm.training.progress import Progress
-from model import Dropout, load_model
+from model import load_model
 
 
 def test_what_a_run_leaves(settings, capsys):
@@ -96,7 +97,7 @@ def test_dropout_is_on_in_every_step_and_off_in_evaluations(settings, monkeypatc
     forward, modes = train.PackedMaskedLM.forward, set()
 
     def watched(self, *arguments, **inputs):
-        modes.add((torch.is_grad_enabled(), self.training and self.bert.training))
+        modes.add((torch.is_grad_enabled(), self.training and self.model.training))
         return forward(self, *arguments, **inputs)
 
     monkeypatch.setattr(train.PackedMaskedLM, "forward", watched)

@@ -1,0 +1,1 @@
+"""An encoder of any family, taking packed chunks: its attention, positions, heads and dropout."""

@@ -1,0 +1,304 @@
+"""Laws 2 to 7 for encoders of ten families, each with a tokenizer of its kind."""
+
+import copy
+import dataclasses
+import json
+import unicodedata
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from encoders import FAMILIES, HARD_LINES, TOKENIZERS, make_encoder, save_encoder
+from reference import pad, score
+from runs import assert_close, assert_same_bits, finish, fork_ranks, micro_batcher_of, run, stop_at
+from texts import make_lines
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
+
+from data_process import prepare
+from mlm.data.chinese import HAN_CHARACTER, make_segmenter
+from mlm.data.chunks import take
+from mlm.data.masking import BERT_RULE, mask
+from mlm.data.packing import Sequences, frame
+from mlm.data.randomness import random_bits
+from mlm.data.text_files import find_text
+from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
+from mlm.data.words import make_encoders, tokenize
+from mlm.encoder import check
+from mlm.encoder.attention import block_diagonal
+from mlm.encoder.packed import PackedClassifier, PackedMaskedLM
+from mlm.errors import UserError
+from mlm.evaluation import fill_mask
+from mlm.evaluation.fill_mask import guess
+from model import load_classifier, load_masked_lm
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def random_chunks(vocabulary, longest=60):
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(1, longest, 30)
+    tokens = draw.choice(vocabulary.regular_ids, lengths.sum())
+    return (*mask(tokens, lengths, random_bits(0, np.arange(30)), vocabulary, BERT_RULE), lengths)
+
+
+def varlen_reference(query, key, value, starts, _, longest, __, window_size=(-1, -1)):
+    """Variable-length attention as a loop of torch's own, for want of a GPU."""
+    parts = []
+    for start, end in starts.unfold(0, 2, 1):
+        chunk = (states[start:end].transpose(0, 1) for states in (query, key, value))
+        place = torch.arange(end - start)
+        near = (place[:, None] - place[None]).abs() <= (window_size[0] if window_size[0] >= 0 else longest)
+        parts.append(F.scaled_dot_product_attention(*chunk, attn_mask=near).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@every_family
+@pytest.mark.parametrize("varlen", [False, True], ids=["mask", "varlen"])
+def test_packed_loss_and_gradients_equal_those_of_its_own_class_on_padded_lines(family, varlen, monkeypatch):
+    monkeypatch.setattr("mlm.encoder.attention.varlen_attn", varlen_reference)
+    stock, tokenizer = make_encoder(family)
+    vocabulary, ours = read_vocabulary(tokenizer), copy.deepcopy(stock)
+    hidden = random_chunks(vocabulary)
+    expected = score(stock, pad(*hidden, vocabulary))
+    expected.loss.backward()
+
+    loss, model = 0.0, PackedMaskedLM(ours)
+    pieces = micro_batcher_of(vocabulary, 500, varlen)(frame(*hidden, vocabulary))
+    assert len(pieces) > 1
+    for inputs, wanted in pieces:
+        part = F.cross_entropy(model(**inputs), wanted, reduction="sum") / expected.masked_tokens
+        part.backward()
+        loss += part.item()
+    assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
+    for (name, parameter), (_, reference) in zip(ours.named_parameters(), stock.named_parameters(), strict=True):
+        if reference.grad is not None:
+            torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+# -------------------------------------------------------------------------------------------- the check at the start
+
+
+def without_chunks(segment_ids, windows):
+    return block_diagonal(torch.ones_like(segment_ids), windows)
+
+
+def without_window(segment_ids, windows):
+    return {window: block_diagonal(segment_ids, {None})[None] for window in windows}
+
+
+def wider_window(segment_ids, windows):
+    return {window: block_diagonal(segment_ids, {window and window + 1})[window and window + 1] for window in windows}
+
+
+def one_position_off(self, encoder, _, inputs, output):
+    if (label_positions := inputs.get("label_positions")) is not None:
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1).roll(1, 0)[label_positions][:, None]
+    return output
+
+
+def at(place):
+    return lambda encoder: place
+
+
+WITH_WINDOW, WITH_OFFSET = ("modernbert", "mmbert"), ("roberta", "xlm-roberta", "camembert")
+BREAKS = [
+    *((family, "block_diagonal", without_chunks) for family in FAMILIES),
+    *((family, "PackedEncoder._keep_label_positions", one_position_off) for family in FAMILIES),
+    *((family, "block_diagonal", without_window) for family in WITH_WINDOW),
+    *((family, "block_diagonal", wider_window) for family in WITH_WINDOW),
+    *((family, "first_position", at(0)) for family in WITH_OFFSET),
+    ("bert", "first_position", at(1)),
+]
+
+
+def check_at_the_start(name, settings):
+    """What train.py does with a checkpoint and the text before it trains."""
+    config = settings(initial_pretrain_model=name, initial_pretrain_tokenizer=name, sen_max_length=128)
+    tokenizer = load_pretrained_tokenizer(name, "initial_pretrain_tokenizer")
+    vocabulary, text = read_vocabulary(tokenizer), find_text(config)
+    _, test, _ = prepare(config, text, tokenizer, vocabulary)
+    model = PackedMaskedLM(load_masked_lm(name, "initial_pretrain_model")[0])
+    micro_batcher = micro_batcher_of(vocabulary)
+    check.refuse_differences(model, check.sample(test, vocabulary, model), micro_batcher, Accelerator(), "it")
+
+
+@pytest.mark.parametrize(("family", "place", "how"), BREAKS)
+def test_a_broken_adapter_is_caught_at_the_start(settings, tmp_path, monkeypatch, family, place, how):
+    name = save_encoder(tmp_path / "model", family)
+    long_line = " ".join(make_lines(30))
+    (tmp_path / "text" / "test.txt").write_text(f"a short line\n{long_line}\nanother\n", encoding="utf-8")
+    check_at_the_start(name, settings)
+    monkeypatch.setattr(f"mlm.encoder.packed.{place}", how)
+    with pytest.raises(UserError, match="it does not compute of packed lines what it computes of each by itself"):
+        check_at_the_start(name, settings)
+
+
+def test_nothing_is_trained_nor_compared_with_a_broken_adapter(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlm.encoder.packed.block_diagonal", without_chunks)
+    with pytest.raises(UserError, match=r"^initial_pretrain_model: scratch:tiny does not compute of packed lines"):
+        run(settings(run_name="broken"))
+    assert not (tmp_path / "output" / "broken" / "metrics.csv").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def family_settings(settings, text_folder, tmp_path):
+    """Makes the settings of a run of seconds that continues a family's checkpoint, on text hard on tokenizers too."""
+    with open(text_folder / "train.txt", "a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in HARD_LINES)
+
+    def make(family, **changes):
+        name = str(tmp_path / family)
+        if not (tmp_path / family).exists():
+            save_encoder(tmp_path / family, family)
+        usual = {"initial_pretrain_model": name, "initial_pretrain_tokenizer": name, "max_steps": 6, "batch_size": 12}
+        usual |= {"save_every": 2, "eval_every": 3, "learning_rate": 1e-3, "hidden_dropout": 0.1, "max_test_chunks": 20}
+        return settings(**usual | {"mlm_probability": None, "weight_decay": None} | changes)
+
+    return make
+
+
+@every_family
+def test_a_run_resumes_with_the_same_bits_and_any_loader_takes_what_comes_out(family, family_settings):
+    whole = run(family_settings(family, run_name="whole"))
+    config = family_settings(family, run_name="stopped")
+    stop_at(config, 4)
+    stopped = run(dataclasses.replace(config, resume=True))
+    assert_same_bits(stopped, whole)
+
+    final = str(whole / "final")
+    for kind in (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        _, loading = kind.from_pretrained(final, output_loading_info=True)
+        assert not loading["mismatched_keys"]
+        encoder = f"{kind.from_pretrained(final).base_model_prefix}."
+        assert not [key for key in loading["missing_keys"] if key.startswith(encoder) and "pooler" not in key]
+    fill = pipeline("fill-mask", final)
+    assert len(fill(f"the patient was given {fill.tokenizer.mask_token}")) == 5
+    ids = AutoTokenizer.from_pretrained(final)(HARD_LINES)["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained(config.initial_pretrain_tokenizer)(HARD_LINES)["input_ids"]
+    assert (whole / "final" / "vocab.txt").exists() == (FAMILIES[family][0] == "WordPiece")
+    masked = json.loads((whole / "settings.json").read_text())["settings"]["mlm_probability"]
+    assert masked == (0.3 if family in ("modernbert", "mmbert") else 0.15)
+
+
+@pytest.mark.slow
+@every_family
+def test_two_ranks_train_as_one(family, family_settings):
+    processes = fork_ranks(family_settings(family, run_name="two", hidden_dropout=0.0), 2)
+    one = run(family_settings(family, run_name="one", hidden_dropout=0.0))
+    for process in processes:
+        finish(process)
+    assert_close(one.with_name("two"), one)
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+@every_family
+def test_tokens_are_the_tokenizers_own_and_text_comes_back_whole(family, family_settings):
+    config = family_settings(family, sen_max_length=13)
+    tokenizer = load_pretrained_tokenizer(config.initial_pretrain_tokenizer, "it")
+    text = find_text(config)
+    train_chunks, _, _ = prepare(config, text, tokenizer, read_vocabulary(tokenizer))
+    tokens, lengths, _ = take(train_chunks, np.arange(len(train_chunks)))
+    assert lengths.max() <= 11
+    lines = [line for line in text.train() if line]
+    plain = [line for line in lines if line != HARD_LINES[-1]]  # the other spells special tokens, which are text here
+    own = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in plain]
+    assert tokens.tolist()[: sum(map(len, own))] == list(chain.from_iterable(own))
+    assert not {*tokens.tolist()} & {tokenizer.mask_token_id, tokenizer.pad_token_id}
+    if FAMILIES[family][0] in ("byte-level BPE", "ModernBERT's", "Gemma's", "Llama's"):  # which lose nothing
+        decoder = tokenizer.backend_tokenizer
+        assert decoder.decode(tokens.tolist(), skip_special_tokens=False) == "".join(lines)
+
+
+def reference_word_starts(line):
+    """Which characters of a line without Chinese start a word: letters and digits in a row, and each other sign."""
+    starts, before = set(), " "
+    for place, character in enumerate(line):
+        is_sign = unicodedata.category(character)[0] == "P" or (character.isascii() and not character.isalnum())
+        was_sign = unicodedata.category(before)[0] == "P" or (before.isascii() and not before.isalnum())
+        if not character.isspace() and (is_sign or was_sign or before.isspace()):
+            starts.add(place)
+        before = character
+    return starts
+
+
+@pytest.mark.parametrize("kind", [name for name in TOKENIZERS if name != "WordPiece"])
+def test_words_are_the_same_whatever_the_tokenizer(kind):
+    tokenizer = TOKENIZERS[kind]()
+    vocabulary, encoders = read_vocabulary(tokenizer), make_encoders(tokenizer)
+    lines = [line for line in [*make_lines(60), *HARD_LINES] if line and not HAN_CHARACTER.search(line)]
+    found = tokenize(lines, encoders, vocabulary, make_segmenter([]))
+    starts, encoded = iter(found.starts_word.tolist()), encoders.any_line.encode_batch(lines, add_special_tokens=False)
+    for line, encoding in zip(lines, encoded, strict=True):
+        word_starts, was_blank, was_end = reference_word_starts(line), False, 0
+        for number, (start, end) in enumerate(encoding.offsets):
+            letters = [place for place in range(start, end) if not line[place].isspace()]
+            begins = not letters or (letters[0] in word_starts and start >= was_end)  # not inside a character's bytes
+            wanted = number == 0 or (begins and not was_blank)  # white space belongs to the word behind it
+            beside_unknown = number > 0 and vocabulary.unk_id in encoding.ids[number - 1 : number + 1]
+            assert next(starts) == wanted or beside_unknown, f"{line[start:end]!r} at {start} of {line!r}"
+            was_blank, was_end = not letters, end
+
+
+# ------------------------------------------------------------------------------------------- guesses, and other tasks
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "mmbert", "eurobert"])
+def test_a_hidden_word_is_masked_with_the_space_that_belongs_to_it(family, monkeypatch):
+    model, tokenizer = make_encoder(family)
+    line, asked = "the patient was given metformin and aspirin daily", []
+    mask_token = tokenizer.mask_token
+
+    def fill_in(model, ids, places, candidates):
+        asked.append((ids, places))
+        return [torch.zeros(len(candidates))]
+
+    monkeypatch.setattr(fill_mask, "fill_in", fill_in)
+    whole = tokenizer(line)["input_ids"]
+    for word in ("patient", "given", "daily"):
+        hidden = fill_mask.HiddenWord(line.replace(word, mask_token), word)
+        guess(model, [hidden], tokenizer)
+        (ids, [place]) = asked[-1]
+        assert ids[place] == tokenizer.mask_token_id and len(ids) == len(whole)
+        assert [index for index, (one, other) in enumerate(zip(ids, whole, strict=True)) if one != other] == [place]
+        assert str(tokenizer.decode([whole[place]])).strip() in word
+
+
+@pytest.mark.parametrize("of_words", [False, True])
+@every_family
+def test_classifiers_of_packed_texts_are_those_of_its_own_class(family, of_words, tmp_path):
+    name = save_encoder(tmp_path / "model", family)
+    stock, ours = (load_classifier(name, 3, 0, of_words).eval() for _ in range(2))
+    tokenizer = load_pretrained_tokenizer(name, "models")
+    vocabulary = read_vocabulary(tokenizer)
+    texts = make_lines(6)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    lengths = np.array(list(map(len, ids)))
+    starts = np.cumsum(lengths) - lengths
+    flat = np.array(list(chain.from_iterable(ids)))
+    positions = np.arange(len(flat)) - np.repeat(starts, lengths)
+    where = np.arange(len(flat)) if of_words else starts
+    chunks = Sequences(flat, positions, where, np.arange(len(where)), lengths)
+    model, found = PackedClassifier(ours), torch.zeros(len(where), 3)
+    with torch.no_grad():
+        for inputs, places in micro_batcher_of(vocabulary, 100)(chunks):
+            found[places] = model(**inputs)
+        for text, start, length in zip(ids, starts, lengths, strict=True):
+            logits = stock(input_ids=torch.tensor([text])).logits[0]
+            if of_words:
+                torch.testing.assert_close(found[start : start + length], logits, atol=1e-5, rtol=1e-4)
+            elif getattr(stock.config, "classifier_pooling", "cls") in ("cls", "bos"):
+                torch.testing.assert_close(found[starts.tolist().index(start)], logits, atol=1e-5, rtol=1e-4)

@@ -117,7 +117,7 @@ def prepare(
         rest = (body_length, encoders, make_segmenter(user_words), vocabulary)
         train = write_chunks(text.train(), folder / "train", *rest)
         test = write_chunks(text.test(), folder / "test", *rest)
-        split_words = train.words.split_words(encoders.any_line, vocabulary.unk_id, MOST_AUTOMATIC_WORDS)
+        split_words = train.words.split_words(encoders.any_line, vocabulary, MOST_AUTOMATIC_WORDS)
         (folder / "stats.json").write_text(json.dumps(asdict(_compare(train, test, split_words))))
 
     folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)

@@ -70,7 +70,8 @@ def load_model(
         _add_embeddings(model, vocabulary_size, added)
     if not checkpoint and is_head_new and count_tokens:
         _expect_frequencies(model, count_tokens())
-    set_dropout(model, config.hidden_dropout)
+    if not set_dropout(model, config.hidden_dropout) and config.hidden_dropout:
+        warnings.append(f"warning: hidden_dropout: a model of type {model_config.model_type} has no place for dropout")
     freeze_key_biases(model)
     return model, warnings
 
@@ -112,11 +113,13 @@ def _pretrained_model(name):
             "training say nothing of the encoder, and the head must be learned before it can teach the rest. Most "
             "sentence-embedding and fine-tuned models have none; the checkpoint they were made from usually has it"
         )
-    encoder, missing, _ = load_weights(MODEL_MAPPING[type(model.config)], name, "initial_pretrain_model")
-    if getattr(encoder, "pooler", None) is not None and not any(key.startswith("pooler") for key in missing):
-        model.base_model.pooler = encoder.pooler.requires_grad_(False)
-        if hasattr(encoder, "pooler_activation"):
-            model.base_model.pooler_activation = encoder.pooler_activation
+    if hasattr(model.base_model, "pooler"):  # which a masked language model leaves empty
+        kind = MODEL_MAPPING[type(model.config)]
+        encoder, missing, _ = load_weights(kind, name, "initial_pretrain_model", add_pooling_layer=True)
+        if not any(key.startswith("pooler") for key in missing):
+            model.base_model.pooler = encoder.pooler.requires_grad_(False)
+            if hasattr(encoder, "pooler_activation"):  # ALBERT's is a part by itself
+                model.base_model.pooler_activation = encoder.pooler_activation
     return model, is_head_new, warnings
 
 

@@ -122,6 +122,20 @@ def finished(tokenizer: Tokenizer, kind: Kind, **options: Any) -> PreTrainedToke
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles, **options)
 
 
+def quick_tour(ends: str | None) -> Tokenizer:
+    """BPE of words that spaces and punctuation separate, as the tokenizers library's quick tour makes it: without a
+    decoder, so that no token says where a word starts; or with ends of words and the decoder of those."""
+    options = {"end_of_word_suffix": ends} if ends else {}
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", **options))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [BERTS.cls, BERTS.pad, BERTS.sep, BERTS.unk, BERTS.mask]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False, **options)
+    tokenizer.train_from_iterator(lines(), trainer)
+    if ends:
+        tokenizer.decoder = decoders.BPEDecoder(ends)
+    return tokenizer
+
+
 def wordpiece() -> BertTokenizer:
     """As BERT's, DistilBERT's, ELECTRA's and nomic's."""
     return learn_tokenizer(lines, 400)
@@ -134,6 +148,8 @@ TOKENIZERS = {
     "SentencePiece": lambda: finished(sentencepiece(ROBERTAS), ROBERTAS),
     "ALBERT's": lambda: finished(sentencepiece(BERTS), BERTS),
     "Gemma's": lambda: finished(gemma(ROBERTAS._replace(separators=1)), ROBERTAS._replace(separators=1)),
+    "the quick tour's": lambda: finished(quick_tour(None), BERTS),
+    "ends of words": lambda: finished(quick_tour("</w>"), BERTS),
     "Llama's": lambda: finished(byte_level(LLAMAS, llama=True), LLAMAS),
 }
 

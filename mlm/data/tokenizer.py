@@ -1,6 +1,5 @@
 """The tokenizer, from a checkpoint or learned from the text, and its ids as masking and packing need them."""
 
-import json
 import unicodedata
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertConfig, BertTokenizer, PreTrainedTokenizerBase
 
 from Config import Config
-from mlm.errors import UserError
+from mlm.errors import UserError, first_line
 from mlm.runtime.pretrained import load_pretrained, stored_file
 from mlm.storage import digest, once
 
@@ -21,6 +20,16 @@ FEW = 0.01  # of a vocabulary: tokens that a tokenizer may miss without a word
 ROLES = {  # what BERT calls a special token, and who else has its role
     "cls": ("cls", "bos"), "sep": ("sep", "eos"), "pad": ("pad", "eos", "sep"), "unk": ("unk",), "mask": ("mask",),
 }  # fmt: skip
+RARE_CHARACTER = "\U00013000"  # a hieroglyph
+PROBES = (
+    "a Capital letter",
+    "Übung café",
+    "\uff21\uff22 \uff11",
+    "wait\u2026",
+    "two  spaces",
+    f"a {RARE_CHARACTER} sign",
+    "患者ok",
+)
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -75,11 +84,17 @@ def _load_as_stored(name: str, **options: Any) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is not one of the tokenizers library")
     kind, file = kind_of(tokenizer), stored_file(name, "tokenizer.json")
-    stored = json.loads(file.read_text(encoding="utf-8"))["model"]["type"] if file else kind
+    stored = type(Tokenizer.from_file(str(file)).model).__name__ if file else kind
     if stored != kind:
         raise ValueError(f"its tokenizer.json is {stored}, and transformers makes {kind} of it")
     if kind not in ("WordPiece", "BPE", "Unigram"):
         raise ValueError(f"it is {kind}; WordPiece, BPE and Unigram are known")
+    try:
+        ids = tokenizer.backend_tokenizer.encode(RARE_CHARACTER, add_special_tokens=False).ids
+    except Exception as error:  # the library raises no other kind
+        raise ValueError(first_line(error)) from error
+    if not ids:
+        raise ValueError("it has no token for what its vocabulary lacks, so that such text would be lost")
     return tokenizer
 
 
@@ -124,9 +139,10 @@ def _refuse_another_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Confi
 
 
 def tokenizer_warnings(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
-    """Returns a warning where WordPiece changes what its vocabulary keeps, capitals or accents, or the reverse."""
+    """Returns a warning where WordPiece changes what its vocabulary keeps, capitals or accents, or the reverse; and
+    where another kind makes other tokens than the file that it was loaded from says."""
     if not is_wordpiece(tokenizer):
-        return []
+        return _differences_from_file(tokenizer, name)
     normalizer = tokenizer.backend_tokenizer.normalizer
     normalize = normalizer.normalize_str if normalizer else str
     regular = tokenizer.convert_ids_to_tokens(read_vocabulary(tokenizer).regular_ids.tolist())
@@ -145,6 +161,23 @@ def tokenizer_warnings(tokenizer: PreTrainedTokenizerBase, name: str) -> list[st
             f"warning: no token of {name} has a capital letter, and its tokenizer keeps them, so that a word with one "
             f"is [UNK] or is cut at it. If it should lower-case text, set {setting} to true"
         ]
+    return []
+
+
+def _differences_from_file(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """Returns a warning where transformers, which builds some families' tokenizers anew, makes other tokens of text
+    than tokenizer.json says."""
+    file = stored_file(name, "tokenizer.json")
+    stored = Tokenizer.from_file(str(file)) if file else tokenizer.backend_tokenizer
+    for text in PROBES:
+        of_file, of_tokenizer = (
+            encoder.encode(text, add_special_tokens=False).ids for encoder in (stored, tokenizer.backend_tokenizer)
+        )
+        if of_file != of_tokenizer:
+            return [
+                f"warning: transformers makes other tokens of {text!r} than the tokenizer.json of {name} says, which "
+                "the model may have been trained with"
+            ]
     return []
 
 
@@ -193,7 +226,7 @@ class Vocabulary(NamedTuple):
 
     def word_starts(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Returns whether each of the tokens (tokens,) of lines, with so many tokens each (lines,), starts a word:
-        (tokens,) bool. Exact for WordPiece, and for any line of ASCII characters but beside [UNK]."""
+        (tokens,) bool. Exact for WordPiece; for most others in lines of ASCII characters, but beside [UNK]."""
         starts = self.begins_word[tokens]
         starts[1:] |= self.ends_word[tokens[:-1]]
         starts[1:] &= ~self.is_blank[tokens[:-1]]
@@ -212,11 +245,11 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
         prefix = tokenizer.backend_tokenizer.model.continuing_subword_prefix
         begins_word[[i for token, i in ids.items() if not token.startswith(prefix)]] = True
     else:
-        decode = tokenizer.backend_tokenizer.decoder.decode
+        decoder = tokenizer.backend_tokenizer.decoder
         for token, i in ids.items():
-            if i in special:  # of these text has [UNK] alone, which may stand for anything
+            if i in special or decoder is None:  # of these text has [UNK] alone, which may stand for anything
                 continue
-            text = decode(["a", token])[1:]  # at the start of a text white space would be taken away
+            text = decoder.decode(["a", token])[1:]  # at the start of a text white space would be taken away
             begins_word[i] = text[:1].isspace() or is_punctuation(text[:1])
             ends_word[i] = text[-1:].isspace() or is_punctuation(text[-1:])
             is_blank[i] = text.isspace()

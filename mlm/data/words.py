@@ -18,6 +18,7 @@ from mlm.data.text_files import read_lines
 from mlm.data.tokenizer import ROLES, Vocabulary, is_wordpiece, kind_of, role_id
 from mlm.errors import UserError
 
+PROBE = "ab cd ef, (gh) ij-kl 12"  # text whose words are known
 NO_CHARACTER = "\uffff"  # which Unicode keeps from being one
 MANY_SUBWORDS = 3  # from here on a word is listed, as one that may be worth a token of its own
 MOST_SUBWORDS = 64  # what has more is no word, but text without spaces
@@ -50,7 +51,7 @@ def make_encoders(tokenizer: PreTrainedTokenizerBase) -> Encoders:
     """Returns encoders without limit or padding, to which text that spells [MASK] or another token with one of BERT's
     five roles is text. Those that the user added, such as [DRUG], are words of the text."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    five = {role_id(tokenizer, role) for role in ROLES}
+    five = {role_id(tokenizer, role) for role in ROLES} | {tokenizer.bos_token_id, tokenizer.eos_token_id}
     for token in content["added_tokens"]:
         token["special"] = token["id"] in five
     if content["model"]["type"] == "Unigram":  # to which they are pieces of text as well, unless no text spells them
@@ -111,14 +112,14 @@ def cut_text(line: str, limit: int, gaps: re.Pattern[str] = BETWEEN_WORDS) -> li
 def _tokenize(lines: list[str], encoders: Encoders, vocabulary: Vocabulary, segmenter: Segmenter) -> TokenizedLines:
     """Tokenizes lines and finds where words start.
 
-    Words are what spaces and punctuation separate, whatever the tokenizer. The tokens themselves tell in ASCII, and
-    those of WordPiece in any text; else the text does, by where each token stands in it. Beside a Chinese character the
+    Words are what spaces and punctuation separate, whatever the tokenizer. The tokens of most tell in ASCII, and those
+    of WordPiece in any text; else the text does, by where each token stands in it. Beside a Chinese character the
     segmenter decides instead: characters, ASCII letters and digits that it leaves together are one word. No token is
     cut or joined for it.
     """
     named = ("ascii" if line.isascii() else "chinese" if HAN_CHARACTER.search(line) else "other" for line in lines)
     kinds = np.array(list(named), dtype=str)  # (lines,)
-    located = ("chinese",) if _is_wordpiece(encoders) else ("chinese", "other")  # tokens whose places are asked for
+    located = _located_kinds(encoders, vocabulary)
     encoded = {}
     for kind in ("ascii", "other", "chinese"):
         encoder = encoders.ascii_line if kind == "ascii" else encoders.any_line
@@ -142,6 +143,16 @@ def _tokenize(lines: list[str], encoders: Encoders, vocabulary: Vocabulary, segm
     return TokenizedLines(tokens, lengths, starts_word, segmented)
 
 
+def _located_kinds(encoders: Encoders, vocabulary: Vocabulary) -> tuple[str, ...]:
+    """Returns the kinds of lines in which it takes the places of tokens to tell where words start."""
+    if _is_wordpiece(encoders):
+        return ("chinese",)
+    probe = encoders.ascii_line.encode(PROBE, add_special_tokens=False)
+    told = vocabulary.word_starts(np.array(probe.ids, dtype=np.int64), np.array([len(probe.ids)]))
+    is_told = np.array_equal(told, find_word_starts(LocatedText.of([PROBE], [probe])))
+    return ("chinese", "other") if is_told else ("chinese", "other", "ascii")
+
+
 # ------------------------------------------------------------------------------------------ words split into subwords
 
 
@@ -160,10 +171,11 @@ class WordCounts:
         self.subwords = Counter()  # words by the bytes of their ids (subwords,) int64
         self.chinese = Counter()  # the segmenter's words
 
-    def update(self, tokens: np.ndarray, starts_word: np.ndarray, segmented: list[str]) -> None:
-        """Counts the words in tokens (tokens,) int64, by where the vocabulary alone has them start (tokens,) bool, and
-        those of the segmenter."""
-        bounds = np.append(np.flatnonzero(starts_word), len(tokens))
+    def update(self, tokens: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, segmented: list[str]) -> None:
+        """Counts the words in tokens (tokens,) int64 of lines, with so many tokens each (lines,), by where the
+        vocabulary alone has them start, and those of the segmenter. White space is no subword."""
+        tokens, lengths = _without_blanks(tokens, lengths, vocabulary)
+        bounds = np.append(np.flatnonzero(vocabulary.word_starts(tokens, lengths)), len(tokens))
         subwords = np.diff(bounds)
         many = np.flatnonzero((subwords >= MANY_SUBWORDS) & (subwords <= MOST_SUBWORDS))
         content = tokens.tobytes()
@@ -176,7 +188,7 @@ class WordCounts:
                 counter.clear()
                 counter.update(dict(kept))
 
-    def split_words(self, encoder: Tokenizer, unknown_id: int, limit: int) -> list[SplitWord]:
+    def split_words(self, encoder: Tokenizer, vocabulary: Vocabulary, limit: int) -> list[SplitWord]:
         """Returns at most `limit` words that are split, the most frequent first.
 
         A word between spaces and punctuation counts if it has a letter and is split into `MANY_SUBWORDS` or more. A
@@ -192,10 +204,21 @@ class WordCounts:
         for word, count in self.chinese.items():
             if HAN_CHARACTER.search(word):
                 encoding = encoder.encode(word, add_special_tokens=False)
-                is_rare = unknown_id in encoding.ids or not all(map(is_common, word))
-                if len(encoding.ids) > 1 and is_rare:
-                    found.append(SplitWord(word, count, encoding.tokens))
+                is_rare = vocabulary.unk_id in encoding.ids or not all(map(is_common, word))
+                named = zip(encoding.ids, encoding.tokens, strict=True)
+                subwords = [token for index, token in named if not vocabulary.is_blank[index]]
+                if len(subwords) > 1 and is_rare:
+                    found.append(SplitWord(word, count, subwords))
         return sorted(found, key=lambda split: (-split.occurrences, split.word))[:limit]
+
+
+def _without_blanks(tokens: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens (tokens,) of lines (lines,) that are not white space alone, and how many they are in each."""
+    is_kept = ~vocabulary.is_blank[tokens]
+    if is_kept.all():
+        return tokens, lengths
+    kept_before = np.append(0, np.cumsum(is_kept))
+    return tokens[is_kept], np.diff(kept_before[np.append(0, np.cumsum(lengths))])
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str, list[int]]:

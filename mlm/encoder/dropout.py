@@ -19,12 +19,16 @@ class Dropout(nn.Dropout):
         return torch.where(draws >= dropped - 2**15, hidden * (1 / (1 - dropped / 2**16)), 0.0)
 
 
-def set_dropout(model: nn.Module, probability: float | None) -> None:
+def set_dropout(model: nn.Module, probability: float | None) -> int:
     """Sets the dropout of all modules, None: to each one's own, by the faster kind. Their config stays as it is.
+    Returns how many there are: some families have none.
 
     That inside attention is not a module's: `attend` is told it with every call.
     """
+    found = 0
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
                 setattr(module, name, Dropout(child.p if probability is None else probability))
+                found += 1
+    return found

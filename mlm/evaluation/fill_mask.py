@@ -8,16 +8,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm.data.chinese import HAN_CHARACTER
+from mlm.data.chinese import HAN_CHARACTER, LocatedText, find_word_starts
 from mlm.data.chunks import Chunks, Corpus, chunk_bounds, cut_line, take
 from mlm.data.masking import BERT_RULE, content_keys, mask
 from mlm.data.tokenizer import Vocabulary, is_wordpiece, role_id
 from mlm.data.words import make_encoders
 from mlm.storage import write_csv
 
+HIDDEN = "[MASK]"
 READ_LINES = 2000  # of the test text
 HIDDEN_WORDS = 12  # in the report; the log shows the first few of them
 COUNTED_CHUNKS = 1 << 15  # of the training text, to see which words are frequent there
@@ -33,7 +35,7 @@ ALL_BECOME_MASK = BERT_RULE._replace(mask_share=1.0, random_share=0.0)
 
 
 class HiddenWord(NamedTuple):
-    """A line with one of its words masked, and that word."""
+    """A line with HIDDEN in the place of one of its words, whatever the tokenizer's mask is called, and that word."""
 
     line: str
     word: str
@@ -70,15 +72,15 @@ def hide_words(
     beginnings = [line[cut] for line in islice(lines, READ_LINES)]
     found: dict[str, tuple[float, HiddenWord]] = {}
     for beginning in [line for line in beginnings if len(line) <= MAX_LINE_CHARACTERS] or beginnings:
-        line, ids, spans = first_chunk(beginning, most_tokens, encoder, vocabulary)
-        if len(ids) not in LINE_TOKENS or tokenizer.mask_token in line or vocabulary.unk_id in ids:
+        line, ids, spans, starts_word = first_chunk(beginning, most_tokens, encoder, vocabulary)
+        if len(ids) not in LINE_TOKENS or HIDDEN in line or vocabulary.unk_id in ids:
             continue
         associations = bigrams.associations(ids)
-        candidates = [(associations[place], place) for place in _whole_words(ids, spans, line, vocabulary)]
+        candidates = [(associations[place], place) for place in _whole_words(spans, line, starts_word)]
         if candidates:
             association, place = max(candidates)
             start, end = spans[place]
-            hidden = HiddenWord(line[:start] + tokenizer.mask_token + line[end:], line[start:end])
+            hidden = HiddenWord(line[:start] + HIDDEN + line[end:], line[start:end])
             found.setdefault(hidden.word.lower(), (association, hidden))  # each word once
     associated = [hidden for association, hidden in found.values() if association >= MIN_ASSOCIATION]
     places = np.linspace(0, len(associated) - 1, min(len(associated), HIDDEN_WORDS)).round().astype(int)
@@ -89,16 +91,20 @@ def hide_words(
 
 def first_chunk(
     line: str, most_tokens: int, encoder: Tokenizer, vocabulary: Vocabulary
-) -> tuple[str, np.ndarray, list[tuple[int, int]]]:
-    """Returns the beginning of a line that is a chunk of at most so many tokens, their ids (tokens,) int64, and where
-    each stands in it: from which character to which."""
+) -> tuple[str, np.ndarray, list[tuple[int, int]], np.ndarray]:
+    """Returns the beginning of a line that is a chunk of at most so many tokens, their ids (tokens,) int64, where each
+    stands in it: from which character to which, and whether each starts a word (tokens,) bool, Chinese ones aside."""
     line = line[: MOST_CHARACTERS_OF_A_TOKEN * most_tokens]
     encoded = encoder.encode(line, add_special_tokens=False)
     ids, spans = np.array(encoded.ids, dtype=np.int64), [_without_spaces(line, *span) for span in encoded.offsets]
+    if isinstance(encoder.model, WordPiece):
+        starts_word = vocabulary.word_starts(ids, np.array([len(ids)]))
+    else:
+        starts_word = find_word_starts(LocatedText.of([line], [encoded]))
     if len(ids) > most_tokens:
-        kept = cut_line(vocabulary.word_starts(ids, np.array([len(ids)])), most_tokens)[0]
-        ids, spans, line = ids[:kept], spans[:kept], line[: spans[kept - 1][1]]
-    return line, ids, spans
+        kept = cut_line(starts_word, most_tokens)[0]
+        ids, spans, starts_word, line = ids[:kept], spans[:kept], starts_word[:kept], line[: spans[kept - 1][1]]
+    return line, ids, spans, starts_word
 
 
 def _without_spaces(line: str, start: int, end: int) -> tuple[int, int]:
@@ -107,9 +113,9 @@ def _without_spaces(line: str, start: int, end: int) -> tuple[int, int]:
     return start, start + len(line[start:end].rstrip())
 
 
-def _whole_words(ids: np.ndarray, spans: list[tuple[int, int]], line: str, vocabulary: Vocabulary) -> list[int]:
+def _whole_words(spans: list[tuple[int, int]], line: str, starts_word: np.ndarray) -> list[int]:
     """Returns the places of tokens that are a word by themselves: of four letters or more, or a Chinese character."""
-    starts_word = np.append(vocabulary.word_starts(ids, np.array([len(ids)])), True)
+    starts_word = np.append(starts_word, True)
     places = []
     for place, (start, end) in enumerate(spans):
         word = line[start:end]
@@ -172,7 +178,7 @@ def guess(model: PreTrainedModel, hidden: list[HiddenWord], tokenizer: PreTraine
     guesses, candidates, encoder = [], token_ids(tokenizer), make_encoders(tokenizer).any_line
     cls_id, sep_id, mask_id = (role_id(tokenizer, role) for role in ("cls", "sep", "mask"))
     for line, word in hidden:
-        before, after = line.split(tokenizer.mask_token)
+        before, after = line.split(HIDDEN)
         encoded = encoder.encode(f"{before}{word}{after}", add_special_tokens=False)
         place = next(place for place, (_, end) in enumerate(encoded.offsets) if end > len(before))
         ids = [cls_id, *encoded.ids[:place], mask_id, *encoded.ids[place + 1 :], sep_id]
@@ -194,31 +200,36 @@ def predict(model: PreTrainedModel, corpus: Corpus, sen_max_length: int) -> Iter
     tokenizer, vocabulary, candidates = corpus.tokenizer, corpus.vocabulary, token_ids(corpus.tokenizer)
     encoder = make_encoders(tokenizer).any_line
     for whole_line in corpus.text.test():
-        line, tokens, spans = first_chunk(whole_line, sen_max_length - 2, encoder, vocabulary)
+        line, tokens, spans, _ = first_chunk(whole_line, sen_max_length - 2, encoder, vocabulary)
         if not len(tokens):
             continue
         lengths = np.array([len(tokens)])
         ids, masked, _ = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, ALL_BECOME_MASK)
         framed = np.concatenate([[vocabulary.cls_id], ids, [vocabulary.sep_id]])
         likeliest = candidates[fill_in(model, framed, masked + 1, candidates).argmax(-1)].tolist()
-        guessed = [_spelled(token, tokenizer) for token in likeliest]
-        spans = [spans[place] for place in masked]
+        parts: list[tuple[tuple[int, int], list[int]]] = []  # of the line, each with the tokens in its place
+        for place, token in zip(masked.tolist(), likeliest, strict=True):
+            (start, end), (last_start, last_end) = spans[place], parts[-1][0] if parts else (0, 0)
+            if start < last_end:  # another byte of the same character
+                parts[-1] = ((last_start, max(last_end, end)), [*parts[-1][1], token])
+            else:
+                parts.append(((start, end), [token]))
         yield {
             "src": line,
-            "mask": _replace(line, spans, [tokenizer.mask_token] * len(spans)),
-            "pred": _replace(line, spans, guessed),
+            "mask": _replace(line, [(span, tokenizer.mask_token * len(ids)) for span, ids in parts]),
+            "pred": _replace(line, [(span, _spelled(ids, tokenizer)) for span, ids in parts]),
         }
 
 
-def _spelled(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a token as it stands in a text, without the space before it, or without ##."""
+def _spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns tokens as they stand in a text, without the space before them, or without ##."""
     if is_wordpiece(tokenizer):
-        return str(tokenizer.convert_ids_to_tokens(token)).removeprefix("##")
-    return str(tokenizer.decode([token])).strip()
+        return "".join(token.removeprefix("##") for token in tokenizer.convert_ids_to_tokens(ids))
+    return str(tokenizer.decode(ids)).strip()
 
 
-def _replace(line: str, spans: list[tuple[int, int]], parts: list[str]) -> str:
+def _replace(line: str, parts: list[tuple[tuple[int, int], str]]) -> str:
     """Returns the line with a part in the place of each span."""
-    for (start, end), part in reversed(list(zip(spans, parts, strict=True))):
+    for (start, end), part in reversed(parts):
         line = line[:start] + part + line[end:]
     return line

@@ -46,6 +46,11 @@ class Summary:
     cooldown_from: int | None  # the step after which a constant learning rate falls; None: it was never constant
 
     @property
+    def mask_token(self) -> str:
+        """How a text for the model has its hidden words; early runs, which do not say, were BERT's."""
+        return self.derived.get("mask_token", "[MASK]")
+
+    @property
     def evaluations(self) -> list[dict[str, float]]:
         """The rows with scores on the test text, that of the starting checkpoint first."""
         return [row for row in self.rows if "eval_loss" in row]

@@ -81,6 +81,7 @@ def derive_numbers(accelerator: Accelerator, bert: PreTrainedModel, corpus: Corp
     return replayed | {
         "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
         "family": bert.config.model_type,
+        "mask_token": corpus.tokenizer.mask_token,
         "vocabulary": corpus.vocabulary.size,
         "parameters": sum(parameter.numel() for parameter in bert.parameters()),
         "added_words": len(corpus.added_words),

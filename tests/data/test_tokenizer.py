@@ -1,14 +1,16 @@
 """Laws 5 and 8: the vocabulary learned from the text is the same in every run; where there is none, it is said."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+from encoders import TOKENIZERS
 from runs import ROOT
 from texts import CHINESE, ENGLISH, make_lines
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, BertConfig, BertTokenizer
+from transformers import AlbertConfig, AutoTokenizer, BertConfig, BertTokenizer, PreTrainedTokenizerFast
 
 from mlm.data.tokenizer import (
     SPECIAL_TOKENS,
@@ -142,6 +144,45 @@ def test_another_kind_of_tokenizer_is_not_made_wordpiece(tmp_path, beside):
         match=r"^models: .* cannot be loaded as a tokenizer: its tokenizer.json is BPE, and ",
     ):
         load_pretrained_tokenizer(str(tmp_path), "models")
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "byte-level BPE", "SentencePiece"])
+def test_early_files_that_do_not_name_the_kind_are_read(tmp_path, kind):
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.save_pretrained(tmp_path)
+    if kind == "WordPiece":
+        BertConfig().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    del content["model"]["type"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert load_pretrained_tokenizer(str(tmp_path), "models").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (models.Unigram([("▁", -1.0), ("a", -2.0), ("[CLS]", 0.0)]), "unk_id"),
+        (models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]), "such text would be lost"),
+        (models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"), "it is WordLevel"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_or_is_unknown_is_refused(tmp_path, model, said):
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **special).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"^models: .* cannot be loaded as a tokenizer: .*{said}"):
+        load_pretrained_tokenizer(str(tmp_path), "models")
+
+
+def test_a_tokenizer_that_transformers_builds_anew_is_compared_with_its_file(tmp_path):
+    """As ALBERT's, which comes to take capitals away where the file does not."""
+    TOKENIZERS["ALBERT's"]().save_pretrained(tmp_path)
+    assert tokenizer_warnings(load_pretrained_tokenizer(str(tmp_path), "models"), str(tmp_path)) == []
+    AlbertConfig().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    content["tokenizer_class"] = "AlbertTokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    [warning] = tokenizer_warnings(load_pretrained_tokenizer(str(tmp_path), "models"), str(tmp_path))
+    assert "transformers makes other tokens of 'a Capital letter'" in warning
 
 
 @pytest.mark.parametrize(

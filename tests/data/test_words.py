@@ -189,8 +189,8 @@ def test_split_words_are_those_counted_by_hand():
         ["我来到北京 metforms", "二甲双胍，ひらがな", "饕餮"],
     ):
         ids, lengths, _, words = tokenize(lines, make_encoders(tokenizer), vocabulary, segmenter)
-        counts.update(ids, vocabulary.word_starts(ids, lengths), words)
-    found = counts.split_words(tokenizer.backend_tokenizer, vocabulary.unk_id, 10)
+        counts.update(ids, lengths, vocabulary, words)
+    found = counts.split_words(tokenizer.backend_tokenizer, vocabulary, 10)
     kana = ["ひ", "##ら", "##か", "##な"]
     assert sorted(found, key=lambda split: split.word) == [
         ("metformin", 2, ["met", "##form", "##in"]),
@@ -200,16 +200,15 @@ def test_split_words_are_those_counted_by_hand():
         ("饕餮", 1, ["[UNK]", "[UNK]"]),
     ]
     assert [count for _, count, _ in found] == [2, 2, 1, 1, 1]  # the most frequent first
-    assert counts.split_words(tokenizer.backend_tokenizer, vocabulary.unk_id, 1) == found[:1]
+    assert counts.split_words(tokenizer.backend_tokenizer, vocabulary, 1) == found[:1]
 
 
-def test_word_counts_stay_small_and_keep_the_frequent(monkeypatch):
+def test_word_counts_stay_small_and_keep_the_frequent(monkeypatch, vocabulary):
     monkeypatch.setattr("mlm.data.words.COUNTED_WORDS", 100)
     counts = WordCounts()
+    nothing = np.empty(0, dtype=np.int64)
     for block in range(50):
-        counts.update(
-            np.empty(0, dtype=np.int64), np.zeros(0, dtype=bool), ["常"] + [f"{block}-{i}" for i in range(90)]
-        )
+        counts.update(nothing, nothing, vocabulary, ["常"] + [f"{block}-{i}" for i in range(90)])
         assert len(counts.chinese) <= 191
     assert counts.chinese["常"] == 50
 

@@ -1,8 +1,10 @@
 """Laws 2 to 7 for encoders of ten families, each with a tokenizer of its kind."""
 
 import copy
+import csv
 import dataclasses
 import json
+import re
 import unicodedata
 from itertools import chain
 
@@ -12,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from encoders import FAMILIES, HARD_LINES, TOKENIZERS, make_encoder, save_encoder
+from markupsafe import escape
 from reference import pad, score
 from runs import assert_close, assert_same_bits, finish, fork_ranks, micro_batcher_of, run, stop_at
+from safetensors.torch import load_file, save_file
 from texts import make_lines
 from transformers import (
+    AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -170,7 +175,7 @@ def family_settings(settings, text_folder, tmp_path):
 
 
 @every_family
-def test_a_run_resumes_with_the_same_bits_and_any_loader_takes_what_comes_out(family, family_settings):
+def test_a_run_resumes_with_the_same_bits_and_any_loader_takes_what_comes_out(family, family_settings, capsys):
     whole = run(family_settings(family, run_name="whole"))
     config = family_settings(family, run_name="stopped")
     stop_at(config, 4)
@@ -188,8 +193,29 @@ def test_a_run_resumes_with_the_same_bits_and_any_loader_takes_what_comes_out(fa
     ids = AutoTokenizer.from_pretrained(final)(HARD_LINES)["input_ids"]
     assert ids == AutoTokenizer.from_pretrained(config.initial_pretrain_tokenizer)(HARD_LINES)["input_ids"]
     assert (whole / "final" / "vocab.txt").exists() == (FAMILIES[family][0] == "WordPiece")
+    said = capsys.readouterr().out
+    assert f"Your text with a {fill.tokenizer.mask_token}." in said
+    assert f"Your text with a {fill.tokenizer.mask_token}." in (whole / "final" / "README.md").read_text()
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    guesses = json.loads((whole / "summary.json").read_text())["guesses"]
+    for line, word, *_ in guesses:
+        assert f"{escape(line.partition('[MASK]')[0])}<mark>{word}</mark>" in page
+    assert guesses
+    assert ("has no place for dropout" in said) == (family == "eurobert")
     masked = json.loads((whole / "settings.json").read_text())["settings"]["mlm_probability"]
     assert masked == (0.3 if family in ("modernbert", "mmbert") else 0.15)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "camembert", "albert", "nomic_bert"])
+def test_a_pooler_comes_along_and_does_no_work_of_its_own(family, family_settings, tmp_path):
+    config = family_settings(family, max_steps=2, run_name="run")
+    encoder = AutoModel.from_config(AutoModelForMaskedLM.from_pretrained(tmp_path / family).config)
+    pooler = type(encoder)(encoder.config, add_pooling_layer=True).pooler.state_dict()
+    prefix, file = encoder.base_model_prefix, tmp_path / family / "model.safetensors"
+    save_file(load_file(file) | {f"{prefix}.pooler.{name}": weight for name, weight in pooler.items()}, file)
+    kept = load_file(run(config) / "final" / "model.safetensors")
+    assert {name for name in kept if "pooler" in name} == {f"{prefix}.pooler.{name}" for name in pooler}
+    assert all(torch.equal(kept[f"{prefix}.pooler.{name}"], weight) for name, weight in pooler.items())
 
 
 @pytest.mark.slow
@@ -260,7 +286,6 @@ def test_words_are_the_same_whatever_the_tokenizer(kind):
 def test_a_hidden_word_is_masked_with_the_space_that_belongs_to_it(family, monkeypatch):
     model, tokenizer = make_encoder(family)
     line, asked = "the patient was given metformin and aspirin daily", []
-    mask_token = tokenizer.mask_token
 
     def fill_in(model, ids, places, candidates):
         asked.append((ids, places))
@@ -269,12 +294,27 @@ def test_a_hidden_word_is_masked_with_the_space_that_belongs_to_it(family, monke
     monkeypatch.setattr(fill_mask, "fill_in", fill_in)
     whole = tokenizer(line)["input_ids"]
     for word in ("patient", "given", "daily"):
-        hidden = fill_mask.HiddenWord(line.replace(word, mask_token), word)
+        hidden = fill_mask.HiddenWord(line.replace(word, fill_mask.HIDDEN), word)
         guess(model, [hidden], tokenizer)
         (ids, [place]) = asked[-1]
         assert ids[place] == tokenizer.mask_token_id and len(ids) == len(whole)
         assert [index for index, (one, other) in enumerate(zip(ids, whole, strict=True)) if one != other] == [place]
         assert str(tokenizer.decode([whole[place]])).strip() in word
+
+
+@pytest.mark.parametrize("family", ["roberta", "mmbert", "bert"])
+def test_predictions_show_the_text_around_the_masks(family, family_settings, text_folder):
+    """Also where several tokens are bytes of one character."""
+    (text_folder / "test.txt").write_text("".join(f"{line}\n" for line in HARD_LINES[:-1]), encoding="utf-8")
+    folder = run(family_settings(family, evaluate_only=True))
+    mask_token = make_encoder(family)[1].mask_token
+    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 5 and any(mask_token * 2 in row["mask"] for row in rows)
+    for row in rows:
+        around = [re.escape(part) for part in re.split(f"(?:{re.escape(mask_token)})+", row["mask"])]
+        assert len(around) > 1 and re.fullmatch(".*".join(around), row["src"]), row
+        assert re.fullmatch(".*".join(around), row["pred"]), row
 
 
 @pytest.mark.parametrize("of_words", [False, True])

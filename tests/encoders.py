@@ -1,7 +1,7 @@
 """Small encoders of ten families, each with the features of its real configuration and a tokenizer of its real kind."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,12 +47,15 @@ ROBERTAS = Kind("<s>", "</s>", "<pad>", "<unk>", "<mask>", separators=2)
 LLAMAS = Kind("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", None, "<|mask|>")
 
 
+Text = Callable[[], Iterator[str]]
+
+
 def lines() -> Iterator[str]:
     """Text to learn tokenizers from."""
     return iter(make_lines(300) + HARD_LINES[:2])
 
 
-def byte_level(kind: Kind, size: int = 500, llama: bool = False) -> Tokenizer:
+def byte_level(kind: Kind, size: int = 500, llama: bool = False, text: Text = lines) -> Tokenizer:
     """BPE over bytes, as RoBERTa's and ModernBERT's; by another rule where words are cut, as EuroBERT's."""
     tokenizer = Tokenizer(models.BPE())
     if llama:
@@ -71,12 +74,12 @@ def byte_level(kind: Kind, size: int = 500, llama: bool = False) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(lines(), trainer)
+    tokenizer.train_from_iterator(text(), trainer)
     tokenizer.add_special_tokens([AddedToken(kind.mask, lstrip=True, special=True)])
     return tokenizer
 
 
-def sentencepiece(kind: Kind, size: int = 500) -> Tokenizer:
+def sentencepiece(kind: Kind, size: int = 500, text: Text = lines) -> Tokenizer:
     """Unigram with spaces as ▁, as XLM-R's, CamemBERT's and ALBERT's."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
@@ -88,12 +91,12 @@ def sentencepiece(kind: Kind, size: int = 500) -> Tokenizer:
         unk_token=kind.unk,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(lines(), trainer)
+    tokenizer.train_from_iterator(text(), trainer)
     tokenizer.add_special_tokens([AddedToken(kind.mask, lstrip=True, special=True)])
     return tokenizer
 
 
-def gemma(kind: Kind, size: int = 600) -> Tokenizer:
+def gemma(kind: Kind, size: int = 600, text: Text = lines) -> Tokenizer:
     """BPE that cuts nothing beforehand, with bytes for what it lacks, as mmBERT's."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token=kind.unk, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -101,7 +104,7 @@ def gemma(kind: Kind, size: int = 600) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = [kind.pad, kind.sep, kind.cls, kind.unk, kind.mask, *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
-    words = (word for line in lines() for word in line.replace(" ", " ▁").split(" "))
+    words = (word for line in text() for word in line.replace(" ", " ▁").split(" "))
     tokenizer.train_from_iterator(words, trainer)
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]

@@ -19,7 +19,7 @@ LONGEST_SAMPLE = 96  # tokens of the longest, unless a window is larger
 OF_OTHERS = 24  # tokens
 # The largest difference between outputs, as a share of their standard deviation, that rounding explains: it was 1e-7 to
 # 1e-6 in float32 and 0.01 in bfloat16; a window that is off by one made 4e-4 with random weights, all else more.
-TOLERANCE, TOLERANCE_IN_16_BITS = 5e-5, 0.05
+TOLERANCE, TOLERANCE_IN_16_BITS = 2e-4, 0.05
 
 
 def sample(chunks: Chunks, vocabulary: Vocabulary, encoder: PackedEncoder) -> Sequences:

@@ -87,11 +87,13 @@ def attend(
     padding. Queries may be more heads than keys and values, which then serve several each. Dropout is what the caller
     of the model says, whatever the family's layers say. Returns the output, and None for the attention weights.
     """
-    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
+    if query.shape[1] != key.shape[1]:
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
     usual_scaling = query.shape[-1] ** -0.5
     scaling = usual_scaling if scaling is None else scaling
     if cu_seqlens is not None:
         query = query if scaling == usual_scaling else query * (scaling / usual_scaling)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # which some families turn by positions in float32
         # (width, heads, head size); squeeze's backward is a view, that of states[0] would allocate zeros
         query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
         window: Any = {} if sliding_window is None else {"window_size": (sliding_window - 1, sliding_window - 1)}

@@ -5,11 +5,7 @@ import re
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 KEY_BIAS = re.compile(r"\.(key|k_lin|k_proj)\.bias$")
 

@@ -89,6 +89,24 @@ def test_packed_loss_and_gradients_equal_those_of_its_own_class_on_padded_lines(
             torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@every_family
+def test_kernels_get_16_bits_of_queries_keys_and_values_alike(family, monkeypatch):
+    """Also where positions turn queries and keys in float32, as autocast leaves those of EuroBERT."""
+    types = set()
+
+    def watched(query, key, value, *others, **options):
+        types.add((query.dtype, key.dtype, value.dtype))
+        return varlen_reference(query, key, value, *others, **options)
+
+    monkeypatch.setattr("mlm.encoder.attention.varlen_attn", watched)
+    model, tokenizer = make_encoder(family)
+    vocabulary = read_vocabulary(tokenizer)
+    [(inputs, _)] = micro_batcher_of(vocabulary, varlen=True)(frame(*random_chunks(vocabulary), vocabulary))
+    with torch.autocast("cpu", torch.bfloat16):
+        PackedMaskedLM(model)(**inputs).sum().backward()
+    assert types == {(torch.bfloat16,) * 3}
+
+
 # -------------------------------------------------------------------------------------------- the check at the start
 
 

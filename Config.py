@@ -68,7 +68,7 @@ Precision = Literal["auto", "no", "tf32", "fp16", "bf16"]
 
 @dataclass
 class Config:
-    """Continue a BERT's masked-language-model pre-training on your own text."""
+    """Continue the masked-language-model pre-training of BERT, or of its kin, on your own text."""
 
     # --- model
     initial_pretrain_model: Name = "bert-base-uncased"  # encoder: Hub name, folder, scratch:tiny|mini|small|medium|base

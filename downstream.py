@@ -93,8 +93,8 @@ def set_up(config: DownstreamConfig, accelerator: Accelerator) -> Comparison:
 
 
 def read_candidate(comparison: Comparison, name: str) -> Candidate:
-    """Returns a model, and the texts as its tokenizer sees them. Raises UserError where it is missing, or is no BERT,
-    or takes no texts of `sen_max_length`."""
+    """Returns a model, and the texts as its tokenizer sees them. Raises UserError where it is missing, or of no family
+    that is served, or takes no texts of `sen_max_length`."""
     config, task, accelerator = comparison.config, comparison.task, comparison.accelerator
     tokenizer = load_pretrained_tokenizer(name, "models")
     encoder, warnings = load_encoder(name)
@@ -209,6 +209,7 @@ def _fine_tune(comparison: Comparison, trial: Trial, micro_batcher: MicroBatcher
         )
         predictions = finetuning.predict(classifier, candidate.test, accelerator, micro_batcher)
     finally:
+        del bert, classifier  # a cycle, which goes with the optimizer's
         accelerator.free_memory()  # which holds the optimizer
     return Result(trial, dev_score, predictions, time.perf_counter() - began, best_step=best_step)
 

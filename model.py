@@ -150,9 +150,9 @@ def _add_embeddings(model, vocabulary_size, added):
         model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
     inputs = model.get_input_embeddings().weight  # (vocabulary, hidden)
     outputs = model.get_output_embeddings().weight  # most often the same
-    bias = model.get_output_embeddings().bias  # (vocabulary,)
+    bias = model.get_output_embeddings().bias  # (vocabulary,), or None
     for row, subwords in added.items():
-        for weights in (inputs, outputs, bias):
+        for weights in (inputs, outputs, *([] if bias is None else [bias])):
             weights[row] = weights[subwords].mean(0)
 
 

@@ -1,4 +1,4 @@
-"""Continue a BERT's masked-language-model pre-training on your own text: set up, fit, finish."""
+"""Continue the masked-language-model pre-training of BERT, or of its kin, on your own text: set up, fit, finish."""
 
 import signal
 

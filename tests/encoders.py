@@ -169,10 +169,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("byte-level BPE", SHAPE | NO_DROPOUT | {"type_vocab_size": 1, "max_position_embeddings": 514}),
     "xlm-roberta": ("SentencePiece", SHAPE | NO_DROPOUT | {"type_vocab_size": 1, "max_position_embeddings": 514}),
     "camembert": ("SentencePiece", SHAPE | NO_DROPOUT | {"type_vocab_size": 1, "max_position_embeddings": 514}),
-    "distilbert": (
-        "WordPiece",
-        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "dropout": 0.0, "attention_dropout": 0.0},
-    ),
+    "distilbert": ("WordPiece", DISTILBERTS_SHAPE),
     "electra": ("WordPiece", SHAPE | NO_DROPOUT | {"embedding_size": 16}),
     "albert": ("ALBERT's", SHAPE | NO_DROPOUT | {"embedding_size": 16}),
     "modernbert": ("ModernBERT's", SHAPE | WINDOW | {"max_position_embeddings": 8192}),

@@ -127,7 +127,7 @@ def _refuse_another_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Confi
     others = {
         index: token
         for token, index in tokenizer.get_vocab().items()
-        if own_tokens.get(index, token) != token and not own_tokens[index].startswith("[unused")
+        if own_tokens.get(index, token) != token and not own_tokens[index].startswith(UNUSED)
     }
     if others:
         index = min(others)

@@ -198,15 +198,18 @@ class WordCounts:
         found = []
         for content, count in self.subwords.most_common(2 * limit):
             ids = np.frombuffer(content, np.int64).tolist()
-            word = encoder.decode(ids).strip()
+            word = encoder.decode(ids, skip_special_tokens=False).replace(NO_CHARACTER, "").strip()
             if any(map(str.isalpha, word)) and not HAN_CHARACTER.search(word):
-                found.append(SplitWord(word, count, [encoder.id_to_token(index) or "" for index in ids]))
+                subwords = [(encoder.id_to_token(index) or "").removeprefix(NO_CHARACTER) for index in ids]
+                found.append(SplitWord(word, count, subwords))
         for word, count in self.chinese.items():
             if HAN_CHARACTER.search(word):
                 encoding = encoder.encode(word, add_special_tokens=False)
                 is_rare = vocabulary.unk_id in encoding.ids or not all(map(is_common, word))
                 named = zip(encoding.ids, encoding.tokens, strict=True)
-                subwords = [token for index, token in named if not vocabulary.is_blank[index]]
+                subwords = [
+                    token.removeprefix(NO_CHARACTER) for index, token in named if not vocabulary.is_blank[index]
+                ]
                 if len(subwords) > 1 and is_rare:
                     found.append(SplitWord(word, count, subwords))
         return sorted(found, key=lambda split: (-split.occurrences, split.word))[:limit]

@@ -90,7 +90,7 @@ def _split_words(words: list[list[int]], first_id: int, vocabulary: Vocabulary, 
 
 def _truncate_text(parts: list[list[int]], word_id: int, vocabulary: Vocabulary, max_length: int) -> Chunk:
     """Returns one or two texts (ids of each) in one chunk; where they are too long, the longer one loses its end."""
-    room = max_length - _special_tokens(len(parts), vocabulary)
+    room = max(0, max_length - _special_tokens(len(parts), vocabulary))
     keep = [len(part) for part in parts]
     while sum(keep) > room:
         keep[keep.index(max(keep))] -= 1

@@ -23,7 +23,8 @@ TOLERANCE, TOLERANCE_IN_16_BITS = 2e-4, 0.05
 
 
 def sample(chunks: Chunks, vocabulary: Vocabulary, encoder: PackedEncoder) -> Sequences:
-    """Returns three chunks of the text, unmasked: the longest of some, in part, between two shorter ones."""
+    """Returns three chunks of the text: the longest of some, in part, between two shorter ones. The first tokens of
+    that one are masked, so that it has another share of them than the others."""
     number = min(SAMPLED_CHUNKS, len(chunks))
     longest = int(np.diff(chunks.offsets[: number + 1]).argmax())
     widest = max(LONGEST_SAMPLE, *(2 * (window or 0) for window in encoder.windows))
@@ -31,7 +32,9 @@ def sample(chunks: Chunks, vocabulary: Vocabulary, encoder: PackedEncoder) -> Se
     for index, most in ((0, OF_OTHERS), (longest, widest), (number - 1, OF_OTHERS)):
         parts.append(take(chunks, np.array([index]))[0][:most])
     lengths, tokens = np.array(list(map(len, parts))), np.concatenate(parts)
-    return frame(tokens, np.arange(len(tokens)), tokens, lengths, vocabulary)
+    inputs = tokens.copy()
+    inputs[lengths[0] :][: max(1, lengths[1] // 4)] = vocabulary.mask_id
+    return frame(inputs, np.arange(len(tokens)), tokens, lengths, vocabulary)
 
 
 def refuse_differences(

@@ -33,6 +33,8 @@ def why_not_served(config: PreTrainedConfig) -> str | None:
         return "a decoder, or has one"
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return f"of type {config.model_type}, for which transformers has no masked language model"
+    if not (hasattr(config, "hidden_size") and hasattr(config, "max_position_embeddings")):
+        return f"of type {config.model_type}, which is no encoder of text alone"
     kind: Any = MODEL_FOR_MASKED_LM_MAPPING[type(config)]
     if not kind._supports_attention_backend:
         return f"of type {config.model_type}, whose attention is its own, so that packed lines would see each other"

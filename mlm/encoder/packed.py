@@ -30,7 +30,8 @@ class PackedEncoder(nn.Module):
         self.takes_token_types = takes_token_types(encoder)
         encoder.register_forward_hook(self._keep_label_positions, with_kwargs=True)
         for module in encoder.modules():
-            if isinstance(getattr(module, "query", None), nn.Linear):
+            has_norm = any(isinstance(child, nn.LayerNorm) for child in module.children())  # ALBERT's, of the input too
+            if isinstance(getattr(module, "query", None), nn.Linear) and not has_norm:
                 module.register_forward_pre_hook(_cast_once)
 
     def forward(
@@ -65,7 +66,8 @@ class PackedEncoder(nn.Module):
         """Returns the hidden states (targets, hidden) themselves, as features."""
         return self.model(**inputs).last_hidden_state.squeeze(1)
 
-    def _keep_label_positions(self, encoder: nn.Module, _: Any, inputs: dict[str, Any], output: Any) -> Any:
+    @staticmethod  # so that no hook holds what holds the encoder, and a model on a GPU is freed when it is let go
+    def _keep_label_positions(encoder: nn.Module, _: Any, inputs: dict[str, Any], output: Any) -> Any:
         """Replaces the encoder's output, (rows, width, hidden), by that of the label positions, (targets, 1, hidden).
         Where the model is called without such, as by anyone but `forward`, it stays."""
         if (label_positions := inputs.get("label_positions")) is not None:
@@ -119,9 +121,10 @@ class PackedClassifier(PackedEncoder):
         with torch.autocast(device, enabled=False):
             return self.model(**inputs, autocast=as_called).logits.flatten(1)
 
-    def _keep_label_positions(self, encoder: nn.Module, _: Any, inputs: dict[str, Any], output: Any) -> Any:
+    @staticmethod
+    def _keep_label_positions(encoder: nn.Module, _: Any, inputs: dict[str, Any], output: Any) -> Any:
         """As in `PackedEncoder`, in float32, with what the family's pooler makes of them, where it has one."""
-        output = super()._keep_label_positions(encoder, _, inputs, output)
+        output = PackedEncoder._keep_label_positions(encoder, _, inputs, output)
         output.last_hidden_state = output.last_hidden_state.float()  # (targets, 1, hidden)
         pooler: Any = getattr(encoder, "pooler", None)
         if isinstance(pooler, nn.Linear):  # ALBERT's, whose activation is beside it

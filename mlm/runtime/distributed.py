@@ -37,7 +37,7 @@ def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str 
         kwargs_handlers=[
             utils.InitProcessGroupKwargs(timeout=PREPARATION_TIMEOUT),
             utils.DistributedDataParallelKwargs(
-                broadcast_buffers=False,  # BERT's never change
+                broadcast_buffers=False,  # an encoder's never change
                 gradient_as_bucket_view=True,  # spares a copy of all gradients
             ),
         ],

@@ -69,7 +69,7 @@ def perplexity_of_words(final: Path, titles: list[str]) -> float:
     tokenizer = AutoTokenizer.from_pretrained(final)
     vocabulary = read_vocabulary(tokenizer)
     model = PackedMaskedLM(BertForMaskedLM.from_pretrained(final)).eval()
-    tokens, lengths, starts_word, _ = tokenize(titles, make_encoders(tokenizer), vocabulary, make_segmenter([]))
+    tokens, lengths, starts_word, *_ = tokenize(titles, make_encoders(tokenizer), vocabulary, make_segmenter([]))
     lengths, rule = lengths[lengths > 0], MaskRule(whole_words=True)
     masked = mask(tokens, lengths, content_keys(tokens, lengths), vocabulary, rule, starts_word)
     loss = number = 0

@@ -36,7 +36,7 @@ def check(lines: list[str], tokenizer) -> tuple[int, int, Counter, dict[str, lis
     """Numbers of words and of the segmenter's Chinese ones, and the exceptions: counts and examples by reason."""
     vocabulary, segmenter = read_vocabulary(tokenizer), make_segmenter([])
     encoders = make_encoders(tokenizer)
-    tokens, lengths, starts_word, _ = tokenize(lines, encoders, vocabulary, segmenter)
+    tokens, lengths, starts_word, *_ = tokenize(lines, encoders, vocabulary, segmenter)
     plain = [tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"] for line in lines]
     assert tokens.tolist() == list(chain.from_iterable(plain)), "words changed the tokens"
 
@@ -79,7 +79,8 @@ def prepare_s(lines: list[str], tokenizer, with_words: bool) -> float:
         encoded = encoders.any_line.encode_batch_fast(texts, add_special_tokens=False)
         lengths = np.array([len(encoding) for encoding in encoded])
         tokens = np.fromiter(chain.from_iterable(encoding.ids for encoding in encoded), np.int64)
-        return TokenizedLines(tokens, lengths, vocabulary.word_starts(tokens, lengths), [])
+        starts = vocabulary.word_starts(tokens, lengths)
+        return TokenizedLines(tokens, lengths, starts, starts, [])
 
     chunks.tokenize = tokenize if with_words else by_tokens
     with tempfile.TemporaryDirectory() as output:

@@ -122,7 +122,7 @@ def write_chunks(
             if is_unknown.any():
                 of_unknown = np.repeat(np.arange(len(filled)), tokenized.lengths)[is_unknown]  # their lines
                 causes += unknown_causes([filled[line] for line in np.unique(of_unknown)], encoders.any_line)
-            words.update(tokenized.tokens, tokenized.lengths, vocabulary, tokenized.segmented)
+            words.update(tokenized.tokens, tokenized.starts_spaced, vocabulary, tokenized.segmented)
     if not chunk_lengths:
         raise UserError(f"path_datasets: no line of {path.stem}* holds a token to train or test on")
     np.save(path / "offsets.npy", chunk_bounds(np.array(chunk_lengths)))

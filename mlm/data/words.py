@@ -78,6 +78,7 @@ class TokenizedLines(NamedTuple):
     tokens: np.ndarray  # (tokens,) int64
     lengths: np.ndarray  # (lines,) int64: tokens in each line
     starts_word: np.ndarray  # (tokens,) bool
+    starts_spaced: np.ndarray  # (tokens,) bool: without the segmenter, by spaces and punctuation alone
     segmented: list[str]  # the segmenter's words in the lines that hold Chinese
 
 
@@ -88,10 +89,11 @@ def tokenize(lines: list[str], encoders: Encoders, vocabulary: Vocabulary, segme
     gaps = BETWEEN_WORDS if _is_wordpiece(encoders) else ONE_SPACE
     pieces = [cut_text(line, PIECE_CHARACTERS, gaps) for line in lines]
     tokenized = [_tokenize([piece], encoders, vocabulary, segmenter) for piece in chain.from_iterable(pieces)]
-    tokens, lengths, starts_word = (np.concatenate(arrays) for arrays in list(zip(*tokenized, strict=True))[:3])
+    arrays = list(zip(*tokenized, strict=True))[:4]
+    tokens, lengths, starts_word, starts_spaced = map(np.concatenate, arrays)
     first_pieces = np.cumsum([0, *map(len, pieces)])[:-1]
     segmented = [word for piece in tokenized for word in piece.segmented]
-    return TokenizedLines(tokens, np.add.reduceat(lengths, first_pieces), starts_word, segmented)
+    return TokenizedLines(tokens, np.add.reduceat(lengths, first_pieces), starts_word, starts_spaced, segmented)
 
 
 def _is_wordpiece(encoders: Encoders) -> bool:
@@ -130,17 +132,18 @@ def _tokenize(lines: list[str], encoders: Encoders, vocabulary: Vocabulary, segm
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     tokens = np.fromiter(chain.from_iterable(ids), np.int64, lengths.sum())
     starts_word = vocabulary.word_starts(tokens, lengths)
-    segmented = []
+    starts_spaced, segmented = starts_word, []
     for kind in located:
         if encoded[kind]:
             inside = np.repeat(kinds == kind, lengths)
             located_text = LocatedText.of(list(compress(lines, kinds == kind)), encoded[kind])
             if not _is_wordpiece(encoders):
-                starts_word[inside] = find_word_starts(located_text)
+                starts_spaced[inside] = find_word_starts(located_text)
             if kind == "chinese":
                 segmented = segmenter.cut(located_text.text)
-                starts_word[inside] = correct_word_starts(starts_word[inside], located_text, segmented)
-    return TokenizedLines(tokens, lengths, starts_word, segmented)
+                starts_word = starts_spaced.copy()
+                starts_word[inside] = correct_word_starts(starts_spaced[inside], located_text, segmented)
+    return TokenizedLines(tokens, lengths, starts_word, starts_spaced, segmented)
 
 
 def _located_kinds(encoders: Encoders, vocabulary: Vocabulary) -> tuple[str, ...]:
@@ -150,7 +153,7 @@ def _located_kinds(encoders: Encoders, vocabulary: Vocabulary) -> tuple[str, ...
     probe = encoders.ascii_line.encode(PROBE, add_special_tokens=False)
     told = vocabulary.word_starts(np.array(probe.ids, dtype=np.int64), np.array([len(probe.ids)]))
     is_told = np.array_equal(told, find_word_starts(LocatedText.of([PROBE], [probe])))
-    return ("chinese", "other") if is_told else ("chinese", "other", "ascii")
+    return ("other", "chinese") if is_told else ("ascii", "other", "chinese")
 
 
 # ------------------------------------------------------------------------------------------ words split into subwords
@@ -171,11 +174,14 @@ class WordCounts:
         self.subwords = Counter()  # words by the bytes of their ids (subwords,) int64
         self.chinese = Counter()  # the segmenter's words
 
-    def update(self, tokens: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, segmented: list[str]) -> None:
-        """Counts the words in tokens (tokens,) int64 of lines, with so many tokens each (lines,), by where the
-        vocabulary alone has them start, and those of the segmenter. White space is no subword."""
-        tokens, lengths = _without_blanks(tokens, lengths, vocabulary)
-        bounds = np.append(np.flatnonzero(vocabulary.word_starts(tokens, lengths)), len(tokens))
+    def update(
+        self, tokens: np.ndarray, starts_spaced: np.ndarray, vocabulary: Vocabulary, segmented: list[str]
+    ) -> None:
+        """Counts the words between spaces and punctuation, in tokens (tokens,) int64 and by where they start (tokens,)
+        bool, and those of the segmenter. White space is no subword."""
+        word_of_token, is_kept = np.cumsum(starts_spaced), ~vocabulary.is_blank[tokens]
+        tokens = tokens[is_kept]
+        bounds = np.append(np.flatnonzero(np.diff(word_of_token[is_kept], prepend=0)), len(tokens))
         subwords = np.diff(bounds)
         many = np.flatnonzero((subwords >= MANY_SUBWORDS) & (subwords <= MOST_SUBWORDS))
         content = tokens.tobytes()
@@ -198,30 +204,26 @@ class WordCounts:
         found = []
         for content, count in self.subwords.most_common(2 * limit):
             ids = np.frombuffer(content, np.int64).tolist()
-            word = encoder.decode(ids, skip_special_tokens=False).replace(NO_CHARACTER, "").strip()
+            subwords = [_spelled(index, encoder) for index in ids]
+            whole = encoder.decode(ids, skip_special_tokens=False) if encoder.decoder else "".join(subwords)
+            word = whole.replace(NO_CHARACTER, "").strip()
             if any(map(str.isalpha, word)) and not HAN_CHARACTER.search(word):
-                subwords = [(encoder.id_to_token(index) or "").removeprefix(NO_CHARACTER) for index in ids]
                 found.append(SplitWord(word, count, subwords))
         for word, count in self.chinese.items():
             if HAN_CHARACTER.search(word):
                 encoding = encoder.encode(word, add_special_tokens=False)
                 is_rare = vocabulary.unk_id in encoding.ids or not all(map(is_common, word))
-                named = zip(encoding.ids, encoding.tokens, strict=True)
-                subwords = [
-                    token.removeprefix(NO_CHARACTER) for index, token in named if not vocabulary.is_blank[index]
-                ]
+                subwords = [_spelled(index, encoder) for index in encoding.ids if not vocabulary.is_blank[index]]
                 if len(subwords) > 1 and is_rare:
                     found.append(SplitWord(word, count, subwords))
         return sorted(found, key=lambda split: (-split.occurrences, split.word))[:limit]
 
 
-def _without_blanks(tokens: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens (tokens,) of lines (lines,) that are not white space alone, and how many they are in each."""
-    is_kept = ~vocabulary.is_blank[tokens]
-    if is_kept.all():
-        return tokens, lengths
-    kept_before = np.append(0, np.cumsum(is_kept))
-    return tokens[is_kept], np.diff(kept_before[np.append(0, np.cumsum(lengths))])
+def _spelled(index: int, encoder: Tokenizer) -> str:
+    """Returns a token as a list of subwords shows it: with ## where WordPiece has it; else as it stands in a text."""
+    if isinstance(encoder.model, WordPiece):
+        return encoder.id_to_token(index) or ""
+    return encoder.decode([index], skip_special_tokens=False).replace(NO_CHARACTER, "").strip()
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str, list[int]]:

@@ -37,7 +37,7 @@ def hand_made(lower: bool = True) -> BertTokenizer:
 def tokenized(lines: list[str], tokenizer: BertTokenizer, user_words: tuple = ()):
     """Calls `tokenize`. Returns the words of each line, as lists of tokens, and the ids (tokens,) of all."""
     segmenter = make_segmenter(user_words)
-    ids, lengths, starts, _ = tokenize(lines, make_encoders(tokenizer), read_vocabulary(tokenizer), segmenter)
+    ids, lengths, starts, *_ = tokenize(lines, make_encoders(tokenizer), read_vocabulary(tokenizer), segmenter)
     tokens, found, place = tokenizer.convert_ids_to_tokens(ids.tolist()), [], 0
     for length in lengths:
         found.append([])
@@ -188,8 +188,8 @@ def test_split_words_are_those_counted_by_hand():
         ["Metformin lowers 500mg 50000", "metformin 服用二甲双胍"],
         ["我来到北京 metforms", "二甲双胍，ひらがな", "饕餮"],
     ):
-        ids, lengths, _, words = tokenize(lines, make_encoders(tokenizer), vocabulary, segmenter)
-        counts.update(ids, lengths, vocabulary, words)
+        found = tokenize(lines, make_encoders(tokenizer), vocabulary, segmenter)
+        counts.update(found.tokens, found.starts_spaced, vocabulary, found.segmented)
     found = counts.split_words(tokenizer.backend_tokenizer, vocabulary, 10)
     kana = ["ひ", "##ら", "##か", "##な"]
     assert sorted(found, key=lambda split: split.word) == [
@@ -208,7 +208,7 @@ def test_word_counts_stay_small_and_keep_the_frequent(monkeypatch, vocabulary):
     counts = WordCounts()
     nothing = np.empty(0, dtype=np.int64)
     for block in range(50):
-        counts.update(nothing, nothing, vocabulary, ["常"] + [f"{block}-{i}" for i in range(90)])
+        counts.update(nothing, nothing.astype(bool), vocabulary, ["常"] + [f"{block}-{i}" for i in range(90)])
         assert len(counts.chinese) <= 191
     assert counts.chinese["常"] == 50
 

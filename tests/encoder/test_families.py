@@ -38,7 +38,7 @@ from mlm.data.packing import Sequences, frame
 from mlm.data.randomness import random_bits
 from mlm.data.text_files import find_text
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
-from mlm.data.words import make_encoders, tokenize
+from mlm.data.words import WordCounts, make_encoders, tokenize
 from mlm.encoder import check
 from mlm.encoder.attention import block_diagonal
 from mlm.encoder.packed import PackedClassifier, PackedMaskedLM
@@ -333,6 +333,17 @@ def test_words_are_the_same_whatever_the_tokenizer(kind):
             beside_unknown = number > 0 and vocabulary.unk_id in encoding.ids[number - 1 : number + 1]
             assert next(starts) == wanted or beside_unknown, f"{line[start:end]!r} at {start} of {line!r}"
             was_blank, was_end = not letters, end
+
+    # What is listed as split into subwords are such words.
+    counts, spaced = WordCounts(), set()
+    counts.update(found.tokens, found.starts_spaced, vocabulary, found.segmented)
+    for line in lines:
+        starts = sorted(reference_word_starts(line))
+        spaced |= {line[start:end].rstrip() for start, end in zip(starts, [*starts[1:], len(line)], strict=True)}
+    listed = counts.split_words(encoders.any_line, vocabulary, 1000)
+    unknown = tokenizer.unk_token or "none"
+    assert len(listed) > 10
+    assert {split.word for split in listed if unknown not in split.subwords} <= spaced
 
 
 # ------------------------------------------------------------------------------------------- guesses, and other tasks

@@ -30,7 +30,7 @@ from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary, token
 from mlm.downstream import finetuning, linear_probe, results, trials
 from mlm.downstream.comparison import Candidate, Comparison, fingerprint
 from mlm.downstream.contamination import count_contaminated
-from mlm.downstream.encoding import encode, first_chunks
+from mlm.downstream.encoding import encode, select
 from mlm.downstream.metrics import choose_metric
 from mlm.downstream.plot import save_picture
 from mlm.downstream.task import Task, load_task, sample_per_class
@@ -49,6 +49,7 @@ from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
 from model import load_classifier, load_encoder, load_masked_lm
 
 GPU_MICRO_BATCH_POSITIONS = 1 << 14  # positions that go through the model at once, where they fit
+CHECKED_TEXTS = 3  # that each model is to compute packed as it computes each by itself
 MAX_GENERAL_LINES = 2000  # that each model's perplexity is measured on
 
 
@@ -119,7 +120,8 @@ def read_candidate(comparison: Comparison, name: str) -> Candidate:
     dev = encode(task.dev, task, tokenizer, config.sen_max_length)
     has_types = task.kind == "pair" and has_two_token_types(encoder)
     packed = PackedEncoder(encoder).to(accelerator.device)
-    check.refuse_differences(packed, first_chunks(dev), micro_batcher, accelerator, f"models: {name}")
+    some = select(dev, np.arange(min(CHECKED_TEXTS, len(task.dev))))
+    check.refuse_differences(packed, some, micro_batcher, accelerator, f"models: {name}")
     return Candidate(
         name=name,
         tokenizer=tokenizer,

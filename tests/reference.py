@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertForMaskedLM
 
@@ -57,6 +58,32 @@ def pad(
         padded.labels[row, 1 : length + 1] = torch.from_numpy(labels[inside])
         start += length
     return padded
+
+
+def attention_by_chunks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    longest_query: int,
+    longest_key: int,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """What torch's kernels for variable lengths compute, for want of a GPU as a loop of its attention; as strict as
+    they are about what comes in. States are (tokens, heads, head size)."""
+    assert query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
+    assert query_starts is key_starts and query_starts.dtype == torch.int32
+    assert query_starts[0] == 0 and query_starts[-1] == len(query)
+    assert longest_query == longest_key == query_starts.diff().max()
+    before, after = (longest_query if size < 0 else size for size in window_size)
+    parts = []
+    for start, end in query_starts.unfold(0, 2, 1):
+        chunk = (states[start:end].transpose(0, 1) for states in (query, key, value))
+        distance = torch.arange(end - start) - torch.arange(end - start)[:, None]  # from a query to a key behind it
+        is_near = (-before <= distance) & (distance <= after)
+        parts.append(F.scaled_dot_product_attention(*chunk, attn_mask=is_near).transpose(0, 1))
+    return torch.cat(parts)
 
 
 def score(model: BertForMaskedLM, padded: Padded) -> Score:

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from markupsafe import Markup
@@ -25,7 +26,7 @@ from transformers import BertForMaskedLM
 
 import data_process
 import train
-from mlm.data.micro_batches import MicroBatcher
+from mlm.data.micro_batches import MicroBatch, MicroBatcher
 from mlm.data.tokenizer import Vocabulary
 from mlm.encoder.packed import PackedMaskedLM
 from mlm.errors import plain_errors
@@ -139,6 +140,16 @@ def score_as(patches: pytest.MonkeyPatch, losses: Iterable[float]) -> None:
 def micro_batcher_of(vocabulary: Vocabulary, max_positions: int = 10**6, varlen: bool = False) -> MicroBatcher:
     """One on the CPU, for chunks of at most 32 positions."""
     return MicroBatcher(vocabulary, torch.device("cpu"), varlen, longest_chunk=32, max_positions=max_positions)
+
+
+def train_on(model: PackedMaskedLM, pieces: list[MicroBatch], masked_tokens: int) -> float:
+    """The mean loss of the masked tokens in these micro-batches, whose gradient is in the parameters afterwards."""
+    loss = 0.0
+    for inputs, wanted in pieces:
+        part = F.cross_entropy(model(**inputs), wanted, reduction="sum") / masked_tokens
+        part.backward()
+        loss += part.item()
+    return loss
 
 
 def learner_of(bert: BertForMaskedLM, vocabulary: Vocabulary) -> Learner:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import IGNORED, labelled, pad, score
-from runs import micro_batcher_of
+from reference import IGNORED, attention_by_chunks, labelled, pad, score
+from runs import micro_batcher_of, train_on
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -60,18 +60,7 @@ def checkpoint(folder, tokenizer, model):
 @pytest.fixture(params=[False, True], ids=["mask", "varlen"])
 def varlen(request, monkeypatch):
     """Without and with variable-length attention, whose kernels, for want of a GPU, are loops of torch's attention."""
-
-    def reference(query, key, value, query_starts, key_starts, longest_query, longest_key):
-        assert query.shape == key.shape == value.shape and query_starts is key_starts  # (tokens, heads, head size)
-        assert query_starts.dtype == torch.int32 and query_starts[0] == 0 and query_starts[-1] == len(query)
-        assert longest_query == longest_key == query_starts.diff().max()
-        parts = []
-        for start, end in query_starts.unfold(0, 2, 1):
-            chunk = (states[start:end].transpose(0, 1) for states in (query, key, value))
-            parts.append(F.scaled_dot_product_attention(*chunk).transpose(0, 1))
-        return torch.cat(parts)
-
-    monkeypatch.setattr("mlm.encoder.attention.varlen_attn", reference)
+    monkeypatch.setattr("mlm.encoder.attention.varlen_attn", attention_by_chunks)
     return request.param
 
 
@@ -97,11 +86,7 @@ def test_packed_loss_and_gradients_equal_the_padded_stock_models(vocabulary, var
         sizes = [inputs["input_ids"].numel() for inputs, _ in pieces]
         alone = [len(inputs["cu_seqlens"]) == 2 for inputs, _ in pieces]
         assert all(size <= micro_batch_tokens or one for size, one in zip(sizes, alone, strict=True))
-    loss, packed = 0.0, PackedMaskedLM(ours)
-    for inputs, wanted in pieces:
-        part = F.cross_entropy(packed(**inputs), wanted, reduction="sum") / expected.masked_tokens
-        part.backward()
-        loss += part.item()
+    loss = train_on(PackedMaskedLM(ours), pieces, expected.masked_tokens)
     assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
     for (name, parameter), (_, reference) in zip(ours.named_parameters(), stock.named_parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)

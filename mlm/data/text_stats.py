@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 
+from mlm.data.tokenizer import is_wordpiece
 from mlm.data.words import SplitWord
 
 MANY_UNKNOWN = 0.05  # share of [UNK] that is worth a warning
@@ -87,7 +87,7 @@ def used_splits(stats: TextStats, only_test: bool) -> dict[str, SplitStats]:
 def unknown_causes(lines: list[str], encoder: Tokenizer) -> Counter[str]:
     """Counts the words that are [UNK] by their cause, a key of `CAUSES` or a script, in a sample of lines; none but of
     WordPiece, of which it is known."""
-    if not isinstance(encoder.model, WordPiece):
+    if not is_wordpiece(encoder):
         return Counter()
     sample = "\n".join(lines)[:SAMPLED_CHARACTERS]
     encoding = encoder.encode(sample, add_special_tokens=False)

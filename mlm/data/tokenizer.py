@@ -50,9 +50,10 @@ def load_tokenizer(
 
         return AutoTokenizer.from_pretrained(once(folder, learn))
     tokenizer = load_pretrained_tokenizer(name, "initial_pretrain_tokenizer")
-    if config.scratch_size is not None and not is_wordpiece(tokenizer):
+    kind = kind_of(tokenizer.backend_tokenizer)
+    if config.scratch_size is not None and kind != "WordPiece":
         raise UserError(
-            f"initial_pretrain_tokenizer, initial_pretrain_model: {name} is {kind_of(tokenizer)}, and "
+            f"initial_pretrain_tokenizer, initial_pretrain_model: {name} is {kind}, and "
             f"{config.initial_pretrain_model} a BERT, whose tokenizer is WordPiece"
         )
     if config.scratch_size is None and config.initial_pretrain_model != name:
@@ -63,11 +64,11 @@ def load_tokenizer(
 def load_pretrained_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
     """Loads a tokenizer from a folder or from the Hub. Raises UserError, naming `setting`, as `load_tokenizer`."""
     tokenizer = load_pretrained(_load_as_stored, name, setting, "a tokenizer")
-    needed = ROLES if is_wordpiece(tokenizer) else ("cls", "sep", "mask")
+    needed = ROLES if is_wordpiece(tokenizer.backend_tokenizer) else ("cls", "sep", "mask")
     missing = [role for role in needed if role_id(tokenizer, role) is None]
     if missing:
         raise UserError(f"{setting}: {name} has no {' and no '.join(missing)} token; a masked language model needs one")
-    if not len(read_vocabulary(tokenizer).regular_ids):  # transformers makes one up where the files are missing
+    if not regular_ids(tokenizer):  # transformers makes one up where the files are missing
         raise UserError(f"{setting}: {name} has no vocabulary; vocab.txt or tokenizer.json is missing")
     return tokenizer
 
@@ -83,8 +84,8 @@ def _load_as_stored(name: str, **options: Any) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is not one of the tokenizers library")
-    kind, file = kind_of(tokenizer), stored_file(name, "tokenizer.json")
-    stored = type(Tokenizer.from_file(str(file)).model).__name__ if file else kind
+    kind, file = kind_of(tokenizer.backend_tokenizer), stored_file(name, "tokenizer.json")
+    stored = kind_of(Tokenizer.from_file(str(file))) if file else kind
     if stored != kind:
         raise ValueError(f"its tokenizer.json is {stored}, and transformers makes {kind} of it")
     if kind not in ("WordPiece", "BPE", "Unigram"):
@@ -98,12 +99,12 @@ def _load_as_stored(name: str, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def kind_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def kind_of(tokenizer: Tokenizer) -> str:
     """Returns how a tokenizer makes tokens of words: WordPiece, BPE, Unigram or another."""
-    return type(tokenizer.backend_tokenizer.model).__name__
+    return type(tokenizer.model).__name__
 
 
-def is_wordpiece(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_wordpiece(tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer is of BERT's kind, whose tokens say of any text where its words start."""
     return kind_of(tokenizer) == "WordPiece"
 
@@ -141,11 +142,11 @@ def _refuse_another_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Confi
 def tokenizer_warnings(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
     """Returns a warning where WordPiece changes what its vocabulary keeps, capitals or accents, or the reverse; and
     where another kind makes other tokens than the file that it was loaded from says."""
-    if not is_wordpiece(tokenizer):
+    if not is_wordpiece(tokenizer.backend_tokenizer):
         return _differences_from_file(tokenizer, name)
     normalizer = tokenizer.backend_tokenizer.normalizer
     normalize = normalizer.normalize_str if normalizer else str
-    regular = tokenizer.convert_ids_to_tokens(read_vocabulary(tokenizer).regular_ids.tolist())
+    regular = tokenizer.convert_ids_to_tokens(regular_ids(tokenizer))
     words = [token.removeprefix("##") for token in regular]
     capitals = [word for word in words if word != word.lower()]
     accents = [word for word in words if word != unicodedata.normalize("NFD", word)]
@@ -234,14 +235,23 @@ class Vocabulary(NamedTuple):
         return starts
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the ids of the tokens that are no text's."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added.union(tokenizer.all_special_ids)
+
+
+def regular_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids of the tokens that are neither special nor unused, ascending."""
+    special = special_ids(tokenizer)
+    return sorted(i for token, i in tokenizer.get_vocab().items() if i not in special and not token.startswith(UNUSED))
+
+
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """Returns the ids of a tokenizer, and what its tokens say of words."""
-    ids = tokenizer.get_vocab()
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
-    regular = sorted(i for token, i in ids.items() if i not in special and not token.startswith(UNUSED))
+    ids, special = tokenizer.get_vocab(), special_ids(tokenizer)
     begins_word, ends_word, is_blank = np.zeros((3, max(ids.values()) + 1), dtype=bool)
-    if is_wordpiece(tokenizer):
+    if is_wordpiece(tokenizer.backend_tokenizer):
         prefix = tokenizer.backend_tokenizer.model.continuing_subword_prefix
         begins_word[[i for token, i in ids.items() if not token.startswith(prefix)]] = True
     else:
@@ -257,7 +267,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     return Vocabulary(
         **named,
         separators=max(1, tokenizer.num_special_tokens_to_add(pair=True) - 2),
-        regular_ids=np.array(regular),
+        regular_ids=np.array(regular_ids(tokenizer)),
         begins_word=begins_word,
         ends_word=ends_word,
         is_blank=is_blank,

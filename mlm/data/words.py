@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from transformers import PreTrainedTokenizerBase
 
@@ -86,7 +85,7 @@ def tokenize(lines: list[str], encoders: Encoders, vocabulary: Vocabulary, segme
     """Tokenizes lines as `_tokenize` does, a line that may be a book in pieces: a character takes hundreds of bytes."""
     if max(map(len, lines), default=0) <= PIECE_CHARACTERS:
         return _tokenize(lines, encoders, vocabulary, segmenter)
-    gaps = BETWEEN_WORDS if _is_wordpiece(encoders) else ONE_SPACE
+    gaps = BETWEEN_WORDS if is_wordpiece(encoders.any_line) else ONE_SPACE
     pieces = [cut_text(line, PIECE_CHARACTERS, gaps) for line in lines]
     tokenized = [_tokenize([piece], encoders, vocabulary, segmenter) for piece in chain.from_iterable(pieces)]
     arrays = list(zip(*tokenized, strict=True))[:4]
@@ -94,10 +93,6 @@ def tokenize(lines: list[str], encoders: Encoders, vocabulary: Vocabulary, segme
     first_pieces = np.cumsum([0, *map(len, pieces)])[:-1]
     segmented = [word for piece in tokenized for word in piece.segmented]
     return TokenizedLines(tokens, np.add.reduceat(lengths, first_pieces), starts_word, starts_spaced, segmented)
-
-
-def _is_wordpiece(encoders: Encoders) -> bool:
-    return isinstance(encoders.any_line.model, WordPiece)
 
 
 def cut_text(line: str, limit: int, gaps: re.Pattern[str] = BETWEEN_WORDS) -> list[str]:
@@ -137,7 +132,7 @@ def _tokenize(lines: list[str], encoders: Encoders, vocabulary: Vocabulary, segm
         if encoded[kind]:
             inside = np.repeat(kinds == kind, lengths)
             located_text = LocatedText.of(list(compress(lines, kinds == kind)), encoded[kind])
-            if not _is_wordpiece(encoders):
+            if not is_wordpiece(encoders.any_line):
                 starts_spaced[inside] = find_word_starts(located_text)
             if kind == "chinese":
                 segmented = segmenter.cut(located_text.text)
@@ -148,7 +143,7 @@ def _tokenize(lines: list[str], encoders: Encoders, vocabulary: Vocabulary, segm
 
 def _located_kinds(encoders: Encoders, vocabulary: Vocabulary) -> tuple[str, ...]:
     """Returns the kinds of lines in which it takes the places of tokens to tell where words start."""
-    if _is_wordpiece(encoders):
+    if is_wordpiece(encoders.any_line):
         return ("chinese",)
     probe = encoders.ascii_line.encode(PROBE, add_special_tokens=False)
     told = vocabulary.word_starts(np.array(probe.ids, dtype=np.int64), np.array([len(probe.ids)]))
@@ -221,7 +216,7 @@ class WordCounts:
 
 def _spelled(index: int, encoder: Tokenizer) -> str:
     """Returns a token as a list of subwords shows it: with ## where WordPiece has it; else as it stands in a text."""
-    if isinstance(encoder.model, WordPiece):
+    if is_wordpiece(encoder):
         return encoder.id_to_token(index) or ""
     return encoder.decode([index], skip_special_tokens=False).replace(NO_CHARACTER, "").strip()
 
@@ -233,8 +228,9 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> dict[str,
     is found where nothing but spaces and punctuation is beside it; one with a Chinese character, anywhere. Raises
     UserError for a tokenizer that is not WordPiece: to others a word with the space before it is another one.
     """
-    if words and not is_wordpiece(tokenizer):
-        raise UserError(f"add_words: words can be added to WordPiece alone, and this tokenizer is {kind_of(tokenizer)}")
+    if words and not is_wordpiece(tokenizer.backend_tokenizer):
+        kind = kind_of(tokenizer.backend_tokenizer)
+        raise UserError(f"add_words: words can be added to WordPiece alone, and this tokenizer is {kind}")
     normalizer = tokenizer.backend_tokenizer.normalizer
     distinct: dict[str, str] = {}  # by how the tokenizer sees them
     for word in words:  # "Insulin" and "insulin" may be the same

@@ -129,12 +129,6 @@ def select(encoded: Encoded, indices: np.ndarray) -> Sequences:
     return Sequences(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def first_chunks(encoded: Encoded, number: int = 3) -> Sequences:
-    """Returns the first chunks of all examples."""
-    bounds = chunk_bounds(encoded.chunks.lengths)
-    return slice_chunks(encoded.chunks, bounds, 0, min(number, len(encoded.chunks.lengths)))
-
-
 def training_order(encoded: Encoded, batch_size: int, seed: int) -> Iterator[Sequences]:
     """Yields batches of examples without end, in a new order every epoch. The seed alone decides it: all models see the
     same, however many tokens or chunks an example is to each."""

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mlm.data.chunks import Chunks, chunk_bounds, take
+from mlm.data.chunks import Chunks, take
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.packing import Sequences, frame
 from mlm.data.tokenizer import Vocabulary
@@ -75,10 +75,9 @@ def difference(encoder: PackedEncoder, chunks: Sequences, micro_batcher: MicroBa
 
 def _by_own_class(encoder: PackedEncoder, chunks: Sequences, vocabulary: Vocabulary, device: torch.device) -> Tensor:
     """Returns what the model's own class makes of the chunks, one a row and padded, at all of their positions."""
-    lengths, bounds = chunks.lengths, chunk_bounds(chunks.lengths)
-    is_token = np.arange(lengths.max()) < lengths[:, None]  # (n, longest)
+    is_token = np.arange(chunks.lengths.max()) < chunks.lengths[:, None]  # (n, longest)
     input_ids = np.full(is_token.shape, vocabulary.pad_id)
-    input_ids[is_token] = chunks.input_ids[: bounds[-1]]
+    input_ids[is_token] = chunks.input_ids
     ids, is_token_here = (torch.from_numpy(array).to(device) for array in (input_ids, is_token))
     encoder.model.set_attn_implementation("sdpa")
     try:

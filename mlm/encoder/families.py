@@ -18,7 +18,7 @@ class Habits(NamedTuple):
 
 
 USUAL = Habits()
-# ModernBERT: Warner et al., Smarter, Better, Faster, Longer (arXiv 2412.13663), section 2 and table 3.
+# ModernBERT: Warner et al., Smarter, Better, Faster, Longer (arXiv 2412.13663).
 HABITS = {"modernbert": Habits(mlm_probability=0.3, weight_decay=1e-5)}
 
 

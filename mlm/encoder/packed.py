@@ -135,10 +135,8 @@ class PackedClassifier(PackedEncoder):
         return output
 
 
-def _cast_once(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def _cast_once(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Casts the input of query, key and value once: under autocast each of them would keep a copy of its own."""
-    if not inputs:  # it came by name
-        return None
     hidden, *others = inputs  # (rows, width, hidden)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))

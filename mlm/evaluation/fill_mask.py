@@ -8,14 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.data.chinese import HAN_CHARACTER, LocatedText, find_word_starts
 from mlm.data.chunks import Chunks, Corpus, chunk_bounds, cut_line, take
 from mlm.data.masking import BERT_RULE, content_keys, mask
-from mlm.data.tokenizer import Vocabulary, is_wordpiece, role_id
+from mlm.data.tokenizer import Vocabulary, is_wordpiece
 from mlm.data.words import make_encoders
 from mlm.storage import write_csv
 
@@ -35,10 +34,12 @@ ALL_BECOME_MASK = BERT_RULE._replace(mask_share=1.0, random_share=0.0)
 
 
 class HiddenWord(NamedTuple):
-    """A line with HIDDEN in the place of one of its words, whatever the tokenizer's mask is called, and that word."""
+    """A line with one of its words hidden, for people and for a model."""
 
-    line: str
+    line: str  # with HIDDEN in the place of the word, whatever the tokenizer's mask is called
     word: str
+    input_ids: np.ndarray  # (positions,) int64, with [CLS] and [SEP]: the line as it is tokenized with its word
+    position: int  # of the word, which is one token, and masked
 
 
 class Guess(NamedTuple):
@@ -80,7 +81,9 @@ def hide_words(
         if candidates:
             association, place = max(candidates)
             start, end = spans[place]
-            hidden = HiddenWord(line[:start] + HIDDEN + line[end:], line[start:end])
+            input_ids = np.array([vocabulary.cls_id, *ids, vocabulary.sep_id])
+            input_ids[1 + place] = vocabulary.mask_id
+            hidden = HiddenWord(line[:start] + HIDDEN + line[end:], line[start:end], input_ids, 1 + place)
             found.setdefault(hidden.word.lower(), (association, hidden))  # each word once
     associated = [hidden for association, hidden in found.values() if association >= MIN_ASSOCIATION]
     places = np.linspace(0, len(associated) - 1, min(len(associated), HIDDEN_WORDS)).round().astype(int)
@@ -97,7 +100,7 @@ def first_chunk(
     line = line[: MOST_CHARACTERS_OF_A_TOKEN * most_tokens]
     encoded = encoder.encode(line, add_special_tokens=False)
     ids, spans = np.array(encoded.ids, dtype=np.int64), [_without_spaces(line, *span) for span in encoded.offsets]
-    if isinstance(encoder.model, WordPiece):
+    if is_wordpiece(encoder):
         starts_word = vocabulary.word_starts(ids, np.array([len(ids)]))
     else:
         starts_word = find_word_starts(LocatedText.of([line], [encoded]))
@@ -173,16 +176,10 @@ def fill_in(model: PreTrainedModel, input_ids: np.ndarray, places: np.ndarray, c
 
 
 def guess(model: PreTrainedModel, hidden: list[HiddenWord], tokenizer: PreTrainedTokenizerBase) -> list[list[Guess]]:
-    """Returns the model's three likeliest words for the [MASK] of each line. The line is tokenized with its word, whose
-    token is masked then: beside a mask that is written out some tokenizers see other spaces."""
-    guesses, candidates, encoder = [], token_ids(tokenizer), make_encoders(tokenizer).any_line
-    cls_id, sep_id, mask_id = (role_id(tokenizer, role) for role in ("cls", "sep", "mask"))
-    for line, word in hidden:
-        before, after = line.split(HIDDEN)
-        encoded = encoder.encode(f"{before}{word}{after}", add_special_tokens=False)
-        place = next(place for place, (_, end) in enumerate(encoded.offsets) if end > len(before))
-        ids = [cls_id, *encoded.ids[:place], mask_id, *encoded.ids[place + 1 :], sep_id]
-        [probabilities] = fill_in(model, np.array(ids), np.array([1 + place]), candidates)
+    """Returns the model's three likeliest words for the hidden one of each line."""
+    guesses, candidates = [], token_ids(tokenizer)
+    for _, _, input_ids, position in hidden:
+        [probabilities] = fill_in(model, input_ids, np.array([position]), candidates)
         top = probabilities.topk(3)
         likeliest = zip(candidates[top.indices].tolist(), top.values.tolist(), strict=True)
         guesses.append([Guess(str(tokenizer.decode([token])).strip(), probability) for token, probability in likeliest])
@@ -223,7 +220,7 @@ def predict(model: PreTrainedModel, corpus: Corpus, sen_max_length: int) -> Iter
 
 def _spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns tokens as they stand in a text, without the space before them, or without ##."""
-    if is_wordpiece(tokenizer):
+    if is_wordpiece(tokenizer.backend_tokenizer):
         return "".join(token.removeprefix("##") for token in tokenizer.convert_ids_to_tokens(ids))
     return str(tokenizer.decode(ids)).strip()
 

@@ -95,7 +95,7 @@ def publish(
         "skipped_steps": progress.skipped_steps,
         "steps": setup.plan.steps,
         "cooldown_from": setup.plan.cooldown_from,
-        "guesses": [(*hidden, before, after) for hidden, before, after in words],
+        "guesses": [(hidden.line, hidden.word, before, after) for hidden, before, after in words],
     }
     write_json(setup.folder / "summary.json", content)
     return _read_files(setup.folder)

@@ -47,7 +47,7 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     """Writes a plain Hugging Face folder: config, safetensors, tokenizer, and BERT's vocab.txt for older tools."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if not is_wordpiece(tokenizer):
+    if not is_wordpiece(tokenizer.backend_tokenizer):
         return
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     by_id = (tokens.get(index, f"[unused-id-{index}]") for index in range(max(tokens) + 1))  # a line's number is its id

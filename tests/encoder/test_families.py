@@ -13,12 +13,11 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from encoders import FAMILIES, HARD_LINES, TOKENIZERS, make_encoder, save_encoder
 from markupsafe import escape
-from reference import pad, score
-from runs import assert_close, assert_same_bits, finish, fork_ranks, micro_batcher_of, run, stop_at
+from reference import attention_by_chunks, pad, score
+from runs import assert_close, assert_same_bits, finish, fork_ranks, micro_batcher_of, run, stop_at, train_on
 from safetensors.torch import load_file, save_file
 from texts import make_lines
 from transformers import (
@@ -32,7 +31,7 @@ from transformers import (
 
 from data_process import prepare
 from mlm.data.chinese import HAN_CHARACTER, make_segmenter
-from mlm.data.chunks import take
+from mlm.data.chunks import Chunks, take
 from mlm.data.masking import BERT_RULE, mask
 from mlm.data.packing import Sequences, frame
 from mlm.data.randomness import random_bits
@@ -43,8 +42,7 @@ from mlm.encoder import check
 from mlm.encoder.attention import block_diagonal
 from mlm.encoder.packed import PackedClassifier, PackedMaskedLM
 from mlm.errors import UserError
-from mlm.evaluation import fill_mask
-from mlm.evaluation.fill_mask import guess
+from mlm.evaluation.fill_mask import hide_words
 from model import load_classifier, load_masked_lm
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -57,56 +55,23 @@ def random_chunks(vocabulary, longest=60):
     return (*mask(tokens, lengths, random_bits(0, np.arange(30)), vocabulary, BERT_RULE), lengths)
 
 
-def varlen_reference(query, key, value, starts, _, longest, __, window_size=(-1, -1)):
-    """Variable-length attention as a loop of torch's own, for want of a GPU."""
-    parts = []
-    for start, end in starts.unfold(0, 2, 1):
-        chunk = (states[start:end].transpose(0, 1) for states in (query, key, value))
-        place = torch.arange(end - start)
-        near = (place[:, None] - place[None]).abs() <= (window_size[0] if window_size[0] >= 0 else longest)
-        parts.append(F.scaled_dot_product_attention(*chunk, attn_mask=near).transpose(0, 1))
-    return torch.cat(parts)
-
-
 @every_family
 @pytest.mark.parametrize("varlen", [False, True], ids=["mask", "varlen"])
 def test_packed_loss_and_gradients_equal_those_of_its_own_class_on_padded_lines(family, varlen, monkeypatch):
-    monkeypatch.setattr("mlm.encoder.attention.varlen_attn", varlen_reference)
+    monkeypatch.setattr("mlm.encoder.attention.varlen_attn", attention_by_chunks)
     stock, tokenizer = make_encoder(family)
     vocabulary, ours = read_vocabulary(tokenizer), copy.deepcopy(stock)
     hidden = random_chunks(vocabulary)
     expected = score(stock, pad(*hidden, vocabulary))
     expected.loss.backward()
 
-    loss, model = 0.0, PackedMaskedLM(ours)
     pieces = micro_batcher_of(vocabulary, 500, varlen)(frame(*hidden, vocabulary))
     assert len(pieces) > 1
-    for inputs, wanted in pieces:
-        part = F.cross_entropy(model(**inputs), wanted, reduction="sum") / expected.masked_tokens
-        part.backward()
-        loss += part.item()
+    loss = train_on(PackedMaskedLM(ours), pieces, expected.masked_tokens)
     assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
     for (name, parameter), (_, reference) in zip(ours.named_parameters(), stock.named_parameters(), strict=True):
         if reference.grad is not None:
             torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
-
-
-@every_family
-def test_kernels_get_16_bits_of_queries_keys_and_values_alike(family, monkeypatch):
-    """Also where positions turn queries and keys in float32, as autocast leaves those of EuroBERT."""
-    types = set()
-
-    def watched(query, key, value, *others, **options):
-        types.add((query.dtype, key.dtype, value.dtype))
-        return varlen_reference(query, key, value, *others, **options)
-
-    monkeypatch.setattr("mlm.encoder.attention.varlen_attn", watched)
-    model, tokenizer = make_encoder(family)
-    vocabulary = read_vocabulary(tokenizer)
-    [(inputs, _)] = micro_batcher_of(vocabulary, varlen=True)(frame(*random_chunks(vocabulary), vocabulary))
-    with torch.autocast("cpu", torch.bfloat16):
-        PackedMaskedLM(model)(**inputs).sum().backward()
-    assert types == {(torch.bfloat16,) * 3}
 
 
 # -------------------------------------------------------------------------------------------- the check at the start
@@ -177,8 +142,9 @@ def test_nothing_is_trained_nor_compared_with_a_broken_adapter(settings, tmp_pat
 
 @every_family
 def test_the_check_asks_the_kernels_too(family, monkeypatch):
-    """In 16 bits, as a GPU has them: chunks as they are, and all of a row as one."""
-    monkeypatch.setattr("mlm.encoder.attention.varlen_attn", varlen_reference)
+    """In 16 bits, as a GPU has them, of queries, keys and values alike, though positions turn EuroBERT's and nomic's in
+    float32: chunks as they are, and all of a row as one."""
+    monkeypatch.setattr("mlm.encoder.attention.varlen_attn", attention_by_chunks)
     model, tokenizer = make_encoder(family)
     for weights in model.parameters():
         if weights.ndim == 2:
@@ -190,8 +156,9 @@ def test_the_check_asks_the_kernels_too(family, monkeypatch):
     arguments = PackedMaskedLM(model), chunks, micro_batcher, accelerator, "it"
     check.refuse_differences(*arguments)
 
-    def as_one_chunk(query, key, value, starts, *others, **options):
-        return varlen_reference(query, key, value, starts[[0, -1]], *others, **options)
+    def as_one_chunk(query, key, value, starts, *_, **options):
+        whole = starts[[0, -1]]
+        return attention_by_chunks(query, key, value, whole, whole, len(query), len(query), **options)
 
     monkeypatch.setattr("mlm.encoder.attention.varlen_attn", as_one_chunk)
     with pytest.raises(UserError, match="it does not compute of packed lines what it computes of each by itself"):
@@ -349,24 +316,20 @@ def test_words_are_the_same_whatever_the_tokenizer(kind):
 # ------------------------------------------------------------------------------------------- guesses, and other tasks
 
 
-@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "mmbert", "eurobert"])
-def test_a_hidden_word_is_masked_with_the_space_that_belongs_to_it(family, monkeypatch):
-    model, tokenizer = make_encoder(family)
-    line, asked = "the patient was given metformin and aspirin daily", []
-
-    def fill_in(model, ids, places, candidates):
-        asked.append((ids, places))
-        return [torch.zeros(len(candidates))]
-
-    monkeypatch.setattr(fill_mask, "fill_in", fill_in)
-    whole = tokenizer(line)["input_ids"]
-    for word in ("patient", "given", "daily"):
-        hidden = fill_mask.HiddenWord(line.replace(word, fill_mask.HIDDEN), word)
-        guess(model, [hidden], tokenizer)
-        (ids, [place]) = asked[-1]
-        assert ids[place] == tokenizer.mask_token_id and len(ids) == len(whole)
-        assert [index for index, (one, other) in enumerate(zip(ids, whole, strict=True)) if one != other] == [place]
-        assert str(tokenizer.decode([whole[place]])).strip() in word
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_hidden_word_is_masked_with_the_space_that_belongs_to_it(kind):
+    """And nothing else of the line changes."""
+    tokenizer = TOKENIZERS[kind]()
+    vocabulary, lines = read_vocabulary(tokenizer), list(filter(None, make_lines(200)))
+    encoded = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+    ids = np.array(list(chain.from_iterable(encoded)), dtype=np.uint16)
+    chunks = Chunks(ids, np.cumsum([0, *map(len, encoded)]), np.arange(len(lines)))
+    hidden = hide_words(lines, chunks, tokenizer, vocabulary)
+    assert hidden
+    for line, word, input_ids, position in hidden:
+        whole = tokenizer(line.replace("[MASK]", word))["input_ids"]
+        assert np.flatnonzero(input_ids != whole).tolist() == [position] and input_ids[position] == vocabulary.mask_id
+        assert str(tokenizer.decode([whole[position]])).strip().removesuffix("</w>") in (word, word.lower())
 
 
 @pytest.mark.parametrize("family", ["roberta", "mmbert", "bert"])

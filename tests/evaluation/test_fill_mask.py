@@ -59,8 +59,8 @@ def test_long_lines_without_spaces_have_hidden_words(tmp_path):
     encoded = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
     chunks = Chunks(np.concatenate(encoded).astype(np.uint16), np.cumsum([0, *map(len, encoded)]), np.arange(8))
     hidden = hide_words(lines, chunks, tokenizer, vocabulary)
-    assert hidden and all(len(tokenizer.tokenize(line)) <= 40 for line, _ in hidden)
-    assert all(any(line.replace("[MASK]", word) in each for each in lines) for line, word in hidden)
+    assert hidden and all(len(tokenizer.tokenize(each.line)) <= 40 for each in hidden)
+    assert all(any(each.line.replace("[MASK]", each.word) in line for line in lines) for each in hidden)
 
 
 def test_predictions_mask_the_tokens_that_an_evaluation_masks(whole, predictions):
@@ -96,10 +96,10 @@ def test_hidden_words_are_content_words_that_a_neighbour_foretells():
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded])])
     chunks = Chunks(np.concatenate(encoded).astype(np.uint16), offsets, np.arange(len(encoded)))
     hidden = hide_words(iter([*lines, "too short", *lines]), chunks, tokenizer, vocabulary)
-    words = [word for _, word in hidden]
+    words = [each.word for each in hidden]
     assert words == list(dict.fromkeys(words)) and 1 <= len(words) <= HIDDEN_WORDS
     assert not {"the", "then", "other", "form"} & set(words)
-    assert all(line.replace("[MASK]", word) in lines for line, word in hidden)
+    assert all(each.line.replace("[MASK]", each.word) in lines for each in hidden)
     assert hide_words(iter([]), chunks, tokenizer, vocabulary) == []
 
 
@@ -113,7 +113,8 @@ def test_a_row_that_no_token_has_is_no_guess():
     with torch.no_grad():
         model.cls.predictions.bias[vocabulary.size :] = 50.0
     tokens = set(tokenizer.get_vocab())
-    [words] = guess(model, [HiddenWord("the [MASK] wrote", "doctor")], tokenizer)
+    hidden = HiddenWord("the [MASK] wrote", "doctor", np.array(tokenizer("the [MASK] wrote")["input_ids"]), 2)
+    [words] = guess(model, [hidden], tokenizer)
     assert {word for word, _ in words} <= tokens and all(0 < probability < 1 for _, probability in words)
     text = SimpleNamespace(test=lambda: iter(lines))
     corpus = SimpleNamespace(text=text, tokenizer=tokenizer, vocabulary=vocabulary)
@@ -128,5 +129,5 @@ def test_lines_with_hidden_words_fit_the_model():
     chunks = Chunks(np.concatenate(encoded).astype(np.uint16), np.cumsum([0, *map(len, encoded)]), np.arange(20))
     for most_tokens in range(min(map(len, encoded)) - 1, max(map(len, encoded)) + 1):
         hidden = hide_words(lines, chunks, tokenizer, vocabulary, most_tokens)
-        whole = [line.replace("[MASK]", word) for line, word in hidden]
+        whole = [each.line.replace("[MASK]", each.word) for each in hidden]
         assert whole and all(len(tokenizer.tokenize(line)) <= most_tokens for line in whole)

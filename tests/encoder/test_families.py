@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from encoders import FAMILIES, HARD_LINES, TOKENIZERS, make_encoder, save_encoder
+from encoders import FAMILIES, HARD_LINES, NO_DROPOUT, SHAPE, TOKENIZERS, make_encoder, save_encoder
 from markupsafe import escape
 from reference import attention_by_chunks, pad, score
 from runs import assert_close, assert_same_bits, finish, fork_ranks, micro_batcher_of, run, stop_at, train_on
@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    EsmConfig,
     pipeline,
 )
 
@@ -37,9 +38,10 @@ from mlm.data.packing import Sequences, frame
 from mlm.data.randomness import random_bits
 from mlm.data.text_files import find_text
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
-from mlm.data.words import WordCounts, make_encoders, tokenize
+from mlm.data.words import WordCounts, _located_kinds, make_encoders, tokenize
 from mlm.encoder import check
 from mlm.encoder.attention import block_diagonal
+from mlm.encoder.families import freeze_key_biases
 from mlm.encoder.packed import PackedClassifier, PackedMaskedLM
 from mlm.errors import UserError
 from mlm.evaluation.fill_mask import hide_words
@@ -72,6 +74,12 @@ def test_packed_loss_and_gradients_equal_those_of_its_own_class_on_padded_lines(
     for (name, parameter), (_, reference) in zip(ours.named_parameters(), stock.named_parameters(), strict=True):
         if reference.grad is not None:
             torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+    # What has no gradient but rounding noise is not trained: biases of keys, where positions are absolute.
+    freeze_key_biases(ours)
+    frozen = {name for name, parameter in ours.named_parameters() if not parameter.requires_grad}
+    largest = {name: p.grad.abs().max().item() for name, p in stock.named_parameters() if p.grad is not None}
+    assert frozen == {name for name, gradient in largest.items() if gradient < 1e-7}
 
 
 # -------------------------------------------------------------------------------------------- the check at the start
@@ -163,6 +171,21 @@ def test_the_check_asks_the_kernels_too(family, monkeypatch):
     monkeypatch.setattr("mlm.encoder.attention.varlen_attn", as_one_chunk)
     with pytest.raises(UserError, match="it does not compute of packed lines what it computes of each by itself"):
         check.refuse_differences(*arguments)
+
+
+def test_a_leak_through_masked_tokens_is_caught(settings):
+    """ESM scales a row by its share of masked tokens, so that chunks in one row would tell each other theirs."""
+    vocabulary = read_vocabulary(TOKENIZERS["WordPiece"]())
+    config = EsmConfig(
+        vocab_size=vocabulary.size, mask_token_id=vocabulary.mask_id, pad_token_id=vocabulary.pad_id,
+        token_dropout=True, **SHAPE, **NO_DROPOUT,
+    )  # fmt: skip
+    tokens = np.random.default_rng(0).choice(vocabulary.regular_ids, 100).astype(np.uint16)
+    chunks = Chunks(tokens, np.array([0, 20, 80, 100]), np.arange(3))
+    model = PackedMaskedLM(AutoModelForMaskedLM.from_config(config))
+    sample, micro_batcher = check.sample(chunks, vocabulary, model), micro_batcher_of(vocabulary)
+    with pytest.raises(UserError, match="it does not compute of packed lines what it computes of each by itself"):
+        check.refuse_differences(model, sample, micro_batcher, Accelerator(), "it")
 
 
 def test_a_model_is_freed_when_it_is_let_go():
@@ -266,7 +289,8 @@ def test_tokens_are_the_tokenizers_own_and_text_comes_back_whole(family, family_
     plain = [line for line in lines if line != HARD_LINES[-1]]  # the other spells special tokens, which are text here
     own = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in plain]
     assert tokens.tolist()[: sum(map(len, own))] == list(chain.from_iterable(own))
-    assert not {*tokens.tolist()} & {tokenizer.mask_token_id, tokenizer.pad_token_id}
+    vocabulary = read_vocabulary(tokenizer)
+    assert not {*tokens.tolist()} & {vocabulary.cls_id, vocabulary.sep_id, vocabulary.pad_id, vocabulary.mask_id}
     if FAMILIES[family][0] in ("byte-level BPE", "ModernBERT's", "Gemma's", "Llama's"):  # which lose nothing
         decoder = tokenizer.backend_tokenizer
         assert decoder.decode(tokens.tolist(), skip_special_tokens=False) == "".join(lines)
@@ -290,6 +314,8 @@ def test_words_are_the_same_whatever_the_tokenizer(kind):
     vocabulary, encoders = read_vocabulary(tokenizer), make_encoders(tokenizer)
     lines = [line for line in [*make_lines(60), *HARD_LINES] if line and not HAN_CHARACTER.search(line)]
     found = tokenize(lines, encoders, vocabulary, make_segmenter([]))
+    tells_in_ascii = kind not in ("the quick tour's", "ends of words")  # by its tokens, which is faster
+    assert ("ascii" not in _located_kinds(encoders, vocabulary)) == tells_in_ascii
     starts, encoded = iter(found.starts_word.tolist()), encoders.any_line.encode_batch(lines, add_special_tokens=False)
     for line, encoding in zip(lines, encoded, strict=True):
         word_starts, was_blank, was_end = reference_word_starts(line), False, 0
@@ -366,6 +392,9 @@ def test_classifiers_of_packed_texts_are_those_of_its_own_class(family, of_words
     chunks = Sequences(flat, positions, where, np.arange(len(where)), lengths)
     model, found = PackedClassifier(ours), torch.zeros(len(where), 3)
     with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            [(inputs, _)] = micro_batcher_of(vocabulary)(chunks)
+            assert model(**inputs).dtype == torch.float32 and torch.is_autocast_enabled("cpu")
         for inputs, places in micro_batcher_of(vocabulary, 100)(chunks):
             found[places] = model(**inputs)
         for text, start, length in zip(ids, starts, lengths, strict=True):

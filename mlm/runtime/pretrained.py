@@ -130,10 +130,9 @@ def _may_be_new(key: str, model: PreTrainedModel) -> bool:
 
 
 def _is_of_encoder(key: str, model: PreTrainedModel) -> bool:
-    """Whether a weight in a file is of the encoder itself, by its name: no head's, and not the pooler's."""
+    """Whether a weight in a file is of the encoder itself, by its name: no head's, nor of a pooler that it lacks."""
     part = key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
-    parts = {name for name, _ in model.base_model.named_children()} - {"pooler", "pooler_activation"}
-    return part in parts and not key.endswith(NUMBERS)
+    return part in dict(model.base_model.named_children()) and not key.endswith(NUMBERS)
 
 
 def _what_it_has(unused: list[str], model: PreTrainedModel) -> str:

@@ -45,6 +45,7 @@ from mlm.encoder.families import freeze_key_biases
 from mlm.encoder.packed import PackedClassifier, PackedMaskedLM
 from mlm.errors import UserError
 from mlm.evaluation.fill_mask import hide_words
+from mlm.training.optimizer import make_optimizer
 from model import load_classifier, load_masked_lm
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -80,6 +81,25 @@ def test_packed_loss_and_gradients_equal_those_of_its_own_class_on_padded_lines(
     frozen = {name for name, parameter in ours.named_parameters() if not parameter.requires_grad}
     largest = {name: p.grad.abs().max().item() for name, p in stock.named_parameters() if p.grad is not None}
     assert frozen == {name for name, gradient in largest.items() if gradient < 1e-7}
+
+
+def test_the_input_of_an_attention_with_a_norm_of_its_own_is_not_rounded():
+    """ALBERT's adds its input to its output and normalizes the sum, which is to stay in float32."""
+    model, _ = make_encoder("albert")
+    attention, seen = PackedMaskedLM(model).model.albert.encoder.albert_layer_groups[0].albert_layers[0].attention, []
+    attention.LayerNorm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(torch.randn(1, 4, 32))
+    assert seen == [torch.float32]
+
+
+@every_family
+def test_muon_has_matrices_alone_and_no_table_of_tokens(family):
+    model, tokenizer = make_encoder(family)
+    optimizer = make_optimizer(PackedMaskedLM(model), "muon", 1e-3, 0.01)
+    [of_muon] = [group["params"] for group in optimizer.param_groups if group["muon"]]
+    assert len(of_muon) >= 4 and all(parameter.ndim == 2 for parameter in of_muon)
+    assert not any(len(tokenizer) in parameter.shape for parameter in of_muon)
 
 
 # -------------------------------------------------------------------------------------------- the check at the start

@@ -31,7 +31,7 @@ from mlm.data.chunks import (
     write_chunks,
 )
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
-from mlm.data.packing import Batch, Sequences, frame, join, slice_chunks
+from mlm.data.packing import Sequences, frame, join, slice_shares
 from mlm.data.randomness import epoch_order, general_seed, mask_keys
 from mlm.data.text_files import Text, distinct, find_text
 from mlm.data.text_stats import SplitStats, TextStats, text_warnings
@@ -165,8 +165,8 @@ def training_rule(config: Config) -> MaskRule:
     )
 
 
-def replaying_batches(config: Config, corpus: Corpus, first_step: int, rank: int, ranks: int) -> Iterator[Batch]:
-    """Yields a run's batches of training from step `first_step` on, without end, by a resolved configuration.
+def replaying_batches(config: Config, corpus: Corpus, first_step: int, rank: int, ranks: int) -> Iterator[Sequences]:
+    """Yields a rank's share of a run's batches from step `first_step` on, without end, by a resolved configuration.
 
     Where `replay_fraction` is set, general text is another stream of `training_batches`, with its own order, masks and
     epochs, and a step has a batch of each.
@@ -188,36 +188,30 @@ def training_batches(
     first_step: int = 0,
     rank: int = 0,
     ranks: int = 1,
-) -> Iterator[Batch]:
-    """Yields the batches of training from step `first_step` on, counted from 0 over all epochs, without end.
+) -> Iterator[Sequences]:
+    """Yields a rank's share of each batch of training, without end, from step `first_step` of all epochs on.
 
-    Each epoch has its own order and its own masks; of a batch's `batch_size` chunks every rank has its share. Many
-    batches are masked at once, as numpy's calls cost more than their work on one batch of short lines.
+    Each epoch has its own order and its own masks. Of a batch's `batch_size` chunks the ranks have as even shares as
+    whole chunks allow; the work for one does not depend on how many there are. The shares of many steps are masked at
+    once, as numpy's calls cost more than their work on a few short lines.
     """
     epoch_steps = steps_per_epoch(len(chunks), batch_size)
     chunks_at_once = MASKED_AT_ONCE * len(chunks) // len(chunks.tokens)
-    steps_at_once = max(1, chunks_at_once // batch_size)
+    steps_at_once = max(1, chunks_at_once * ranks // batch_size)
     epoch, step_of_epoch = divmod(first_step, epoch_steps)
     while True:
-        order = epoch_order(seed, epoch, len(chunks))  # (chunks,)
         for start in range(step_of_epoch, epoch_steps, steps_at_once):
-            indices = order[start * batch_size : (start + steps_at_once) * batch_size]  # (n,) of many steps
+            steps = np.arange(start, min(start + steps_at_once, epoch_steps))  # (steps,)
+            chunks_in_batch = np.minimum(batch_size, len(chunks) - steps * batch_size)
+            first, after = (steps * batch_size + chunks_in_batch * number // ranks for number in (rank, rank + 1))
+            bounds = chunk_bounds(after - first)  # (steps + 1,) of each step's share among those of all
+            places = np.arange(bounds[-1]) + np.repeat(first - bounds[:-1], after - first)  # (n,) in the epoch's order
+            indices = epoch_order(seed, epoch, len(chunks), places)
             tokens, lengths, starts_word = take(chunks, indices)
-            rule_now = rule.at(epoch * epoch_steps + start + np.arange(len(indices)) // batch_size)
+            rule_now = rule.at(epoch * epoch_steps + np.repeat(steps, after - first))
             masked = mask(tokens, lengths, mask_keys(seed, epoch, indices), vocabulary, rule_now, starts_word)
-            yield from _split_into_batches(frame(*masked, lengths, vocabulary), batch_size, rank, ranks)
+            yield from slice_shares(frame(*masked, lengths, vocabulary), bounds)
         epoch, step_of_epoch = epoch + 1, 0
-
-
-def _split_into_batches(chunks: Sequences, batch_size: int, rank: int, ranks: int) -> Iterator[Batch]:
-    """Yields the chunks of many batches, a batch at a time: the rank's share, as even as whole chunks allow."""
-    bounds = chunk_bounds(chunks.lengths)
-    for begin in range(0, len(chunks.lengths), batch_size):
-        chunks_in_batch = min(batch_size, len(chunks.lengths) - begin)
-        batch = slice_chunks(chunks, bounds, begin, begin + chunks_in_batch)
-        first, after = (begin + chunks_in_batch * number // ranks for number in (rank, rank + 1))
-        share = slice_chunks(chunks, bounds, first, after)
-        yield Batch(share, masked_tokens=len(batch.targets), tokens=len(batch.input_ids) - 2 * chunks_in_batch)
 
 
 def evaluation_batches(

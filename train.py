@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 import data_process
 from mlm.data.chunks import Chunks, Corpus, count_tokens, steps_per_epoch
 from mlm.data.micro_batches import MicroBatcher, Prefetcher
-from mlm.data.randomness import evaluation_order
+from mlm.data.randomness import evaluation_sample
 from mlm.data.tokenizer import tokenizer_warnings
 from mlm.encoder import check
 from mlm.encoder.attention import has_variable_lengths
@@ -218,7 +218,9 @@ def fit(run: Run, progress: Progress) -> Ending:
 def prefetch(run: Run, progress: Progress) -> Prefetcher:
     """Returns the batches of the steps from where the run stands to its last one; an early stop leaves some."""
     batches = data_process.replaying_batches(run.setup.config, run.corpus, progress.step, *run.learner.place)
-    return Prefetcher(islice(batches, run.setup.plan.steps - progress.step), run.learner.micro_batcher)
+    prefetcher = Prefetcher(islice(batches, run.setup.plan.steps - progress.step), run.learner.micro_batcher)
+    prefetcher.over_ranks = step.sum_counts(run.learner.accelerator, prefetcher.counts)
+    return prefetcher
 
 
 def evaluate_and_keep_best(run: Run, progress: Progress) -> None:
@@ -260,7 +262,7 @@ def evaluate_chunks(run: Run, number: int) -> tuple[loss.Evaluation, loss.Evalua
     learner, general = run.learner, run.corpus.general
 
     def score(test: Chunks) -> loss.Evaluation:
-        sample = evaluation_order(len(test))[:number]
+        sample = evaluation_sample(len(test), min(number, len(test)))
         batches = data_process.evaluation_batches(test, run.corpus.vocabulary, sample, *learner.place)
         lines, batcher = test.lines[sample], learner.micro_batcher
         return loss.evaluate(learner.accelerator, learner.model, batches, lines, batcher, run.stop)

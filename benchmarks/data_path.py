@@ -52,7 +52,7 @@ def main() -> None:
             began, seen = time.perf_counter(), 0
             for _ in range(STEPS):
                 step = next(steps)
-                micro_batcher(step.chunks)
+                micro_batcher(step)
                 seen += step.tokens
             speeds.append(seen / (time.perf_counter() - began) / 1e6)
         print(f"{layout}: {statistics.median(speeds):.1f} million tokens/s, median of {given.repeats}")

@@ -147,6 +147,7 @@ def train_steps(learner: Learner, chunks: Chunks, config: Config) -> Iterator[fl
     progress, stop = Progress(), StopRequest()
     batches = training_batches(chunks, VOCABULARY, BERT_RULE, 0, config.batch_size)
     prefetched = Prefetcher(batches, learner.micro_batcher)
+    prefetched.over_ranks = prefetched.counts
     while True:
         before = replace(progress.since_last_log)
         take_step(learner, progress, prefetched, plan, config, stop)
@@ -164,12 +165,12 @@ def loss_and_gradient(family: str, chunks: int, precision: str, varlen: bool | N
     batch = next(training_batches(random_chunks(25, chunks), VOCABULARY, BERT_RULE, 0, chunks))
     with torch.autocast(DEVICE.type, DTYPES[precision], enabled=precision != "no"):
         if varlen is None:
-            loss = padded_loss(bert, batch.chunks) / batch.masked_tokens
+            loss = padded_loss(bert, batch) / len(batch.targets)
         else:
             model = PackedMaskedLM(bert)
-            parts = MicroBatcher(VOCABULARY, DEVICE, varlen, 512, 1 << 20)(batch.chunks)
+            parts = MicroBatcher(VOCABULARY, DEVICE, varlen, 512, 1 << 20)(batch)
             losses = [F.cross_entropy(model(**part.inputs).float(), part.targets, reduction="sum") for part in parts]
-            loss = torch.stack(losses).sum() / batch.masked_tokens
+            loss = torch.stack(losses).sum() / len(batch.targets)
     loss.backward()
     gradients = [p.grad.flatten() for p in bert.parameters() if p.grad is not None]
     return loss.item(), torch.cat(gradients).double()
@@ -180,13 +181,13 @@ def backward_fills_no_zeros(precision: str) -> str:
     tensors of zeros for one row of the attention's input, and a row of token types for every token."""
     model = PackedMaskedLM(random_bert("mini")).to(DEVICE)
     batch = next(training_batches(random_chunks(25, 64), VOCABULARY, BERT_RULE, 0, 64))
-    [micro_batch] = MicroBatcher(VOCABULARY, DEVICE, True, 512, 1 << 20)(batch.chunks)
+    [micro_batch] = MicroBatcher(VOCABULARY, DEVICE, True, 512, 1 << 20)(batch)
     with profile(record_shapes=True) as profiled, torch.autocast(DEVICE.type, DTYPES[precision]):
         model(**micro_batch.inputs).sum().backward()
     operations = [(event.key, event.input_shapes) for event in profiled.events()]
     assert "aten::select_backward" not in {name for name, _ in operations}
     rows = [shapes[1] for name, shapes in operations if name == "aten::embedding_dense_backward"]
-    positions = len(batch.chunks.input_ids)
+    positions = len(batch.input_ids)
     assert sorted(rows) == [[1, 1], [1, positions], [1, positions]], rows  # token types, words, positions
     return "none, and one row of token types"
 

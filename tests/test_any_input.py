@@ -29,7 +29,7 @@ from Config import SCRATCH_SIZES, Config
 from data_process import prepare, training_batches
 from mlm.data.chunks import Chunks, take
 from mlm.data.masking import BERT_RULE, MaskRule
-from mlm.data.packing import Batch
+from mlm.data.packing import Sequences
 from mlm.data.text_files import find_text
 from mlm.data.text_stats import TextStats
 from mlm.encoder.packed import PackedMaskedLM
@@ -122,7 +122,7 @@ def test_any_text_is_kept_or_refused(prepare_files, tokenizer, train, test):
         assert bool(found.stats.test_lines_in_train) == bool(set(lines["train"]) & set(lines["test"]))
 
 
-def first_epoch(prepare_files, vocabulary, content: bytes, rule: MaskRule) -> tuple[Chunks, list[Batch]]:
+def first_epoch(prepare_files, vocabulary, content: bytes, rule: MaskRule) -> tuple[Chunks, list[Sequences]]:
     """The chunks of a training text, and the batches of an epoch, of four chunks each. A text that is refused is no
     case for the test that asks."""
     try:
@@ -140,17 +140,17 @@ def test_every_chunk_of_any_text_teaches_and_an_epoch_has_every_token_once(prepa
     chunks, batches = first_epoch(prepare_files, vocabulary, content, rule)
     seen = []
     for batch in batches:
-        input_ids, labels = labelled(batch.chunks.input_ids, batch.chunks.label_positions, batch.chunks.targets)
+        input_ids, labels = labelled(batch.input_ids, batch.label_positions, batch.targets)
         originals, is_chosen = np.where(labels != IGNORED, labels, input_ids), labels != IGNORED
         tokens_before = len(seen)
-        ends = np.cumsum(batch.chunks.lengths)
+        ends = np.cumsum(batch.lengths)
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             assert originals[[start, end - 1]].tolist() == [vocabulary.cls_id, vocabulary.sep_id]
             assert not is_chosen[[start, end - 1]].any() and is_chosen[start:end].any()
-            assert batch.chunks.position_ids[start:end].tolist() == [*range(end - start)]
+            assert batch.position_ids[start:end].tolist() == [*range(end - start)]
             assert end - start <= 16
             seen += originals[start + 1 : end - 1].tolist()
-        assert batch.tokens == len(seen) - tokens_before and batch.masked_tokens == is_chosen.sum()
+        assert batch.tokens == len(seen) - tokens_before and len(batch.targets) == is_chosen.sum()
     assert sorted(seen) == sorted(stored(chunks))
 
 
@@ -160,16 +160,16 @@ def test_chunks_of_any_text_never_see_each_other(prepare_files, vocabulary, bert
     """Law 3: packed, their loss is that of the stock model on padded chunks."""
     _, batches = first_epoch(prepare_files, vocabulary, content, rule)
     for batch in batches:
-        ends = np.cumsum(batch.chunks.lengths)
+        ends = np.cumsum(batch.lengths)
         is_text = np.ones(ends[-1], dtype=bool)
-        is_text[ends - 1] = is_text[ends - batch.chunks.lengths] = False
-        masked = (np.cumsum(is_text) - 1)[batch.chunks.label_positions]
-        lengths = batch.chunks.lengths - 2
+        is_text[ends - 1] = is_text[ends - batch.lengths] = False
+        masked = (np.cumsum(is_text) - 1)[batch.label_positions]
+        lengths = batch.lengths - 2
         with torch.no_grad():
-            padded = pad(batch.chunks.input_ids[is_text], masked, batch.chunks.targets, lengths, vocabulary)
+            padded = pad(batch.input_ids[is_text], masked, batch.targets, lengths, vocabulary)
             expected = score(bert, padded)
         padded_loss = expected.loss.item() * expected.masked_tokens
-        assert packed_loss(bert, batch.chunks, vocabulary) == pytest.approx(padded_loss, abs=1e-4)
+        assert packed_loss(bert, batch, vocabulary) == pytest.approx(padded_loss, abs=1e-4)
 
 
 def stored(chunks) -> list[int]:

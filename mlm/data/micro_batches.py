@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlm.data.chunks import chunk_bounds
-from mlm.data.packing import Batch, Rows, Sequences, pack, split_chunks, split_rows
+from mlm.data.packing import Rows, Sequences, pack, split_chunks, split_rows
 from mlm.data.tokenizer import Vocabulary
 from mlm.errors import UserError
 from mlm.runtime.hardware import release_memory
@@ -83,17 +83,30 @@ class MicroBatcher:
         return tensor.pin_memory().to(self.device, non_blocking=True) if is_cuda else tensor.to(self.device)
 
 
-class Prefetcher:
-    """The batch of the next step, already on the device in micro-batches."""
+class Counts(NamedTuple):
+    """What a step has, over all ranks."""
 
-    def __init__(self, batches: Iterator[Batch], micro_batcher: MicroBatcher):
+    masked_tokens: int
+    tokens: int
+
+
+class Prefetcher:
+    """This rank's share of the next step's batch, already on the device in micro-batches."""
+
+    def __init__(self, batches: Iterator[Sequences], micro_batcher: MicroBatcher):
         self._batches, self._micro_batcher = batches, micro_batcher
+        self.over_ranks = Counts(0, 0)  # of the next step; whoever talks to the other ranks sets it
         self.advance()
 
     def advance(self) -> None:
-        """Loads the next step's batch; after the last step there is none."""
-        self.batch = next(self._batches, None)
+        """Loads the share of the next step; after the last one there is none."""
+        self.chunks = next(self._batches, None)
         self._split()
+
+    @property
+    def counts(self) -> Counts:
+        """What this rank's share adds to the next step's; after the last one nothing."""
+        return Counts(len(self.chunks.targets), self.chunks.tokens) if self.chunks else Counts(0, 0)
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -105,5 +118,5 @@ class Prefetcher:
     def _split(self) -> None:
         self._positions = self._micro_batcher.max_positions
         self._micro_batches: list[MicroBatch] = []  # frees those of before
-        if self.batch:
-            self._micro_batches = self._micro_batcher(self.batch.chunks)
+        if self.chunks:
+            self._micro_batches = self._micro_batcher(self.chunks)

@@ -6,6 +6,7 @@
 import math
 from collections.abc import Iterator
 from heapq import heapreplace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,11 @@ class Sequences(NamedTuple):
     targets: np.ndarray  # (targets,) int64: what, such as the token that was masked there
     lengths: np.ndarray  # (n,) int64: positions in each chunk, [CLS] and [SEP] included
 
+    @property
+    def tokens(self) -> int:
+        """The text's own."""
+        return len(self.input_ids) - 2 * len(self.lengths)
+
 
 class Rows(NamedTuple):
     """Chunks packed into rows of one width; a block-diagonal attention mask keeps them apart."""
@@ -36,14 +42,6 @@ class Rows(NamedTuple):
     segment_ids: np.ndarray  # (rows, width) int64: 1, 2, ... for the chunks; 0 is padding
     label_positions: np.ndarray  # (targets,) int64, ascending: indices into the flattened rows
     targets: np.ndarray  # (targets,) int64
-
-
-class Batch(NamedTuple):
-    """A rank's share of the batch of an optimizer step, and what it is a share of."""
-
-    chunks: Sequences  # the rank's share
-    masked_tokens: int  # of the whole batch
-    tokens: int  # of the whole batch
 
 
 def frame(
@@ -79,12 +77,18 @@ def slice_chunks(chunks: Sequences, bounds: np.ndarray, first: int, after: int) 
     )
 
 
-def join(one: Batch, other: Batch) -> Batch:
-    """Returns a batch of the chunks of both, for the same rank."""
-    label_positions = other.chunks.label_positions + len(one.chunks.input_ids)
-    pairs = zip(one.chunks, other.chunks._replace(label_positions=label_positions), strict=True)
-    chunks = Sequences(*map(np.concatenate, pairs))
-    return Batch(chunks, one.masked_tokens + other.masked_tokens, one.tokens + other.tokens)
+def slice_shares(chunks: Sequences, bounds: np.ndarray) -> Iterator[Sequences]:
+    """Yields the chunks in shares, as views; bounds: (shares + 1,) the first chunk of each, and where the last ends."""
+    positions = chunk_bounds(chunks.lengths)
+    for first, after in pairwise(bounds.tolist()):
+        yield slice_chunks(chunks, positions, first, after)
+
+
+def join(one: Sequences, other: Sequences) -> Sequences:
+    """Returns the chunks of both."""
+    label_positions = other.label_positions + len(one.input_ids)
+    pairs = zip(one, other._replace(label_positions=label_positions), strict=True)
+    return Sequences(*map(np.concatenate, pairs))
 
 
 def pack(chunks: Sequences, row_positions: int, vocabulary: Vocabulary) -> Rows:

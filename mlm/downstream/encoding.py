@@ -134,6 +134,6 @@ def training_order(encoded: Encoded, batch_size: int, seed: int) -> Iterator[Seq
     same, however many tokens or chunks an example is to each."""
     examples = len(encoded.bounds) - 1
     for epoch in count():
-        order = epoch_order(seed, epoch, examples)
+        order = epoch_order(seed, epoch, examples, np.arange(examples))
         for start in range(0, examples, batch_size):
             yield select(encoded, order[start : start + batch_size])

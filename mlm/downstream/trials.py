@@ -15,7 +15,7 @@ from mlm.downstream.comparison import Comparison
 from mlm.downstream.task import group_by
 from mlm.storage import digest, lock, write_json
 
-FORMAT = 2  # raise when trials are done, or written, in another way
+FORMAT = 3  # raise when trials are done, or written, in another way
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from mlm.training.progress import EVALUATIONS, Progress
 from mlm.training.run import Ending, Learner, Run, Setup
 from mlm.training.step import has_finite_weights
 
-FORMAT = 7  # raise when what a checkpoint holds changes
+FORMAT = 8  # raise when what a checkpoint holds changes
 
 # Settings that may differ when a run is resumed, as they do not change the training but where and how fast it runs and
 # what it shows. Text and files of words are compared by what they hold, not by where they lie.

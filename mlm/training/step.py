@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from Config import Config
-from mlm.data.micro_batches import MicroBatch, Prefetcher
+from mlm.data.micro_batches import Counts, MicroBatch, Prefetcher
 from mlm.data.randomness import dropout_seed
 from mlm.errors import UserError
 from mlm.runtime.distributed import on_any_rank
@@ -44,15 +44,16 @@ def max_consecutive_skips(accelerator: Accelerator) -> int:
 def take_step(
     learner: Learner, progress: Progress, batches: Prefetcher, plan: Plan, config: Config, stop: StopRequest
 ) -> None:
-    """Takes one optimizer step on the next batch; all ranks agree in it on whether to stop.
+    """Takes one optimizer step on the next batch; all ranks agree in it on whether to stop, and on what the batch after
+    it holds.
 
     A step whose loss or gradient is not finite changes no weight and is counted as skipped. Raises UserError where
     memory does not suffice for the smallest micro-batch.
     """
     began = time.perf_counter()
     accelerator, optimizer, new = learner.accelerator, learner.optimizer, progress.since_last_log
-    batch, step = batches.batch, progress.step + 1
-    assert batch, "there is a batch as long as there is a step to do"
+    counts, step = batches.over_ranks, progress.step + 1
+    assert counts.masked_tokens, "there is a batch as long as there is a step to do"
     if not learner.bert.training:  # an evaluation left it without dropout
         learner.model.train()
     set_learning_rate(optimizer, plan.learning_rate(progress.step))
@@ -61,7 +62,7 @@ def take_step(
     while True:
         try:
             rank_loss = accumulate_gradients(
-                accelerator, learner.model, batches.micro_batches, batch.masked_tokens, config.seed, progress.step
+                accelerator, learner.model, batches.micro_batches, counts.masked_tokens, config.seed, progress.step
             )
             break
         except OutOfMemory:
@@ -72,18 +73,20 @@ def take_step(
     rank_norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.max_grad_norm)
     batches.advance()  # while a GPU is still at work
 
-    # The devices' one synchronisation in a step: the loss of all ranks, and whether one of them was told to stop.
-    signalled = torch.full((), float(bool(stop.received)), device=accelerator.device)
-    over_ranks = accelerator.reduce(torch.stack([rank_loss, signalled]))
-    loss_sum, stops, grad_norm = torch.stack([*over_ranks, rank_norm]).tolist()
+    # The devices' one synchronisation in a step: the loss of all ranks, whether one of them was told to stop, and how
+    # much the next step has, as each has masked its own share alone.
+    of_rank = torch.tensor([bool(stop.received), *batches.counts], dtype=_exact(accelerator), device=accelerator.device)
+    over_ranks = accelerator.reduce(torch.cat([rank_loss[None].to(of_rank), of_rank]))
+    loss_sum, stops, masked_tokens, tokens, grad_norm = torch.cat([over_ranks, rank_norm[None].to(of_rank)]).tolist()
     stop.is_agreed = bool(stops)
+    batches.over_ranks = Counts(int(masked_tokens), int(tokens))
 
     if math.isfinite(loss_sum) and math.isfinite(grad_norm):
         optimizer.step()
         progress.skipped_in_a_row = 0
         new.loss += loss_sum
-        new.masked_tokens += batch.masked_tokens
-        new.tokens += batch.tokens
+        new.masked_tokens += counts.masked_tokens
+        new.tokens += counts.tokens
     else:
         if accelerator.scaler is not None:
             accelerator.scaler.update()  # fp16: halves the scale that made the gradient overflow
@@ -94,6 +97,18 @@ def take_step(
     progress.step = step
     new.steps += 1
     new.seconds += time.perf_counter() - began
+
+
+def sum_counts(accelerator: Accelerator, of_rank: Counts) -> Counts:
+    """Returns what a step has over all ranks, by what this rank's share adds to it: of a run's first step, as every
+    other one is told the next."""
+    counts = torch.tensor(of_rank, dtype=_exact(accelerator), device=accelerator.device)
+    return Counts(*map(int, accelerator.reduce(counts).tolist()))
+
+
+def _exact(accelerator: Accelerator) -> torch.dtype:
+    """Returns a kind of number that holds every count; an Apple GPU, which is one rank alone, has a smaller one."""
+    return torch.float32 if accelerator.device.type == "mps" else torch.float64
 
 
 def accumulate_gradients(

@@ -442,7 +442,7 @@ def test_every_token_of_every_line_exactly_once_an_epoch(
     seen = Counter()
     steps = training_batches(train, vocabulary, BERT_RULE, 7, 16)
     for _ in range(math.ceil(len(train) / 16)):
-        batch = pack(next(steps).chunks, 64, vocabulary)
+        batch = pack(next(steps), 64, vocabulary)
         batch.input_ids.reshape(-1)[batch.label_positions] = batch.targets
         seen.update(batch.input_ids[batch.segment_ids > 0].tolist())
     assert seen.pop(vocabulary.cls_id) == seen.pop(vocabulary.sep_id) == len(train)

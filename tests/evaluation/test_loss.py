@@ -15,7 +15,7 @@ from data_process import evaluation_batches, prepare
 from mlm.data.chunks import Chunks, take
 from mlm.data.masking import BERT_RULE, content_keys, mask
 from mlm.data.packing import frame
-from mlm.data.randomness import evaluation_order
+from mlm.data.randomness import evaluation_sample
 from mlm.data.text_files import find_text
 from mlm.data.tokenizer import load_tokenizer, read_vocabulary
 from mlm.encoder.packed import PackedMaskedLM
@@ -36,10 +36,10 @@ def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings, monkeypatch)
     vocabulary = read_vocabulary(tokenizer)
     _, test, _ = prepare(config, text, tokenizer, vocabulary)
     model, _ = load_model(config, vocabulary.size, vocabulary.pad_id)
-    batches = evaluation_batches(test, vocabulary, evaluation_order(len(test)))
+    batches = evaluation_batches(test, vocabulary, evaluation_sample(len(test), len(test)))
     stock = copy.deepcopy(model)  # a packed one makes no masks for padding
     packed, micro_batcher = PackedMaskedLM(model).train(), micro_batcher_of(vocabulary, 100)
-    lines = test.lines[evaluation_order(len(test))]
+    lines = test.lines[evaluation_sample(len(test), len(test))]
     found = evaluate(Accelerator(), packed, batches, lines, micro_batcher, StopRequest())
     assert found.lines is lines
 
@@ -49,7 +49,7 @@ def test_evaluation_is_exp_of_mean_nll_by_the_stock_model(settings, monkeypatch)
         with torch.no_grad():
             return score(stock.eval(), pad(*hidden, lengths, vocabulary))
 
-    for place, chunk in enumerate(evaluation_order(len(test))):
+    for place, chunk in enumerate(evaluation_sample(len(test), len(test))):
         alone = by_stock_model(np.array([chunk]))
         assert found.masked[place] == alone.masked_tokens
         assert found.losses[place] == pytest.approx(alone.loss.item() * alone.masked_tokens, abs=1e-4)
@@ -193,10 +193,7 @@ def test_one_line_has_no_error_and_a_constant_has_none():
 # ---------------------------------------------------------------------------------------------------------- its sample
 
 
-def test_a_smaller_sample_is_a_part_of_a_larger_one_and_of_the_whole():
-    order = evaluation_order(1000)
-    assert np.array_equal(np.sort(order), np.arange(1000))
-    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1  # it does not follow the text
+def test_the_first_of_an_evaluation_are_those_of_its_chunks():
     first, _ = draw_evaluations(np.random.default_rng(0), 400, gain=0.1, spread=0.3)
     assert np.array_equal(first.first(50).losses, first.losses[:50])
 

@@ -75,9 +75,9 @@ def test_micro_batches_of_1_4_and_32_chunks_train_the_same(settings, text_folder
 
     def drawing(*arguments):
         for step in training_batches(*arguments):
-            both = labelled(step.chunks.input_ids, step.chunks.label_positions, step.chunks.targets)
+            both = labelled(step.input_ids, step.label_positions, step.targets)
             rows = zip(*(array.reshape(-1, 8).tolist() for array in both), strict=True)
-            drawn.setdefault(config.run_name, []).append((step.masked_tokens, sorted(rows)))
+            drawn.setdefault(config.run_name, []).append(sorted(rows))
             yield step
 
     monkeypatch.setattr(data_process, "training_batches", drawing)

@@ -82,6 +82,7 @@ class Config:
     path_datasets: Name = "data"  # folder of train* and test*: .txt, one example per line; or .jsonl .csv .tsv .parquet
     text_column: Name = "text"  # name of the text's column (JSON key) where path_datasets holds no .txt
     test_fraction: Share = 0.05  # share of the distinct lines held out for testing where there is no test* or dev*
+    drop_duplicates: bool = False  # leave out training lines that repeat an earlier one or stand in the test text
     sen_max_length: Length = 128  # positions of a chunk: tokens, [CLS] and [SEP]; longer lines are cut into chunks
     user_words: Name | None = None  # file of words, one per line, that the Chinese segmenter is to keep whole
     path_general: Name | None = None  # folder of general text, laid out as path_datasets: shows what is forgotten

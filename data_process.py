@@ -6,41 +6,41 @@ each (packing.py, which also packs them for the model).
 """
 
 import json
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from Config import MOST_AUTOMATIC_WORDS, Config
+from Config import Config
 from mlm.data.chinese import make_segmenter
 from mlm.data.chunks import (
     Chunks,
     Corpus,
     GeneralText,
-    WrittenSplit,
     chunk_bounds,
     steps_per_epoch,
     take,
-    write_chunks,
 )
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
 from mlm.data.packing import Sequences, frame, join, slice_shares
-from mlm.data.randomness import epoch_order, general_seed, mask_keys
-from mlm.data.text_files import Text, distinct, find_text
+from mlm.data.preparation import Recipe, Tally, Tools, cut_lines, write_chunks
 from mlm.data.text_stats import SplitStats, TextStats, text_warnings
 from mlm.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
-from mlm.data.words import SplitWord, add_words, make_encoders, read_words
+from mlm.data.words import add_words, make_encoders, read_words
 from mlm.errors import UserError
-from mlm.storage import digest, once
+from mlm.randomness import epoch_order, general_seed, mask_keys
+from mlm.runtime.together import build_together
+from mlm.storage import digest
+from mlm.text.files import Text, find_text, without_training_text
+from mlm.text.selection import hash_lines
+from mlm.text.units import in_blocks
 
-CACHE_FORMAT = 7  # raise when what the cache holds changes
+CACHE_FORMAT = 8  # raise when what the cache holds changes
 MASKED_AT_ONCE = 1 << 15  # tokens: enough that numpy's calls cost little, few enough for the processor's cache
 EVALUATION_CHUNKS = 256  # chunks masked and packed together in an evaluation
 
@@ -57,14 +57,10 @@ def load_corpus(config: Config) -> Corpus:
     added_words = add_words(tokenizer, words)
     vocabulary = read_vocabulary(tokenizer)
     if config.evaluate_only:  # of the training text nothing is scored or shown
-        text = _test_alone(text)
+        text = without_training_text(text)
     train, test, stats = prepare(config, text, tokenizer, vocabulary)
     corpus = Corpus(text, tokenizer, added_words, vocabulary, train, test, stats)
     return _add_general_text(config, corpus) if config.path_general else corpus
-
-
-def _test_alone(text: Text) -> Text:
-    return text._replace(train=text.test, digest=digest(text.digest, "the test text alone"))
 
 
 def _add_general_text(config: Config, corpus: Corpus) -> Corpus:
@@ -84,7 +80,7 @@ def _add_general_text(config: Config, corpus: Corpus) -> Corpus:
     )
     try:
         text = find_text(like_the_domain)
-        text = text if is_replayed else _test_alone(text)
+        text = text if is_replayed else without_training_text(text)
         general = GeneralText(text.digest, *prepare(like_the_domain, text, corpus.tokenizer, corpus.vocabulary))
     except UserError as error:
         raise UserError(str(error).replace("path_datasets:", "path_general:")) from error
@@ -103,52 +99,33 @@ def prepare(
 ) -> tuple[Chunks, Chunks, TextStats]:
     """Returns the chunks of the training and the test text, and their statistics.
 
-    They are made once for each text, tokenizer, words and `sen_max_length`, and kept on disk. Raises UserError where a
-    split holds no token.
+    They are made once for each text, tokenizer, words and `sen_max_length`, on all cores of all machines that ask for
+    them, and kept on disk. Where the test text is alone, it stands for both. Raises UserError where a split holds no
+    token.
     """
     encoders = make_encoders(tokenizer)
     user_words = read_words(config.user_words, "user_words")
     versions = [version(name) for name in ("tokenizers", "rjieba")]
     key = digest(CACHE_FORMAT, versions, text.digest, config.sen_max_length, encoders.any_line.to_str(), user_words)
 
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        body_length = config.sen_max_length - 2  # without [CLS] and [SEP]
-        rest = (body_length, encoders, make_segmenter(user_words), vocabulary)
-        train = write_chunks(text.train(), folder / "train", *rest)
-        test = write_chunks(text.test(), folder / "test", *rest)
-        split_words = train.words.split_words(encoders.any_line, vocabulary, MOST_AUTOMATIC_WORDS)
-        (folder / "stats.json").write_text(json.dumps(asdict(_compare(train, test, split_words))))
-
-    folder = once(Path(config.path_model_save) / ".cache" / f"text-{key}", make)
-    train, test = (Chunks.read(folder / split) for split in ("train", "test"))
+    recipe = Recipe(config.sen_max_length - 2, encoders.describe(), user_words, vocabulary)  # without [CLS] and [SEP]
+    path = Path(config.path_model_save) / ".cache" / f"text-{key}"
+    folder = build_together(path, text.size_bytes, partial(write_chunks, text.selection, recipe, text.count_lines()))
+    train, test = (Chunks.read(folder / split) for split in (text.selection.splits[0], "test"))
     return train, test, TextStats.from_dict(json.loads((folder / "stats.json").read_text()))
 
 
-@contextmanager
-def temporary_chunks(
+def cut_in_memory(
     lines: list[str], tokenizer: PreTrainedTokenizerBase, sen_max_length: int
-) -> Iterator[tuple[Chunks, SplitStats]]:
-    """Yields lines as chunks of tokens that are not kept, and their statistics."""
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # on Windows, which keeps what is mapped into memory
-        path, vocabulary = Path(folder, "chunks"), read_vocabulary(tokenizer)
-        rest = (sen_max_length - 2, make_encoders(tokenizer), make_segmenter([]), vocabulary)
-        stats = write_chunks(iter(lines), path, *rest).stats
-        yield Chunks.read(path), stats
-
-
-def _compare(train: WrittenSplit, test: WrittenSplit, split_words: list[SplitWord]) -> TextStats:
-    """The statistics of both splits; the unigram perplexity with each count of the training text raised by one."""
-    in_train, of_test = distinct(train.line_hashes), np.array(test.line_hashes, dtype=np.uint64)
-    nearest = np.minimum(np.searchsorted(in_train, of_test), len(in_train) - 1)
-    log_shares = np.log((train.occurrences + 1) / (train.occurrences + 1).sum())  # (vocabulary,)
-    return TextStats(
-        train=train.stats,
-        test=test.stats,
-        test_lines_in_train=int((in_train[nearest] == of_test).sum()),
-        unigram_perplexity=math.exp(-(test.occurrences @ log_shares) / test.occurrences.sum()),
-        split_words=split_words,
-    )
+) -> tuple[Chunks, SplitStats]:
+    """Returns lines as chunks of tokens, and their statistics; nothing is kept on disk."""
+    tools = Tools(sen_max_length - 2, make_encoders(tokenizer), make_segmenter([]), read_vocabulary(tokenizer))
+    cuts, tally = [], Tally.of_nothing(tools)
+    for block in in_blocks(lines):
+        cut, tally = cut_lines(block, hash_lines(block), tools, tally)
+        cuts.append(cut)
+    tokens, lengths, of_lines = map(np.concatenate, zip(*cuts, strict=True))
+    return Chunks(tokens, chunk_bounds(lengths), of_lines), tally.stats
 
 
 def training_rule(config: Config) -> MaskRule:

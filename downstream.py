@@ -23,9 +23,8 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from data_process import evaluation_batches, temporary_chunks
+from data_process import cut_in_memory, evaluation_batches
 from mlm.data.micro_batches import MicroBatcher
-from mlm.data.text_files import read_sample
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary, tokenizer_warnings
 from mlm.downstream import finetuning, linear_probe, results, trials
 from mlm.downstream.comparison import Candidate, Comparison, fingerprint
@@ -45,6 +44,7 @@ from mlm.runtime.distributed import make_accelerator
 from mlm.runtime.signals import StopRequest
 from mlm.storage import digest, lock, make_folder, write_csv, write_json
 from mlm.terminal import prepare_output, say
+from mlm.text.lines import read_sample
 from mlm.training.micro_batch_size import CPU_MICRO_BATCH_POSITIONS
 from model import load_classifier, load_encoder, load_masked_lm
 
@@ -258,12 +258,12 @@ def compute_perplexity(comparison: Comparison, candidate: Candidate) -> dict[str
     if is_head_new:
         return None
     vocabulary = candidate.micro_batcher.vocabulary
-    with temporary_chunks(comparison.general_lines, candidate.tokenizer, length) as (chunks, stats):
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        batches = evaluation_batches(chunks, vocabulary, np.arange(len(chunks)), rank, ranks)
-        with accelerator.autocast():
-            model = PackedMaskedLM(bert).to(accelerator.device)
-            evaluation = evaluate(accelerator, model, batches, chunks.lines, candidate.micro_batcher, StopRequest())
+    chunks, stats = cut_in_memory(comparison.general_lines, candidate.tokenizer, length)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    batches = evaluation_batches(chunks, vocabulary, np.arange(len(chunks)), rank, ranks)
+    with accelerator.autocast():
+        model = PackedMaskedLM(bert).to(accelerator.device)
+        evaluation = evaluate(accelerator, model, batches, chunks.lines, candidate.micro_batcher, StopRequest())
     nats_per_character = evaluation.loss * stats.tokens / stats.characters
     return {"perplexity": evaluation.perplexity, "nats_per_character": nats_per_character}
 

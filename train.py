@@ -28,13 +28,13 @@ from transformers import PreTrainedModel
 import data_process
 from mlm.data.chunks import Chunks, Corpus, count_tokens, steps_per_epoch
 from mlm.data.micro_batches import MicroBatcher, Prefetcher
-from mlm.data.randomness import evaluation_sample
 from mlm.data.tokenizer import tokenizer_warnings
 from mlm.encoder import check
 from mlm.encoder.attention import has_variable_lengths
 from mlm.encoder.families import habits, longest_input
 from mlm.encoder.packed import PackedMaskedLM
 from mlm.evaluation import fill_mask, loss
+from mlm.randomness import evaluation_sample
 from mlm.report import dry_run, metrics, model_card, page, summary, wording
 from mlm.runtime import distributed
 from mlm.runtime.signals import Stopped, translate_failures

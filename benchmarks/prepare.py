@@ -52,8 +52,8 @@ def one(text: Path, tokenizer: Path, output: Path) -> dict[str, float]:
     """Prepares the text as train.py does; seconds, and the peak of memory above what the imports took."""
     from Config import Config
     from data_process import prepare
-    from mlm.data.text_files import find_text
     from mlm.data.tokenizer import load_tokenizer, read_vocabulary
+    from mlm.text.files import find_text
 
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, the highest so far
     began = time.perf_counter()
@@ -88,8 +88,8 @@ def main() -> None:
 
     from itertools import islice
 
-    from mlm.data.text_files import read_lines
     from mlm.data.tokenizer import learn_tokenizer
+    from mlm.text.lines import read_lines
 
     names = ("tokenizers", "datasets", "numpy")
     print(platform.platform(), f"{os.cpu_count()} cores", *(f"{name} {version(name)}" for name in names), sep=", ")

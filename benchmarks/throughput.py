@@ -40,8 +40,8 @@ def prepare(folder: Path, sizes: list[str], lengths: list[int], given_tokenizer:
     """Writes lines of about `lengths` tokens from the demo's corpus, and a checkpoint of random weights a size."""
     from transformers import AutoTokenizer
 
-    from mlm.data.demo import write_corpus
     from mlm.data.tokenizer import learn_tokenizer
+    from mlm.text.demo import write_corpus
 
     write_corpus(folder / "corpus")
     words = (folder / "corpus" / "train.txt").read_text(encoding="utf-8").split()

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from encoders import LLAMAS, ROBERTAS, byte_level, finished, gemma, sentencepiece
 
 from mlm.data.chinese import make_segmenter
-from mlm.data.text_files import read_lines
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
 from mlm.data.words import make_encoders, tokenize
+from mlm.text.lines import read_lines
 
 SIZE = 30_522
 BLOCK_CHARACTERS = 1 << 19  # tokenized at once, as in preparation

@@ -11,10 +11,8 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
-from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -23,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-from Config import Config
-from data_process import prepare
-from mlm.data import chunks
+from data_process import cut_in_memory
+from mlm.data import preparation
 from mlm.data.chinese import HAN_CHARACTER, make_segmenter
-from mlm.data.text_files import Text, read_lines
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
 from mlm.data.words import TokenizedLines, make_encoders, tokenize
+from mlm.text.lines import read_lines
 
 
 def check(lines: list[str], tokenizer) -> tuple[int, int, Counter, dict[str, list[str]]]:
@@ -73,7 +70,6 @@ def why(line: str, first: int, after: int, spans: list[tuple[int, int]]) -> str:
 
 def prepare_s(lines: list[str], tokenizer, with_words: bool) -> float:
     """Seconds to prepare the lines, without caches."""
-    vocabulary = read_vocabulary(tokenizer)
 
     def by_tokens(texts, encoders, vocabulary, segmenter):
         encoded = encoders.any_line.encode_batch_fast(texts, add_special_tokens=False)
@@ -82,12 +78,10 @@ def prepare_s(lines: list[str], tokenizer, with_words: bool) -> float:
         starts = vocabulary.word_starts(tokens, lengths)
         return TokenizedLines(tokens, lengths, starts, starts, [])
 
-    chunks.tokenize = tokenize if with_words else by_tokens
-    with tempfile.TemporaryDirectory() as output:
-        text = Text(partial(iter, lines), partial(iter, lines[:100]), "")
-        began = time.perf_counter()
-        prepare(Config(path_model_save=output), text, tokenizer, vocabulary)
-        return time.perf_counter() - began
+    preparation.tokenize = tokenize if with_words else by_tokens
+    began = time.perf_counter()
+    cut_in_memory(lines, tokenizer, 128)
+    return time.perf_counter() - began
 
 
 def main() -> None:

@@ -8,16 +8,19 @@ import io
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 from filelock import FileLock
 
 from mlm.errors import UserError
 
+HOST = socket.gethostname()  # of several that may write to one disk
 UMASK = os.umask(0o077)  # of this process; it can only be read by being set
 os.umask(UMASK)
 
@@ -30,9 +33,9 @@ def atomic_write(path: Path, setting: str = "path_model_save") -> Iterator[Path]
     its two renames is put back by the next write. Several processes may write one file, and the last one's stays; a
     folder has one writer at a time. Raises UserError, which names `setting`, where the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.new")
     previous = path.with_name(f".{path.name}.old")
-    try:
+    with _plain_refusal(path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path, previous)
         try:
@@ -43,6 +46,35 @@ def atomic_write(path: Path, setting: str = "path_model_save") -> Iterator[Path]
             temporary.replace(path)
         finally:
             _tidy(path, previous)
+
+
+@contextmanager
+def write_beside_others(path: Path, unfinished: Path) -> Iterator[Path]:
+    """Yields a temporary path, as `atomic_write`, for a file or a folder of which several processes, on one machine or
+    many, may write the same at once: the first one's stays.
+
+    unfinished: a folder on the same disk for what is not whole yet; a process that is killed leaves its own there.
+    """
+    temporary = unfinished / f"{path.name}.{uuid4().hex}"
+    with _plain_refusal(path, "path_model_save"):
+        unfinished.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _flush(temporary)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if not path.exists():
+                    raise
+        finally:
+            _remove(temporary)
+
+
+@contextmanager
+def _plain_refusal(path: Path, setting: str) -> Iterator[None]:
+    """Raises UserError, which names `setting`, where the disk refuses what the block writes to `path`."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -54,11 +86,11 @@ def atomic_write(path: Path, setting: str = "path_model_save") -> Iterator[Path]
 
 
 def _tidy(path, previous):
-    """Removes what this process, and those that were killed while they wrote `path`, have left beside it."""
+    """Removes what this process, and those of this machine that were killed while they wrote `path`, left beside it."""
     if previous.exists() and not path.exists():  # stopped between the two renames
         previous.rename(path)
     _remove(previous)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(HOST)}.*.new"):
         writer = leftover.name.split(".")[-2]
         is_at_work = writer.isdecimal() and int(writer) != os.getpid() and psutil.pid_exists(int(writer))
         if not is_at_work:

@@ -33,14 +33,15 @@ def prepare_output() -> None:
             sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def progress_bar(what: str, total: int, unit: str, shown: bool = True) -> tqdm:
+def progress_bar(what: str, total: int, unit: str, shown: bool = True, done: int = 0) -> tqdm:
     """Returns a bar that is shown after one second, and cleared at the end. Where stderr is no terminal, such as a log
-    file or a notebook's output, it is a line every half minute."""
+    file or a notebook's output, it is a line every half minute. done: before, so that the time left is right."""
     options: dict[str, Any] = {"delay": SECONDS_BEFORE_A_BAR}
     if not sys.stderr.isatty():
         options = {"delay": SECONDS_BETWEEN_LINES, "mininterval": SECONDS_BETWEEN_LINES, "miniters": 1}
         options |= {"file": _Lines(), "ncols": 0}
-    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, disable=not shown, **options)
+    options |= {"initial": done, "disable": not shown}
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, **options)
 
 
 def steps_bar(total: int, done: int, shown: bool) -> tqdm:

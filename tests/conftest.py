@@ -16,9 +16,9 @@ from runs import draw_no_charts, reset_process_state, run
 from texts import make_lines, write_text
 
 from Config import Config
-from mlm.data.text_files import Text, read_lines
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
 from mlm.report.summary import read_summary
+from mlm.text.files import Text, find_text
 
 
 @pytest.fixture(scope="session")
@@ -92,11 +92,9 @@ def text_of():
     """Writes lines or bytes to one file a split and returns them as a Text."""
 
     def make(folder: Path, train: bytes, test: bytes = b"a test line\n") -> Text:
-        files = {}
         for split, content in (("train", train), ("test", test)):
-            files[split] = [folder / f"{split}.txt"]
-            files[split][0].write_bytes(content)
-        return Text(partial(read_lines, files["train"]), partial(read_lines, files["test"]), str(hash((train, test))))
+            (folder / f"{split}.txt").write_bytes(content)
+        return find_text(settings_in(folder, path_datasets=str(folder)))
 
     return make
 

@@ -30,11 +30,11 @@ from data_process import prepare, training_batches
 from mlm.data.chunks import Chunks, take
 from mlm.data.masking import BERT_RULE, MaskRule
 from mlm.data.packing import Sequences
-from mlm.data.text_files import find_text
 from mlm.data.text_stats import TextStats
 from mlm.encoder.packed import PackedMaskedLM
 from mlm.errors import UserError
 from mlm.settings import describe_settings
+from mlm.text.files import find_text
 from mlm.training.plan import learning_rate_at, resolve
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 60))  # texts; of configurations ten times as many

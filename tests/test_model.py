@@ -26,11 +26,11 @@ from transformers import (
 
 from mlm.data.masking import BERT_RULE, mask
 from mlm.data.packing import WIDTH_STEP, frame, pack, split_rows
-from mlm.data.randomness import random_bits
 from mlm.encoder.attention import WIDEST_PLAIN_ATTENTION
 from mlm.encoder.dropout import Dropout
 from mlm.encoder.packed import PackedMaskedLM
 from mlm.errors import UserError
+from mlm.randomness import random_bits
 from mlm.training.checkpoint import save_model
 from model import load_model
 

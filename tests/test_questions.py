@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, PreTrainedTokenizerBase
 
 from Config import Config, DownstreamConfig
-from mlm.data.text_files import find_text
 from mlm.data.text_stats import SplitStats, TextStats, text_warnings
 from mlm.data.tokenizer import SPECIAL_TOKENS, load_pretrained_tokenizer, load_tokenizer, tokenizer_warnings
 from mlm.downstream.task import load_task
@@ -26,6 +25,7 @@ from mlm.errors import UserError
 from mlm.report import wording
 from mlm.runtime import launch
 from mlm.runtime.hub import locate
+from mlm.text.files import find_text
 from mlm.training.progress import Progress
 from mlm.training.run import Ending
 from model import load_encoder, load_model

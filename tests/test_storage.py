@@ -11,7 +11,7 @@ from filelock import Timeout
 from safetensors.numpy import save_file
 
 from mlm.errors import UserError
-from mlm.storage import atomic_write, lock, once, write_csv, write_last_row
+from mlm.storage import HOST, atomic_write, lock, once, write_csv, write_last_row
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +35,7 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for writer in (ended.pid, os.getpid()):  # in a container one number may be that of every run
-        leftover = tmp_path / f".best.{writer}.new"
+        leftover = tmp_path / f".best.{HOST}.{writer}.new"
         leftover.mkdir()
         (leftover / "half").write_text("hal")
     fill(tmp_path / "best", "whole")
@@ -44,11 +44,16 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
 
 
 def test_what_another_process_writes_is_left_alone(tmp_path):
-    other = tmp_path / f".report.html.{os.getppid()}.new"
-    other.write_text("hal")
+    """A process of this machine that is at work, or any of another machine, whose numbers say nothing here."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    others = [tmp_path / f".report.html.{writer}.new" for writer in (f"{HOST}.{os.getppid()}", f"b.{ended.pid}")]
+    for other in others:
+        other.write_text("hal")
     with atomic_write(tmp_path / "report.html") as temporary:
         temporary.write_text("whole")
-    assert other.read_text() == "hal" and (tmp_path / "report.html").read_text() == "whole"
+    assert [other.read_text() for other in others] == ["hal"] * 2
+    assert (tmp_path / "report.html").read_text() == "whole"
 
 
 @pytest.mark.parametrize("rename_that_fails", [None, 1, 2])

@@ -5,23 +5,17 @@ A *chunk* is a line, or a part of a line too long for `sen_max_length`. Stored t
 """
 
 import math
-from array import array
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mlm.data.chinese import Segmenter
-from mlm.data.text_files import Text, distinct, line_hash
-from mlm.data.text_stats import SplitStats, TextStats, length_bins, unknown_causes
+from mlm.data.text_stats import TextStats
 from mlm.data.tokenizer import Vocabulary
-from mlm.data.words import Encoders, WordCounts, tokenize
-from mlm.errors import UserError
+from mlm.text.files import Text
 
 COUNTED_AT_ONCE = 1 << 24  # tokens
 
@@ -36,7 +30,7 @@ class Chunks:
 
     @classmethod
     def read(cls, path: Path) -> "Chunks":
-        """Memory-maps what `write_chunks` wrote."""
+        """Memory-maps the files of one split."""
         return cls(*(np.asarray(np.load(path / f"{field.name}.npy", mmap_mode="r")) for field in fields(cls)))
 
     def __len__(self) -> int:
@@ -69,6 +63,17 @@ def count_tokens(chunks: Chunks, vocabulary_size: int) -> np.ndarray:
     return counts
 
 
+def token_dtype(vocabulary_size: int) -> np.dtype:
+    """Returns the type of stored tokens, whose highest bit says where words start."""
+    return np.dtype(np.uint16 if vocabulary_size <= 2**15 else np.uint32)
+
+
+def with_word_bits(tokens: np.ndarray, starts_word: np.ndarray, vocabulary_size: int) -> np.ndarray:
+    """Returns tokens (tokens,) as they are stored, with whether each starts a word (tokens,) bool."""
+    dtype = token_dtype(vocabulary_size)
+    return tokens.astype(dtype) | np.left_shift(starts_word.astype(dtype), _word_bit(dtype))
+
+
 def _word_bit(dtype: Any) -> int:
     """Returns the number of the highest bit."""
     return 8 * np.dtype(dtype).itemsize - 1
@@ -77,85 +82,6 @@ def _word_bit(dtype: Any) -> int:
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """Returns how many batches an epoch is; the last may be smaller."""
     return math.ceil(examples / batch_size)
-
-
-class WrittenSplit(NamedTuple):
-    """What `write_chunks` counts beside the chunks that it writes."""
-
-    stats: SplitStats
-    line_hashes: array  # (lines that are not blank,) uint64
-    occurrences: np.ndarray  # (vocabulary,) int64: how often each token occurs
-    words: WordCounts
-
-
-def write_chunks(
-    lines: Iterator[str], path: Path, body_length: int, encoders: Encoders, segmenter: Segmenter, vocabulary: Vocabulary
-) -> WrittenSplit:
-    """Tokenizes the lines, cuts them into chunks of at most `body_length` tokens and writes these to a new folder.
-
-    Raw files come first, so that memory stays small for any text. Raises UserError where there is none.
-    """
-    path.mkdir()
-    dtype = np.uint16 if vocabulary.size <= 2**15 else np.uint32  # the highest bit tells where words start
-    all_lines = characters = 0
-    causes: Counter[str] = Counter()
-    line_hashes, line_lengths, chunk_lengths = array("Q"), array("q"), array("q")
-    occurrences, words = np.zeros(vocabulary.size, dtype=np.int64), WordCounts()
-    tokens_file, lines_file = path / "tokens", path / "lines"
-    with open(tokens_file, "wb") as to_tokens, open(lines_file, "wb") as to_lines:
-        for block in _blocks(lines):
-            filled = list(filter(None, block))
-            tokenized = tokenize(filled, encoders, vocabulary, segmenter)
-            word_bits = np.left_shift(tokenized.starts_word.astype(dtype), _word_bit(dtype))
-            (tokenized.tokens.astype(dtype) | word_bits).tofile(to_tokens)
-            of_lines = np.split(tokenized.starts_word, np.cumsum(tokenized.lengths)[:-1])
-            lengths = [cut_line(starts_word, body_length) for starts_word in of_lines]  # of each line's chunks
-            hashes = np.array([line_hash(line) for line in filled], dtype=np.uint64)
-            np.repeat(hashes, list(map(len, lengths))).tofile(to_lines)
-            chunk_lengths.extend(chain.from_iterable(lengths))
-            line_hashes.extend(hashes.tolist())
-            all_lines += len(block)
-            characters += sum(map(len, block))
-            line_lengths.extend(tokenized.lengths.tolist())
-            occurrences += np.bincount(tokenized.tokens, minlength=vocabulary.size)
-            is_unknown = tokenized.tokens == vocabulary.unk_id
-            if is_unknown.any():
-                of_unknown = np.repeat(np.arange(len(filled)), tokenized.lengths)[is_unknown]  # their lines
-                causes += unknown_causes([filled[line] for line in np.unique(of_unknown)], encoders.any_line)
-            words.update(tokenized.tokens, tokenized.starts_spaced, vocabulary, tokenized.segmented)
-    if not chunk_lengths:
-        raise UserError(f"path_datasets: no line of {path.stem}* holds a token to train or test on")
-    np.save(path / "offsets.npy", chunk_bounds(np.array(chunk_lengths)))
-    for file, kind in ((tokens_file, dtype), (lines_file, np.uint64)):
-        np.save(file.with_suffix(".npy"), np.memmap(file, kind, mode="r"))
-        file.unlink()
-    binned = np.histogram(line_lengths, [*length_bins(body_length), math.inf])[0]  # lines with a token, by their tokens
-    stats = SplitStats(
-        lines=all_lines,
-        blank=all_lines - len(line_hashes),
-        duplicate=len(line_hashes) - len(distinct(line_hashes)),
-        dropped=len(line_hashes) - int(binned.sum()),
-        characters=characters,
-        tokens=int(occurrences.sum()),
-        unknown=int(occurrences[vocabulary.unk_id]) if vocabulary.unk_id >= 0 else 0,
-        chunks=len(chunk_lengths),
-        line_lengths=binned.tolist(),
-        unknown_causes=dict(causes),
-    )
-    return WrittenSplit(stats, line_hashes, occurrences, words)
-
-
-def _blocks(lines: Iterator[str], characters: int = 1 << 19) -> Iterator[list[str]]:
-    """Yields blocks of lines, of about `characters` each: enough to keep every core busy, and memory small."""
-    block, size = [], 0
-    for line in lines:
-        block.append(line)
-        size += len(line) + 1
-        if size >= characters:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
 
 
 def cut_line(starts_word: np.ndarray, limit: int) -> list[int]:

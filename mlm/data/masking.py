@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mlm.data.chunks import chunk_bounds
-from mlm.data.randomness import Draw, random_bits, threshold
 from mlm.data.tokenizer import Vocabulary
+from mlm.randomness import Draw, random_bits, threshold
 
 SPAN_WORDS = 3.8  # the mean length of a span
 

@@ -57,6 +57,7 @@ class TextStats:
     test_lines_in_train: int
     unigram_perplexity: float  # on the test tokens, each predicted by its frequency in the training text
     split_words: list[SplitWord]  # words that the vocabulary has no token for, the most frequent first
+    removable_lines: int = 0  # of the training text, that repeat an earlier one or stand in the test text
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "TextStats":
@@ -64,6 +65,14 @@ class TextStats:
         splits = {name: SplitStats(**content[name]) for name in ("train", "test")}
         words = content.pop("broken_words" if "broken_words" in content else "split_words")  # as they once were called
         return cls(**content | splits | {"split_words": [SplitWord(*word) for word in words]})
+
+
+def add_stats(one: SplitStats, other: SplitStats) -> SplitStats:
+    """Returns the counts of two parts of a split together."""
+    added = {name: count + getattr(other, name) for name, count in vars(one).items() if isinstance(count, int)}
+    line_lengths = [sum(pair) for pair in zip(one.line_lengths, other.line_lengths, strict=True)]
+    causes = Counter(one.unknown_causes) + Counter(other.unknown_causes)
+    return SplitStats(**added, line_lengths=line_lengths, unknown_causes=dict(causes))
 
 
 def length_bins(body_length: int) -> list[int]:

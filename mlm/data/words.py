@@ -13,9 +13,9 @@ from tokenizers.normalizers import BertNormalizer
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.chinese import HAN_CHARACTER, LocatedText, Segmenter, correct_word_starts, find_word_starts, is_common
-from mlm.data.text_files import read_lines
 from mlm.data.tokenizer import ROLES, Vocabulary, is_wordpiece, kind_of, role_id
 from mlm.errors import UserError
+from mlm.text.lines import read_lines
 
 PROBE = "ab cd ef, (gh) ij-kl 12"  # text whose words are known
 NO_CHARACTER = "\uffff"  # which Unicode keeps from being one
@@ -25,6 +25,7 @@ PIECE_CHARACTERS = 1 << 20  # of a line that is longer
 BETWEEN_WORDS = re.compile("[ \t\r\u3000\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f]")  # and Chinese punctuation
 ONE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 COUNTED_WORDS = 1 << 18  # of more distinct ones the rarer half is dropped, so that memory stays small
+KEPT_WORDS = 1 << 16  # of a part of the text
 
 
 def read_words(path: str | None, setting: str) -> list[str]:
@@ -44,6 +45,17 @@ class Encoders(NamedTuple):
 
     any_line: Tokenizer
     ascii_line: Tokenizer  # for lines that are ASCII: the same tokens, faster
+
+    def describe(self) -> tuple[str, str]:
+        """Returns both as JSON, of which `from_descriptions` makes them again in another process."""
+        return self.any_line.to_str(), self.ascii_line.to_str()
+
+    @classmethod
+    def from_descriptions(cls, descriptions: tuple[str, str]) -> "Encoders":
+        encoders = cls(*map(Tokenizer.from_str, descriptions))
+        for encoder in encoders:
+            encoder.encode_special_tokens = True  # which no description says
+        return encoders
 
 
 def make_encoders(tokenizer: PreTrainedTokenizerBase) -> Encoders:
@@ -183,11 +195,25 @@ class WordCounts:
         byte_bounds = zip((8 * bounds[many]).tolist(), (8 * bounds[many + 1]).tolist(), strict=True)
         self.subwords.update(content[first:after] for first, after in byte_bounds)
         self.chinese.update(segmented)
+        self._forget_rare()
+
+    def _forget_rare(self) -> None:
         for counter in (self.subwords, self.chinese):
             if len(counter) > COUNTED_WORDS:
                 kept = counter.most_common(COUNTED_WORDS // 2)
                 counter.clear()
                 counter.update(dict(kept))
+
+    def to_json(self) -> dict[str, dict[str, int]]:
+        """Returns the most frequent ones, for `add`."""
+        subwords = {content.hex(): count for content, count in self.subwords.most_common(KEPT_WORDS)}
+        return {"subwords": subwords, "chinese": dict(self.chinese.most_common(KEPT_WORDS))}
+
+    def add(self, other: dict[str, dict[str, int]]) -> None:
+        """Adds the counts of another part of the text."""
+        self.subwords.update({bytes.fromhex(content): count for content, count in other["subwords"].items()})
+        self.chinese.update(other["chinese"])
+        self._forget_rare()
 
     def split_words(self, encoder: Tokenizer, vocabulary: Vocabulary, limit: int) -> list[SplitWord]:
         """Returns at most `limit` words that are split, the most frequent first.

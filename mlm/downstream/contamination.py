@@ -5,10 +5,10 @@ from functools import cache
 from pathlib import Path
 
 from Config import Config
-from mlm.data.text_files import find_text
 from mlm.downstream.task import Task
 from mlm.errors import UserError
 from mlm.runtime.hub import wants_wikitext
+from mlm.text.files import find_text
 
 
 def count_contaminated(model: str, task: Task) -> int | None:

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.data.chunks import chunk_bounds
 from mlm.data.packing import Sequences, slice_chunks
-from mlm.data.randomness import epoch_order
 from mlm.data.tokenizer import Vocabulary, read_vocabulary
 from mlm.data.words import make_encoders
 from mlm.downstream.task import Task
 from mlm.downstream.task_files import Example
+from mlm.randomness import epoch_order
 
 
 class Encoded(NamedTuple):

@@ -20,8 +20,8 @@ from Config import DownstreamConfig
 from mlm.data.chunks import chunk_bounds, steps_per_epoch
 from mlm.data.micro_batches import MicroBatch, MicroBatcher
 from mlm.data.packing import Sequences, slice_chunks
-from mlm.data.randomness import dropout_seed
 from mlm.downstream.encoding import Encoded, training_order
+from mlm.randomness import dropout_seed
 from mlm.terminal import progress_bar
 from mlm.training.optimizer import make_optimizer
 from mlm.training.plan import learning_rate_at

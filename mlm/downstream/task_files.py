@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from Config import DownstreamConfig
-from mlm.data.text_files import decode_lines
 from mlm.errors import UserError, first_line
+from mlm.text.lines import decode_lines
 
 Kind = Literal["text", "pair", "entities"]
 Row = tuple[int, list[Any]]  # the line of the file, from 1, and its cells
@@ -68,7 +68,7 @@ def read_labelled(path: Path, config: DownstreamConfig) -> LabelledFile:
     Raises UserError, which names the line, where the file is not what it seems to be.
     """
     ending = Path(path.name.lower().removesuffix(".gz")).suffix[1:]
-    lines = list(decode_lines([path], "task"))
+    lines = list(decode_lines(path, "task"))
     columns_of_lines = [] if ending in (*JSON_ENDINGS, "csv") else [_split_columns(line) for line in lines]
     words = [(columns[0], columns[-1]) for columns in columns_of_lines if len(columns) > 1 and columns[0] != "#"]
     if ending in CONLL_ENDINGS or _are_tagged(words, columns_of_lines.count([])):

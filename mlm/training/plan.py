@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, cast
 
 from Config import SCRATCH_SIZES, Config
 from mlm.data.chunks import Chunks, Corpus, steps_per_epoch
-from mlm.data.text_files import text_folder
 from mlm.encoder.families import USUAL, Habits
 from mlm.errors import UserError
 from mlm.evaluation.loss import Evaluation
+from mlm.text.files import text_folder
 from mlm.training.progress import Progress
 
 # All evaluations but the last score a sample of the test chunks, where all of them would take too long.

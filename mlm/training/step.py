@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from Config import Config
 from mlm.data.micro_batches import Counts, MicroBatch, Prefetcher
-from mlm.data.randomness import dropout_seed
 from mlm.errors import UserError
+from mlm.randomness import dropout_seed
 from mlm.runtime.distributed import on_any_rank
 from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
 from mlm.runtime.signals import StopRequest

@@ -13,7 +13,7 @@ import data_process
 from data_process import evaluation_batches, training_batches
 from mlm.data.chunks import Chunks
 from mlm.data.masking import BERT_RULE, MaskRule, content_keys, mask
-from mlm.data.randomness import mask_keys, random_bits
+from mlm.randomness import mask_keys, random_bits
 
 RULES = {"tokens": BERT_RULE, "whole words": MaskRule(whole_words=True), "spans": MaskRule(spans=True)}
 SIGMAS = 5  # a counted share lies so many standard deviations around the true one with probability 1 - 6e-7

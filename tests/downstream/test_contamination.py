@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from mlm.data.text_files import find_text
 from mlm.downstream import contamination
 from mlm.downstream.contamination import count_contaminated
 from mlm.downstream.task import Task
 from mlm.downstream.task_files import Example
+from mlm.text.files import find_text
 
 
 def test_test_texts_in_the_pre_training_text_of_a_run_are_counted(tmp_path, settings, text_folder):

@@ -35,8 +35,6 @@ from mlm.data.chinese import HAN_CHARACTER, make_segmenter
 from mlm.data.chunks import Chunks, take
 from mlm.data.masking import BERT_RULE, mask
 from mlm.data.packing import Sequences, frame
-from mlm.data.randomness import random_bits
-from mlm.data.text_files import find_text
 from mlm.data.tokenizer import load_pretrained_tokenizer, read_vocabulary
 from mlm.data.words import WordCounts, _located_kinds, make_encoders, tokenize
 from mlm.encoder import check
@@ -45,6 +43,8 @@ from mlm.encoder.families import freeze_key_biases
 from mlm.encoder.packed import PackedClassifier, PackedMaskedLM
 from mlm.errors import UserError
 from mlm.evaluation.fill_mask import hide_words
+from mlm.randomness import random_bits
+from mlm.text.files import find_text
 from mlm.training.optimizer import make_optimizer
 from model import load_classifier, load_masked_lm
 

@@ -15,13 +15,13 @@ from data_process import evaluation_batches, prepare
 from mlm.data.chunks import Chunks, take
 from mlm.data.masking import BERT_RULE, content_keys, mask
 from mlm.data.packing import frame
-from mlm.data.randomness import evaluation_sample
-from mlm.data.text_files import find_text
 from mlm.data.tokenizer import load_tokenizer, read_vocabulary
 from mlm.encoder.packed import PackedMaskedLM
 from mlm.evaluation import loss as evaluation
 from mlm.evaluation.loss import Evaluation, compare, evaluate, standard_error
+from mlm.randomness import evaluation_sample
 from mlm.runtime.signals import StopRequest
+from mlm.text.files import find_text
 from mlm.training import plan as training_plan
 from mlm.training.plan import Plan, affordable_chunks, middle_sample
 from model import load_model

@@ -1,6 +1,5 @@
 """What a run does beside training: a dry run, an evaluation alone, and what it tells metrics."""
 
-import gzip
 import io
 import re
 import shutil
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import train
 from mlm import terminal
-from mlm.data import text_files
 from mlm.errors import UserError
 from mlm.report import dry_run
 from mlm.runtime import hub
@@ -246,19 +244,6 @@ def test_a_bar_is_lines_in_a_file(monkeypatch, capsys):
     with terminal.progress_bar("reading", 1000, "B", shown=False) as bar:
         bar.update(1000)
     assert capsys.readouterr().err == ""
-
-
-def test_reading_is_counted_by_bytes_of_the_file(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(text_files, "LINES_BETWEEN_UPDATES", 10)
-    monkeypatch.setattr("tqdm.tqdm.update", lambda self, by: seen.append((self.total, by)))
-    for name, opened in (("a.txt", open), ("a.txt.gz", gzip.open)):
-        with opened(tmp_path / name, "wb") as file:
-            file.write(b"a line of text\n" * 100)
-        assert len(list(text_files.read_lines([tmp_path / name]))) == 100
-        size = (tmp_path / name).stat().st_size
-        assert {total for total, _ in seen} == {size} and seen[-1][1] == size  # from 0, as nothing moves the bar here
-        seen.clear()
 
 
 def test_a_terminal_that_lacks_characters_shows_their_numbers(settings, monkeypatch):

@@ -115,8 +115,8 @@ def test_the_gradient_scaler_comes_back(long_settings, monkeypatch):
 
     monkeypatch.setattr("mlm.runtime.distributed.Accelerator", Scaled)
     whole = run(long_settings(run_name="whole", max_steps=14))
-    folder = stop_at(long_settings(run_name="a", max_steps=14), 10)
-    scaler = json.loads((checkpoint(folder, 10) / "state.json").read_text())["scaler"]
+    folder = stop_at(long_settings(run_name="a", max_steps=14), 11)
+    scaler = json.loads((checkpoint(folder, 11) / "state.json").read_text())["scaler"]
     assert scaler["scale"] not in (0, 2.0**20) and scaler["_growth_tracker"] > 0  # neither fresh nor just halved
     run(long_settings(resume=True, max_steps=14))
     assert_same_bits(folder, whole)

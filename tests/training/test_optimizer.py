@@ -78,7 +78,7 @@ def test_all_else_is_adamws(bert, name):
 
 def test_tokens_are_counted(settings, tokenizer, vocabulary):
     from data_process import prepare
-    from mlm.data.text_files import find_text
+    from mlm.text.files import find_text
 
     config = settings()
     train, _, _ = prepare(config, find_text(config), tokenizer, vocabulary)

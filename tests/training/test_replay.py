@@ -18,9 +18,9 @@ import train
 from Config import Config
 from data_process import load_corpus, replaying_batches
 from mlm.data.chunks import Chunks, Corpus, GeneralText
-from mlm.data.randomness import epoch_order, general_seed
 from mlm.errors import UserError
 from mlm.evaluation import loss
+from mlm.randomness import epoch_order, general_seed
 from mlm.training import plan as training_plan
 from mlm.training.plan import Timings, make_plan
 

@@ -25,12 +25,12 @@ import train
 from data_process import prepare
 from mlm.data.chunks import count_tokens, take
 from mlm.data.masking import BERT_RULE, mask
-from mlm.data.randomness import dropout_seed, epoch_order, mask_keys
-from mlm.data.text_files import find_text
 from mlm.data.tokenizer import load_tokenizer, read_vocabulary
 from mlm.encoder.dropout import Dropout
 from mlm.errors import UserError
+from mlm.randomness import dropout_seed, epoch_order, mask_keys
 from mlm.storage import lock
+from mlm.text.files import find_text
 from mlm.training import step as training_step
 from mlm.training.checkpoint import save_if_due
 from mlm.training.optimizer import MuonWithAdamW

@@ -2,7 +2,7 @@
 
 A mask drawn from (seed, epoch, chunk, place) is the same whatever the batch, the device or an interruption. Every
 stream of random numbers of a run has its number here, so that no two of them are the same. Beside them, `seed` decides
-which lines are held out for testing (mlm/data/text_files.py) and the new weights of a model (model.py).
+the new weights of a model (model.py).
 """
 
 import math
@@ -22,6 +22,7 @@ class Stream(IntEnum):
     DROPOUT = 3
     EVALUATION = 4  # which test chunks are scored where not all are
     GENERAL = 5  # the seed of general text's own order and masks
+    HELD_OUT = 6  # which lines are tested on, where there is no test text
 
 
 class Draw(IntEnum):
@@ -99,6 +100,12 @@ def _shift(values: np.ndarray, counters: np.ndarray, limit: int) -> np.ndarray:
 def mask_keys(seed: int, epoch: int, chunks: np.ndarray) -> np.ndarray:
     """Returns the keys, (n,) uint64, that decide the masks in an epoch of the chunks with these indices (n,)."""
     return random_bits(seed, Stream.MASKS, epoch, chunks)
+
+
+def line_keys(seed: int, hashes: np.ndarray) -> np.ndarray:
+    """Returns the keys (n,) uint64 of lines, by their hashes (n,), the smallest of which are held out for testing. No
+    two hashes have the same key."""
+    return random_bits(seed, Stream.HELD_OUT, hashes)
 
 
 def general_seed(seed: int) -> int:

@@ -5,38 +5,49 @@ Lines are read by the standard library, as pandas does not know the line of what
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mlm.errors import UserError, first_line
-from mlm.terminal import progress_bar
 
 LONGEST_CELL = 1 << 24  # characters: a quote that is not closed must not fill the memory
 ROWS_AT_ONCE = 1024  # of a Parquet file
 
 
-def read_table(path: Path, ending: str, lines: Iterable[str], column: str, setting: str) -> Iterator[str]:
+def read_table(
+    path: Path,
+    ending: str,
+    lines: Iterable[str],
+    column: str,
+    setting: str,
+    count_before: Callable[[], int] = lambda: 0,
+) -> Iterator[str]:
     """Yields the text in the column of each row, with line feeds as spaces, stripped; empty where it is null.
 
-    ending: of the format, such as .csv; lines: those of the file, where the format has lines.
+    ending: of the format, such as .csv; lines: those of the file, where the format has lines, or the last of them,
+    before which there are as many others as `count_before` finds.
     Raises UserError, which names setting, file and line (row), where a row is not of the format, or holds no string.
     """
     where = f"{setting}: {path}"
+
+    def place(number: int) -> str:
+        return f"{where}, {'row' if ending == '.parquet' else 'line'} {count_before() + number}"
+
     if ending == ".parquet":
-        cells, unit = _parquet_cells(path, where, column), "row"
+        cells = _parquet_cells(path, where, column)
     elif ending in (".csv", ".tsv"):
-        cells, unit = _csv_cells(lines, where, column, is_csv=ending == ".csv"), "line"
+        cells = _csv_cells(lines, where, column, is_csv=ending == ".csv")
     else:
-        cells, unit = _json_cells(lines, where, column), "line"
+        cells = _json_cells(lines, place, column)
     for number, cell in cells:
         if not isinstance(cell, str | None):
-            raise UserError(f"{where}, {unit} {number}: {column} is {cell!r:.40}, not a string; remove or convert it")
+            raise UserError(f"{place(number)}: {column} is {cell!r:.40}, not a string; remove or convert it")
         text = (cell or "").replace("\n", " ").strip()
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{where}, {unit} {number} holds half a character: {first_line(error)}") from error
+            raise UserError(f"{place(number)} holds half a character: {first_line(error)}") from error
         yield text
 
 
@@ -46,17 +57,18 @@ def _refuse_columns(where: str, column: str, columns: Iterable[Any], hint: str =
         raise UserError(f"{where} has no column {column}, but {names:.200}. Name the text's by text_column{hint}")
 
 
-def _json_cells(lines: Iterable[str], where: str, key: str) -> Iterator[tuple[int, Any]]:
+def _json_cells(lines: Iterable[str], place: Callable[[int], str], key: str) -> Iterator[tuple[int, Any]]:
     """Yields line and value of a key of one object per line; None for a blank line."""
     remedy = f'A line should hold one object, {{"{key}": "..."}}; jq -c .[] makes such lines of a list'
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else {key: None}
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}, line {number} is not JSON by itself: {first_line(error)}. {remedy}") from error
+            raise UserError(f"{place(number)} is not JSON by itself: {first_line(error)}. {remedy}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{where}, line {number} is no object. {remedy}")
-        _refuse_columns(f"{where}, line {number}", key, row)
+            raise UserError(f"{place(number)} is no object. {remedy}")
+        if key not in row:
+            _refuse_columns(place(number), key, row)
         yield number, row[key]
 
 
@@ -101,11 +113,9 @@ def _parquet_cells(path: Path, where: str, column: str) -> Iterator[tuple[int, A
     try:
         with ParquetFile(path) as file:
             _refuse_columns(where, column, file.schema_arrow.names)
-            with progress_bar(f"reading {path.name}", file.metadata.num_rows, "rows") as bar:
-                for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
-                    for number, cell in enumerate(batch.column(0), start=number + 1):  # noqa: B020
-                        yield number, cell.as_py()
-                    bar.update(len(batch))
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
+                for number, cell in enumerate(batch.column(0), start=number + 1):  # noqa: B020
+                    yield number, cell.as_py()
     except (OSError, ValueError, pa.ArrowException) as error:
         problem = f"cannot be read as Parquet from row {max(number, 1)} on: {first_line(error)}"
         raise UserError(f"{where} {problem}") from error

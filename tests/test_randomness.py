@@ -14,7 +14,7 @@ import data_process
 from data_process import training_batches
 from mlm.data.chunks import Chunks
 from mlm.data.masking import BERT_RULE
-from mlm.data.randomness import epoch_order, evaluation_sample, random_bits
+from mlm.randomness import epoch_order, evaluation_sample, random_bits
 
 UNLIKELY = 1e-4  # of a chi-square test; the seeds are fixed, so that it fails always or never
 

@@ -1,0 +1,1 @@
+"""Text files to lines: found, read in parts, and chosen for training or for testing."""

@@ -15,6 +15,7 @@ from Config import Config
 from mlm.data.chunks import Corpus
 from mlm.data.micro_batches import MicroBatcher
 from mlm.evaluation.fill_mask import HiddenWord
+from mlm.runtime import heartbeat
 from mlm.runtime.signals import StopRequest
 from mlm.training.plan import Plan, Timings
 
@@ -54,6 +55,7 @@ class Learner:
         for a thread of the group that waits for this one, and a rank would hang now and then.
         """
         del self.model, self.optimizer
+        heartbeat.stop()
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
         self.accelerator.end_training()

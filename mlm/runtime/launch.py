@@ -47,7 +47,7 @@ def main() -> None:
             os.environ["ACCELERATE_USE_CPU"] = "true"
         _check_configuration(arguments)
         command, environment = launch.prepare_simple_launcher_cmd_env(arguments)
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, YAMLError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, YAMLError) as error:
         raise UserError(
             f"accelerate config: {launch.default_config_file} cannot be used: {first_line(error).rstrip('.')}. Run "
             "`accelerate config` again"
@@ -81,7 +81,12 @@ def _check_configuration(arguments):
             "accelerate config: DeepSpeed, FullyShardedDataParallel, Megatron-LM and TPUs are not supported; a BERT "
             "fits on one GPU. Run `accelerate config` again and answer NO to them"
         )
-    each = arguments.num_processes // arguments.num_machines
+    each, uneven = divmod(arguments.num_processes, arguments.num_machines)
+    if not each or uneven:  # with one for two machines, each would train alone
+        raise UserError(
+            f"accelerate config: {arguments.num_processes} process(es) are not the same number on each of "
+            f"{arguments.num_machines} machines; the answer counts those of all of them. Run `accelerate config` again"
+        )
     if each > max(1, count_gpus()) and not stay_on_cpu():  # one may be an Apple GPU or a CPU
         raise UserError(
             f"accelerate config: asks for {each} GPU(s), of which {count_gpus()} can be used here. Run `accelerate "

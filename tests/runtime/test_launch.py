@@ -160,20 +160,37 @@ def test_run_sh_refuses_what_bert_does_not_need(settings, answered):
         TWO_RANKS.replace("MULTI_GPU", "OF_TOMORROW").format(precision="'no'").encode(),
         TWO_RANKS.replace("num_processes: 2", "num_processes: two").format(precision="'no'").encode(),
         TWO_RANKS.replace("num_machines: 1", "num_machines: 0").format(precision="'no'").encode(),
+        TWO_RANKS.replace("num_machines: 1", "num_machines: 2").format(precision="'no'").encode(),  # and no address
         TWO_RANKS.format(precision="int3").encode(),
         TWO_RANKS.format(precision="'no'").encode() + b"a_key_of_tomorrow: 1\n",
     ],
 )
 def test_a_configuration_file_that_cannot_be_used_is_said_plainly(tmp_path, monkeypatch, answers):
     file = tmp_path / "default_config.yaml"
+    line = refusal_of(file, answers, monkeypatch)
+    assert line.startswith(f"accelerate config: {file} cannot be used: ") and line.endswith("config` again")
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_that_machines_cannot_share_evenly_are_refused(tmp_path, monkeypatch, processes):
+    """With one for two machines, each would train alone."""
+    answers = TWO_RANKS.replace("num_machines: 1", "num_machines: 2").replace(
+        "num_processes: 2", f"num_processes: {processes}"
+    )
+    line = refusal_of(tmp_path / "default_config.yaml", answers.format(precision="'no'").encode(), monkeypatch)
+    assert line.startswith(f"accelerate config: {processes} process(es) are not the same number on each of 2 machines")
+
+
+def refusal_of(file: Path, answers: bytes, patches: pytest.MonkeyPatch) -> str:
+    """The one line that run.sh ends with where `accelerate config` was answered so."""
     file.write_bytes(answers)
     for module in ("launch", "config.config_args"):
-        monkeypatch.setattr(f"accelerate.commands.{module}.default_config_file", str(file))
-    monkeypatch.setattr(sys, "argv", ["launch", "--demo", "--check_only"])
+        patches.setattr(f"accelerate.commands.{module}.default_config_file", str(file))
+    patches.setattr(sys, "argv", ["launch", "--demo", "--check_only"])
     with pytest.raises(UserError) as refused:
         launch.main()
     [line] = str(refused.value).splitlines()
-    assert line.startswith(f"accelerate config: {file} cannot be used: ") and line.endswith("config` again")
+    return line
 
 
 def test_processes_without_a_device_of_their_own_are_refused(settings, answered):

@@ -114,7 +114,7 @@ def watch_each_other(config: Config) -> None:
     preparing text."""
     _host_group()  # made here, so that hosts which cannot reach each other end the run before it trains
     torch.distributed.distributed_c10d._set_pg_timeout(TRAINING_TIMEOUT)
-    heartbeat.start(config.path_model_save, bool(config.compile))
+    heartbeat.start(config.path_model_save, config.compile)
 
 
 def on_any_rank(accelerator: Accelerator, flag: bool) -> bool:

@@ -60,7 +60,7 @@ def at_work():
 
 
 def stop() -> None:
-    """Waits until all ranks have called this, however long that takes, and lets the hearts rest."""
+    """Lets the hearts rest once all ranks have called this, so that none takes the others' end for a loss."""
     if _heart.thread:
         _heart.is_done.set()
         _heart.thread.join()

@@ -27,6 +27,7 @@ def main() -> None:
     choose_devices(config)
 
     from accelerate.commands import launch  # here, as it takes seconds and wrong flags should not
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from yaml import YAMLError
@@ -66,6 +67,11 @@ def main() -> None:
         launch.multi_gpu_launcher(arguments)
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
+    except DistError as error:
+        first = f"{arguments.main_process_ip}:{arguments.main_process_port}"
+        raise UserError(
+            f"accelerate config: the first machine, {first}, does not answer: {first_line(error)}"
+        ) from error
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode in (2, 130, 143):  # the rank has said why

@@ -55,8 +55,8 @@ class Learner:
         for a thread of the group that waits for this one, and a rank would hang now and then.
         """
         del self.model, self.optimizer
-        heartbeat.stop()
         self.accelerator.wait_for_everyone()
+        heartbeat.stop()
         self.accelerator.free_memory()
         self.accelerator.end_training()
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -23,6 +24,7 @@ from runs import (
     start,
     stop_at,
 )
+from torch.distributed import DistNetworkError
 
 from mlm.errors import UserError
 from mlm.runtime import launch
@@ -179,6 +181,19 @@ def test_processes_that_machines_cannot_share_evenly_are_refused(tmp_path, monke
     )
     line = refusal_of(tmp_path / "default_config.yaml", answers.format(precision="'no'").encode(), monkeypatch)
     assert line.startswith(f"accelerate config: {processes} process(es) are not the same number on each of 2 machines")
+
+
+def test_a_first_machine_that_does_not_answer_is_said_plainly(tmp_path, monkeypatch):
+    def wait_in_vain(arguments):
+        raise DistNetworkError("timed out\nframe #0")
+
+    monkeypatch.setattr("accelerate.commands.launch.multi_gpu_launcher", wait_in_vain)
+    monkeypatch.setattr(launch.subprocess, "run", lambda *command, **how: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(launch.logging, "disable", lambda: None)
+    of_the_second = "machine_rank: 1\nmain_process_ip: 10.0.0.1\nmain_process_port: 29500\n"
+    answers = TWO_RANKS.replace("num_machines: 1", "num_machines: 2").replace("machine_rank: 0\n", of_the_second)
+    line = refusal_of(tmp_path / "default_config.yaml", answers.format(precision="'no'").encode(), monkeypatch)
+    assert line == "accelerate config: the first machine, 10.0.0.1:29500, does not answer: timed out"
 
 
 def refusal_of(file: Path, answers: bytes, patches: pytest.MonkeyPatch) -> str:

@@ -40,7 +40,7 @@ def test_a_rank_that_hangs_ends_itself_and_the_other(settings, hanging):
 
 
 def be_slow():
-    """Micro-batches take 1.2 seconds, of which a step has several, and a checkpoint takes 5; 2 without a sign of life
+    """Micro-batches take 1.2 seconds, of which a step has several, and a checkpoint takes 12; 2 without a sign of life
     are too many."""
     lose_patience_soon()
     forward, save = PackedMaskedLM.forward, checkpoint.save_checkpoint
@@ -50,7 +50,7 @@ def be_slow():
         return forward(self, *arguments, **inputs)
 
     def slow_save(*arguments):
-        time.sleep(5)
+        time.sleep(12)
         save(*arguments)
 
     PackedMaskedLM.forward, checkpoint.save_checkpoint = slow_forward, slow_save

@@ -27,9 +27,6 @@ def main() -> None:
     choose_devices(config)
 
     from accelerate.commands import launch  # here, as it takes seconds and wrong flags should not
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from yaml import YAMLError
 
     options = []
@@ -61,10 +58,20 @@ def main() -> None:
     check = subprocess.run([*command, "--check_only"], env=environment, stdout=subprocess.DEVNULL)
     if check.returncode:
         sys.exit(check.returncode)
+    _start_ranks(arguments)
+
+
+def _start_ranks(arguments):
+    """Starts a rank on each device of this machine, and ends with a status that says what came of them."""
+    from accelerate.commands.launch import multi_gpu_launcher
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     logging.disable()  # the launcher's own report of the failures below
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
     try:
-        launch.multi_gpu_launcher(arguments)
+        multi_gpu_launcher(arguments)
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except DistError as error:

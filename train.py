@@ -169,7 +169,7 @@ def begin(run: Run) -> Progress:
 
     # Several ranks, which from now on have to answer within minutes, sum gradients in one order from the first step on.
     if accelerator.num_processes > 1:
-        distributed.shorten_timeouts()
+        distributed.watch_each_other(setup.config)
         step.warm_up_reducer(learner)
     return progress
 

@@ -22,9 +22,10 @@ FLAGS_OF_OTHERS = {
     "accelerate": {"num_processes"},
     "hf": {"local-dir"},
     "pip": {"index-url"},
-    "sbatch": {"gpus-per-node", "cpus-per-task", "time", "signal", "requeue", "wrap"},
+    "sbatch": {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal", "requeue", "wrap"},
     "tensorboard": {"logdir"},
-    "torchrun": {"nproc_per_node"},
+    "torchrun": {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
+    | {"rdzv_id", "rdzv_backend", "rdzv_endpoint"},
 }
 
 

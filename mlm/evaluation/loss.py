@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mlm.data.micro_batches import MicroBatcher
 from mlm.data.packing import Sequences
+from mlm.runtime import heartbeat
 from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
 from mlm.runtime.signals import Stopped, StopRequest
 from mlm.storage import atomic_write
@@ -122,6 +123,7 @@ def load_evaluation(path: Path) -> tuple[Evaluation, int]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+@heartbeat.at_work()
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator,
@@ -182,6 +184,7 @@ def _score_micro_batches(
     scores = torch.zeros((3, len(chunks.lengths)), dtype=dtype, device=micro_batcher.device)
     numbered = chunks._replace(targets=np.arange(len(chunks.targets)))  # as packing changes their order
     for inputs, numbers in micro_batcher(numbered):
+        heartbeat.advance()
         logits = model(**inputs).float()  # (masked, vocabulary)
         losses = F.cross_entropy(logits, target[numbers], reduction="none")
         correct = logits.argmax(-1) == target[numbers]

@@ -2,9 +2,13 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 from warnings import filterwarnings
 
@@ -13,12 +17,16 @@ import transformers
 from accelerate import Accelerator, utils
 from accelerate.utils import gather_object
 
+from Config import Config
 from mlm.errors import UserError
+from mlm.runtime import heartbeat
 from mlm.runtime.hardware import DeviceSettings, check_devices, choose_precision
+from mlm.storage import make_folder
 
 Decision = TypeVar("Decision")
 PREPARATION_TIMEOUT = timedelta(days=1)  # one machine may prepare its text for longer than another
 TRAINING_TIMEOUT = timedelta(minutes=15)  # a checkpoint may have to go to a slow disk, or a model be compiled
+SECONDS_TO_APPEAR = 10.0  # for a file that another machine has written to a network disk
 
 
 def make_accelerator(config: DeviceSettings, tracker: str = "none", output: str | None = None) -> Accelerator:
@@ -79,10 +87,34 @@ def refuse_differences(recipe: dict[str, Any]) -> None:
         )
 
 
-def shorten_timeouts() -> None:
-    """Makes a rank that is silent for minutes end the run from now on; before, it may have been preparing text."""
+def refuse_separate_folders(accelerator: Accelerator, output: Path) -> None:
+    """Raises UserError where `output`, whatever it is called there, is not one folder for the ranks of all machines."""
+    if accelerator.num_processes == 1:
+        return
+    with ExitStack() as held:
+
+        def leave_mark() -> str:
+            make_folder(output)
+            return held.enter_context(NamedTemporaryFile(prefix=".shared-", dir=output)).name
+
+        mark = output / Path(decide_on_main(accelerator, leave_mark)).name  # a random name, so no other folder has it
+        latest = time.monotonic() + SECONDS_TO_APPEAR
+        while not mark.exists() and time.monotonic() < latest:
+            time.sleep(0.2)
+        is_found = gather_object([mark.exists()])
+    if not all(is_found):
+        raise UserError(
+            f"path_model_save: {output} is not the same folder on all machines; put it on a disk that all of them see, "
+            "as each resumes from what the first one saves"
+        )
+
+
+def watch_each_other(config: Config) -> None:
+    """Makes a rank that is lost, hangs, or is silent for minutes, end the run from now on; before, it may have been
+    preparing text."""
     _host_group()  # made here, so that hosts which cannot reach each other end the run before it trains
     torch.distributed.distributed_c10d._set_pg_timeout(TRAINING_TIMEOUT)
+    heartbeat.start(config.path_model_save, config.compile)
 
 
 def on_any_rank(accelerator: Accelerator, flag: bool) -> bool:

@@ -27,8 +27,6 @@ def main() -> None:
     choose_devices(config)
 
     from accelerate.commands import launch  # here, as it takes seconds and wrong flags should not
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from yaml import YAMLError
 
     options = []
@@ -47,7 +45,7 @@ def main() -> None:
             os.environ["ACCELERATE_USE_CPU"] = "true"
         _check_configuration(arguments)
         command, environment = launch.prepare_simple_launcher_cmd_env(arguments)
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, YAMLError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, YAMLError) as error:
         raise UserError(
             f"accelerate config: {launch.default_config_file} cannot be used: {first_line(error).rstrip('.')}. Run "
             "`accelerate config` again"
@@ -60,12 +58,27 @@ def main() -> None:
     check = subprocess.run([*command, "--check_only"], env=environment, stdout=subprocess.DEVNULL)
     if check.returncode:
         sys.exit(check.returncode)
+    _start_ranks(arguments)
+
+
+def _start_ranks(arguments):
+    """Starts a rank on each device of this machine, and ends with a status that says what came of them."""
+    from accelerate.commands.launch import multi_gpu_launcher
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     logging.disable()  # the launcher's own report of the failures below
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
     try:
-        launch.multi_gpu_launcher(arguments)
+        multi_gpu_launcher(arguments)
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
+    except DistError as error:
+        first = f"{arguments.main_process_ip}:{arguments.main_process_port}"
+        raise UserError(
+            f"accelerate config: the first machine, {first}, does not answer: {first_line(error)}"
+        ) from error
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode in (2, 130, 143):  # the rank has said why
@@ -81,7 +94,12 @@ def _check_configuration(arguments):
             "accelerate config: DeepSpeed, FullyShardedDataParallel, Megatron-LM and TPUs are not supported; a BERT "
             "fits on one GPU. Run `accelerate config` again and answer NO to them"
         )
-    each = arguments.num_processes // arguments.num_machines
+    each, uneven = divmod(arguments.num_processes, arguments.num_machines)
+    if not each or uneven:  # with one for two machines, each would train alone
+        raise UserError(
+            f"accelerate config: {arguments.num_processes} process(es) are not the same number on each of "
+            f"{arguments.num_machines} machines; the answer counts those of all of them. Run `accelerate config` again"
+        )
     if each > max(1, count_gpus()) and not stay_on_cpu():  # one may be an Apple GPU or a CPU
         raise UserError(
             f"accelerate config: asks for {each} GPU(s), of which {count_gpus()} can be used here. Run `accelerate "

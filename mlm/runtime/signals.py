@@ -13,6 +13,7 @@ from torch.distributed import DistBackendError
 from Config import Config
 from mlm.errors import UserError
 from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
+from mlm.runtime.heartbeat import lost_touch
 
 
 class Stopped(Exception):
@@ -69,9 +70,5 @@ def translate_failures(config: Config) -> Iterator[None]:
             raise UserError(f"compile: the model cannot be compiled here; leave it out. {reason}") from error
         if not (isinstance(error, DistBackendError) or "gloo" in str(error)):
             raise
-        print(
-            f"error: rank {os.environ.get('RANK', 0)} lost touch with another rank, which may have said why above. "
-            f"The same command with --resume continues from the newest checkpoint in {config.path_model_save}",
-            file=sys.stderr,
-        )
+        print(lost_touch(config.path_model_save), file=sys.stderr)
         sys.exit(1)

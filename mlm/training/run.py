@@ -15,6 +15,7 @@ from Config import Config
 from mlm.data.chunks import Corpus
 from mlm.data.micro_batches import MicroBatcher
 from mlm.evaluation.fill_mask import HiddenWord
+from mlm.runtime import heartbeat
 from mlm.runtime.signals import StopRequest
 from mlm.training.plan import Plan, Timings
 
@@ -55,6 +56,7 @@ class Learner:
         """
         del self.model, self.optimizer
         self.accelerator.wait_for_everyone()
+        heartbeat.stop()
         self.accelerator.free_memory()
         self.accelerator.end_training()
 

@@ -16,7 +16,7 @@ from filelock import Timeout
 
 from Config import Config
 from mlm.errors import UserError
-from mlm.runtime.distributed import decide_on_main
+from mlm.runtime.distributed import decide_on_main, refuse_separate_folders
 from mlm.storage import atomic_write, lock, make_folder, write_json
 
 
@@ -25,7 +25,7 @@ def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
     """Yields the run's own folder, made or, to resume a run, found; one made is removed if training never began.
 
     A dry run has one that is removed at its end. Raises UserError where `run_name` is taken, another process is at work
-    there or the folder cannot be made.
+    there, the folder cannot be made, or machines would not have it in common.
     """
     if config.dry_run:
         cache = Path(config.path_model_save) / ".cache"
@@ -34,6 +34,7 @@ def run_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
             yield Path(temporary)
         return
     with ExitStack() as held:  # the lock, for as long as the run lasts
+        refuse_separate_folders(accelerator, Path(config.path_model_save))
         folder, is_new = decide_on_main(accelerator, lambda: _claim(config, held))
         try:
             yield folder

@@ -13,6 +13,7 @@ from Config import Config
 from mlm.data.micro_batches import Counts, MicroBatch, Prefetcher
 from mlm.errors import UserError
 from mlm.randomness import dropout_seed
+from mlm.runtime import heartbeat
 from mlm.runtime.distributed import on_any_rank
 from mlm.runtime.hardware import OutOfMemory, detect_out_of_memory
 from mlm.runtime.signals import StopRequest
@@ -41,6 +42,7 @@ def max_consecutive_skips(accelerator: Accelerator) -> int:
     return MAX_CONSECUTIVE_SKIPS + (FP16_HALVINGS if accelerator.scaler is not None else 0)
 
 
+@heartbeat.at_work()
 def take_step(
     learner: Learner, progress: Progress, batches: Prefetcher, plan: Plan, config: Config, stop: StopRequest
 ) -> None:
@@ -128,6 +130,7 @@ def accumulate_gradients(
     is_shared = isinstance(model, DistributedDataParallel)
     loss_sum = torch.zeros((), device=accelerator.device)
     for number, micro_batch in enumerate(micro_batches):
+        heartbeat.advance()
         is_last = number == len(micro_batches) - 1
         torch.manual_seed(dropout_seed(seed, step, number, accelerator.process_index))
         has_failed = False

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -23,6 +24,7 @@ from runs import (
     start,
     stop_at,
 )
+from torch.distributed import DistNetworkError
 
 from mlm.errors import UserError
 from mlm.runtime import launch
@@ -160,20 +162,50 @@ def test_run_sh_refuses_what_bert_does_not_need(settings, answered):
         TWO_RANKS.replace("MULTI_GPU", "OF_TOMORROW").format(precision="'no'").encode(),
         TWO_RANKS.replace("num_processes: 2", "num_processes: two").format(precision="'no'").encode(),
         TWO_RANKS.replace("num_machines: 1", "num_machines: 0").format(precision="'no'").encode(),
+        TWO_RANKS.replace("num_machines: 1", "num_machines: 2").format(precision="'no'").encode(),  # and no address
         TWO_RANKS.format(precision="int3").encode(),
         TWO_RANKS.format(precision="'no'").encode() + b"a_key_of_tomorrow: 1\n",
     ],
 )
 def test_a_configuration_file_that_cannot_be_used_is_said_plainly(tmp_path, monkeypatch, answers):
     file = tmp_path / "default_config.yaml"
+    line = refusal_of(file, answers, monkeypatch)
+    assert line.startswith(f"accelerate config: {file} cannot be used: ") and line.endswith("config` again")
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_that_machines_cannot_share_evenly_are_refused(tmp_path, monkeypatch, processes):
+    """With one for two machines, each would train alone."""
+    answers = TWO_RANKS.replace("num_machines: 1", "num_machines: 2").replace(
+        "num_processes: 2", f"num_processes: {processes}"
+    )
+    line = refusal_of(tmp_path / "default_config.yaml", answers.format(precision="'no'").encode(), monkeypatch)
+    assert line.startswith(f"accelerate config: {processes} process(es) are not the same number on each of 2 machines")
+
+
+def test_a_first_machine_that_does_not_answer_is_said_plainly(tmp_path, monkeypatch):
+    def wait_in_vain(arguments):
+        raise DistNetworkError("timed out\nframe #0")
+
+    monkeypatch.setattr("accelerate.commands.launch.multi_gpu_launcher", wait_in_vain)
+    monkeypatch.setattr(launch.subprocess, "run", lambda *command, **how: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(launch.logging, "disable", lambda: None)
+    of_the_second = "machine_rank: 1\nmain_process_ip: 10.0.0.1\nmain_process_port: 29500\n"
+    answers = TWO_RANKS.replace("num_machines: 1", "num_machines: 2").replace("machine_rank: 0\n", of_the_second)
+    line = refusal_of(tmp_path / "default_config.yaml", answers.format(precision="'no'").encode(), monkeypatch)
+    assert line == "accelerate config: the first machine, 10.0.0.1:29500, does not answer: timed out"
+
+
+def refusal_of(file: Path, answers: bytes, patches: pytest.MonkeyPatch) -> str:
+    """The one line that run.sh ends with where `accelerate config` was answered so."""
     file.write_bytes(answers)
     for module in ("launch", "config.config_args"):
-        monkeypatch.setattr(f"accelerate.commands.{module}.default_config_file", str(file))
-    monkeypatch.setattr(sys, "argv", ["launch", "--demo", "--check_only"])
+        patches.setattr(f"accelerate.commands.{module}.default_config_file", str(file))
+    patches.setattr(sys, "argv", ["launch", "--demo", "--check_only"])
     with pytest.raises(UserError) as refused:
         launch.main()
     [line] = str(refused.value).splitlines()
-    assert line.startswith(f"accelerate config: {file} cannot be used: ") and line.endswith("config` again")
+    return line
 
 
 def test_processes_without_a_device_of_their_own_are_refused(settings, answered):

@@ -129,6 +129,14 @@ def _unknown_cause(word: str, encoder: Tokenizer) -> str:
     return next(scripts, SIGN if lacking else PIECES)
 
 
+def describe_equal_lines(stats: TextStats, are_left_out: bool) -> str:
+    """Returns what `drop_duplicates` does to the text, or would do; "" where that is nothing."""
+    if not stats.removable_lines:
+        return ""
+    lines = f"{stats.removable_lines:,} training line(s) that repeat an earlier one or stand in the test text"
+    return f"left out: {lines}" if are_left_out else f"--drop_duplicates would leave out {lines}"
+
+
 def text_warnings(stats: TextStats, tokenizer_name: str, only_test: bool) -> list[str]:
     """Returns a line for each thing that looks wrong with the text, or with the tokenizer for it."""
     warnings = [

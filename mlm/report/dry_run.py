@@ -166,7 +166,7 @@ def _hints_for_speed(run: Run, estimate: Estimate) -> list[str]:
     """Returns what would make the run faster, as far as it can be seen here."""
     config, train = run.setup.config, run.corpus.stats.train
     evaluating = estimate.left.evaluation_seconds / estimate.seconds
-    repeated, native = train.duplicate / train.lines, native_precision()
+    removable, native = run.corpus.stats.removable_lines / train.lines, native_precision()
     applies = {
         f"--mixed_precision {native}: this machine computes in it": (config.mixed_precision == "no" and native != "no"),
         "a GPU: none is used": count_gpus() == 0,
@@ -174,6 +174,8 @@ def _hints_for_speed(run: Run, estimate: Estimate) -> list[str]:
         f"--max_test_chunks {SCORED_CHUNKS}: evaluations take {evaluating:.0%} of the time": (
             evaluating > WORTH_A_HINT and run.setup.plan.test_chunks > SCORED_CHUNKS
         ),
-        f"fewer duplicates: {repeated:.0%} of the training lines repeat an earlier one": repeated > WORTH_A_HINT,
+        f"--drop_duplicates: {removable:.0%} of the training lines repeat an earlier one or stand in the test text": (
+            removable > WORTH_A_HINT and not config.drop_duplicates
+        ),
     }
     return [hint for hint, is_due in applies.items() if is_due]

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from mlm.data.text_stats import histogram, text_warnings, used_splits
+from mlm.data.text_stats import describe_equal_lines, histogram, text_warnings, used_splits
 from mlm.errors import optional
 from mlm.evaluation.loss import compare, load_evaluation, perplexity
 from mlm.report.plots import COLORS_OF_RUNS, Chart, Curve, Point, draw_curves, draw_histogram
@@ -49,6 +49,7 @@ def render_run(run: Summary) -> str:
         charts=_draw_charts(run),
         tasks=_task_results(run.folder),
         splits=splits,
+        equal_lines="" if only_test else describe_equal_lines(run.text, run.settings.get("drop_duplicates", False)),
         lengths=draw_histogram("Tokens per line", lengths),
     )
 

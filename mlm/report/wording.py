@@ -5,7 +5,7 @@ from typing import Any
 
 from Config import Config
 from mlm.data.chunks import Corpus
-from mlm.data.text_stats import SHOWN_SPLIT_WORDS, text_warnings, used_splits
+from mlm.data.text_stats import SHOWN_SPLIT_WORDS, describe_equal_lines, text_warnings, used_splits
 from mlm.data.words import MANY_SUBWORDS
 from mlm.evaluation.loss import Change, Evaluation, perplexity
 from mlm.report.summary import Summary
@@ -231,6 +231,7 @@ def describe_run(given: Config, config: Config, corpus: Corpus, derived: dict[st
         "report/templates/setup.txt",
         settings=describe_settings(config, given),
         stats=stats,
+        equal_lines="" if only_test else describe_equal_lines(stats, config.drop_duplicates),
         splits=splits,
         only_test=only_test,
         many_subwords=MANY_SUBWORDS,

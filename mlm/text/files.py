@@ -46,8 +46,12 @@ class Text(NamedTuple):
         return sum(unit.size for unit in self.selection.units_read)
 
     def count_lines(self) -> Counts:
-        """Returns how many lines there are, and how many are equal."""
-        return self.examine(self.selection.units_read).counts
+        """Returns how many lines there are, and how many are equal, once those to be left out are."""
+        counts = self.examine(self.selection.units_read).counts
+        if not self.selection.dropped:
+            return counts
+        left = counts.train_lines - counts.removable
+        return counts._replace(train_lines=left, train_distinct=left, test_lines_in_train=0)
 
 
 def text_folder(config: Config) -> Path:

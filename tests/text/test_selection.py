@@ -1,6 +1,7 @@
 """Units and what is chosen of them: every line once, held-out and equal lines exactly, whatever is held at once."""
 
 import json
+import re
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -9,6 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
+from runs import run
 
 from Config import Config
 from mlm.errors import UserError
@@ -114,7 +116,8 @@ def test_equal_lines_are_counted_and_dropped_exactly(little, train, test, end):
         filled = [list(filter(None, lines)) for lines in (trained, tested)]
         kept = list(dict.fromkeys(line for line in filled[0] if line not in tested))
         counts = plain.count_lines()
-        assert counts == dropping.count_lines()
+        left = counts._replace(train_lines=len(kept), train_distinct=len(kept), test_lines_in_train=0)
+        assert dropping.count_lines() == left
         assert (counts.train_lines, counts.test_lines) == tuple(map(len, filled))
         assert (counts.train_distinct, counts.test_distinct) == tuple(len(set(lines)) for lines in filled)
         assert counts.test_lines_in_train == sum(line in filled[0] for line in filled[1])
@@ -165,3 +168,25 @@ def test_evaluating_alone_reads_no_training_text(tmp_path):
     text = without_training_text(find_text(config_of(tmp_path, evaluate_only=True)))
     assert list(text.train()) == list(text.test()) == ["one", "two", "one"]
     assert text.count_lines().test_lines == 3 and text.size_bytes == 12
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("repeats", [0, 7])
+def test_a_run_says_what_is_left_out_or_would_be(request, tmp_path, capsys, drop, repeats):
+    """Of 40 lines, so many more of which repeat the first one, and with the first test line among them."""
+    folder = tmp_path / "equal"
+    folder.mkdir()
+    lines = [f"the patient was given {number} units" for number in range(40)]
+    (folder / "test.txt").write_text("\n".join([*lines[30:], *lines[30:33]]))
+    trained = [*lines[:30], *lines[:1] * repeats, *lines[30:31] * (repeats > 0)]
+    (folder / "train.txt").write_text("\n".join(trained))
+    settings_of_run = request.getfixturevalue("settings")  # a name that hypothesis has, too
+    run(settings_of_run(path_datasets=str(folder), max_steps=1, drop_duplicates=drop))
+    shown = capsys.readouterr().out
+    said = f"{'left out:' if drop else '--drop_duplicates would leave out'} {repeats + 1} training line(s)"
+    assert (said in shown) == bool(repeats)
+    [report] = (tmp_path / "output").glob("*/report.html")
+    assert (said in report.read_text(encoding="utf-8")) == bool(repeats)
+    assert ("tested on lines it is trained on" in shown) == bool(repeats and not drop)
+    kept = 30 if drop or not repeats else 30 + repeats + 1
+    assert re.search(rf"train +{kept} lines, 0 blank, {0 if drop else repeats} duplicate", shown)

@@ -12,10 +12,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "ACCELER
 os.environ |= {"OMP_NUM_THREADS": "1"}
 
 import pytest
-from runs import draw_no_charts, reset_process_state, run
+from runs import draw_no_charts, long_settings_in, reset_process_state, run, settings_in
 from texts import make_lines, write_text
 
-from Config import Config
 from mlm.data.tokenizer import learn_tokenizer, read_vocabulary
 from mlm.report.summary import read_summary
 from mlm.text.files import Text, find_text
@@ -29,23 +28,6 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def vocabulary(tokenizer):
     return read_vocabulary(tokenizer)
-
-
-def settings_in(folder: Path, **changes) -> Config:
-    """A run of seconds on folder/text, under folder/output."""
-    usual = {
-        "initial_pretrain_model": "scratch:tiny", "initial_pretrain_tokenizer": "corpus", "vocab_size": 300,
-        "path_datasets": str(folder / "text"), "path_model_save": str(folder / "output"), "mixed_precision": "no",
-        "tracker": "none", "batch_size": 16, "sen_max_length": 32, "mlm_probability": 0.15, "weight_decay": 0.01,
-    }  # fmt: skip
-    return Config(**usual | changes)
-
-
-def long_settings_in(folder: Path, **changes) -> Config:
-    """A run with dropout in which reports, evaluations, checkpoints and epochs end at different steps."""
-    usual = {"max_steps": 26, "log_every": 3, "eval_every": 4, "save_every": 5}
-    usual |= {"attention_dropout": 0.1, "hidden_dropout": 0.1, "micro_batch_tokens": 128}
-    return settings_in(folder, **usual | changes)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from transformers import BertForMaskedLM
 
 import data_process
 import train
+from Config import Config
 from mlm.data.micro_batches import MicroBatch, MicroBatcher
 from mlm.data.tokenizer import Vocabulary
 from mlm.encoder.packed import PackedMaskedLM
@@ -39,6 +40,23 @@ from mlm.training.run import Learner
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+def settings_in(folder: Path, **changes) -> Config:
+    """A run of seconds on folder/text, under folder/output."""
+    usual = {
+        "initial_pretrain_model": "scratch:tiny", "initial_pretrain_tokenizer": "corpus", "vocab_size": 300,
+        "path_datasets": str(folder / "text"), "path_model_save": str(folder / "output"), "mixed_precision": "no",
+        "tracker": "none", "batch_size": 16, "sen_max_length": 32, "mlm_probability": 0.15, "weight_decay": 0.01,
+    }  # fmt: skip
+    return Config(**usual | changes)
+
+
+def long_settings_in(folder: Path, **changes) -> Config:
+    """A run with dropout in which reports, evaluations, checkpoints and epochs end at different steps."""
+    usual = {"max_steps": 26, "log_every": 3, "eval_every": 4, "save_every": 5}
+    usual |= {"attention_dropout": 0.1, "hidden_dropout": 0.1, "micro_batch_tokens": 128}
+    return settings_in(folder, **usual | changes)
 
 
 # ------------------------------------------------------------------------------------------------- in this process

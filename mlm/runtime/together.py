@@ -81,8 +81,8 @@ def build_together(path: Path, text_bytes: int, work: Callable[[Path, Place], No
             with write_beside_others(whole / SIZES, parts / UNFINISHED) as temporary:
                 temporary.write_text(json.dumps(_sizes(whole)))
             whole.rename(path)
-        except (OSError, UserError) as error:
-            is_overtaken = _is_complete(path)  # by another process, which has removed the parts
+        except Exception as error:  # whatever comes of it where another process, done earlier, has removed the parts
+            is_overtaken = _is_complete(path)
             if isinstance(error, UserError) and not is_overtaken and rank_and_ranks()[1] == 1:
                 shutil.rmtree(parts, ignore_errors=True)  # else others may still be at work on the same
             if not is_overtaken:

@@ -133,6 +133,11 @@ def test_helpers_are_as_many_as_have_a_core_memory_and_enough_to_do(monkeypatch)
 # ---------------------------------------------------------------------------------------------------- other processes
 
 
+def helpers_of_this_process() -> list[psutil.Process]:
+    """Other tests have processes of their own, which stay."""
+    return [child for child in psutil.Process().children() if "mlm.runtime.together" in child.cmdline()]
+
+
 @pytest.fixture
 def two_helpers(monkeypatch):
     monkeypatch.setattr(together, "count_helpers", lambda text_bytes: 2)
@@ -144,14 +149,14 @@ def test_helpers_do_their_part_and_end_with_the_work(tmp_path, two_helpers):
     path = build_together(tmp_path / "text", 0, partial(take_turns, 0.5, None))
     workers = Counter(int((path / str(task)).read_text()) for task in range(TASKS))
     assert len(workers) > 1 and os.getpid() in workers
-    assert not psutil.Process().children()
+    assert not helpers_of_this_process()
 
 
 @pytest.mark.slow
 def test_what_a_helper_refuses_is_said_and_ends_the_work(tmp_path, two_helpers):
     with pytest.raises(UserError, match=r"^task 1 is wrong$"):
         build_together(tmp_path / "text", 0, partial(take_turns, 1.0, 1))
-    assert not psutil.Process().children()
+    assert not helpers_of_this_process()
 
 
 @pytest.mark.slow
@@ -161,7 +166,7 @@ def test_a_helper_that_is_killed_leaves_its_part_to_the_others(tmp_path, two_hel
     def work(folder, place):
         def kill(*state):
             if not killed:
-                killed.append(psutil.Process().children()[0])
+                killed.append(helpers_of_this_process()[0])
                 killed[0].kill()
                 while killed[0].status() != psutil.STATUS_ZOMBIE:
                     time.sleep(0.01)
@@ -232,3 +237,48 @@ def test_ranks_that_build_the_same_at_the_same_time_get_in_nobodys_way(tmp_path)
     (tmp_path / "go").touch()
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert {path.name for path in tmp_path.iterdir()} == {"go", *(f"text{number}" for number in range(20))}
+
+
+@pytest.mark.slow
+def test_ranks_that_prepare_the_same_text_at_the_same_time_make_the_same_of_it(tmp_path, settings, tokenizer):
+    """Twenty texts in a row, each by three ranks that begin together and overtake each other."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = settings()
+    script = PREPARING.format(folder=config.path_datasets, output=config.path_model_save)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": "3"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    while len(list(tmp_path.glob("ready*"))) < 3:
+        time.sleep(0.05)
+        assert all(process.poll() is None for process in processes)
+    (tmp_path / "go").touch()
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    cache = Path(config.path_model_save) / ".cache"
+    assert len(list(cache.glob("text-*"))) == 20 and not list(cache.glob(".*.parts"))
+
+
+PREPARING = """
+import os, sys; from pathlib import Path
+from transformers import AutoTokenizer
+from Config import Config
+from data_process import prepare
+from mlm.data.tokenizer import read_vocabulary
+from mlm.text import units
+from mlm.text.files import find_text
+units.SMALLEST_UNIT_BYTES = 4000
+start = Path(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(start / "tokenizer")
+(start / ("ready" + os.environ["RANK"])).touch()
+while not (start / "go").exists():
+    pass
+for seed in range(20):
+    config = Config(path_datasets={folder!r}, path_model_save={output!r}, seed=seed, sen_max_length=10 + seed)
+    prepare(config, find_text(config), tokenizer, read_vocabulary(tokenizer))
+"""

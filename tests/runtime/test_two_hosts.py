@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import settings_in
-from runs import ROOT, assert_close, checkpoints, finish, folder_of, read_until, run, start
+from runs import ROOT, assert_close, checkpoints, finish, folder_of, read_until, run, settings_in, start
 from texts import write_text
 
 pytestmark = pytest.mark.slow
@@ -66,6 +65,8 @@ def ip(*words: str) -> str:
 @pytest.fixture
 def hosts():
     """Two of them, at 10.77.0.1 and 10.77.0.2."""
+    if not shutil.which("ip"):
+        pytest.skip("there is no ip, of iproute2, to make network namespaces with")
     pair = [Host(rank, f"host{rank}-{os.getpid()}", f"cable{rank}-{os.getpid() % 10**6}") for rank in range(2)]
     try:
         for host in pair:
